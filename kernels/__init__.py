@@ -1,0 +1,19 @@
+"""Attention over live ranges: the operators, their dense references, and the ranges themselves."""
+
+from __future__ import annotations
+
+from rewriter.kernels import reference
+from rewriter.kernels.live_ranges import FOREVER
+from rewriter.kernels.live_ranges import LiveRanges
+from rewriter.kernels.ops import AttentionInputError
+from rewriter.kernels.ops import live_range_attention
+from rewriter.kernels.topk import running_topk_ranges
+
+__all__ = [
+    "FOREVER",
+    "AttentionInputError",
+    "LiveRanges",
+    "live_range_attention",
+    "reference",
+    "running_topk_ranges",
+]

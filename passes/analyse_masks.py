@@ -1,0 +1,540 @@
+"""Mask analysis: from what a mask's element is, at `(b, h, i, j)`, to the live range of key j. A proof, or the reason why not.
+
+The domain of the abstract interpretation is one interval of query rows for each key. It is closed under `and`; `or` is
+allowed with predicates of the key alone (a prefix). Comparisons linear in the row i and free of it elsewhere bound the
+interval; equality of a non-decreasing function at i and at j makes it a document; a constant buffer is read and must
+hold one interval per column. Additive masks are first split into cases of known value, 0 or a masking one.
+
+Ranges are in row space: row r of the mask is r, whatever index the query has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from rewriter.kernels import FOREVER
+from rewriter.passes.find_attention import AttentionSite
+from rewriter.passes.find_attention import MaskTerm
+from rewriter.passes.index_functions import FALSE
+from rewriter.passes.index_functions import TRUE
+from rewriter.passes.index_functions import ZERO
+from rewriter.passes.index_functions import Apply
+from rewriter.passes.index_functions import Axis
+from rewriter.passes.index_functions import Const
+from rewriter.passes.index_functions import Element
+from rewriter.passes.index_functions import Expression
+from rewriter.passes.index_functions import IndexFunctions
+from rewriter.passes.index_functions import Size
+from rewriter.passes.index_functions import apply
+from rewriter.passes.index_functions import axes_of
+from rewriter.passes.index_functions import broadcast
+from rewriter.passes.index_functions import elements_of
+from rewriter.passes.index_functions import is_bool
+from rewriter.passes.index_functions import is_masking
+from rewriter.passes.index_functions import linear_terms
+from rewriter.passes.index_functions import negate
+from rewriter.passes.index_functions import never_falls
+from rewriter.passes.index_functions import run_positions
+from rewriter.passes.index_functions import shape
+from rewriter.passes.index_functions import substitute
+
+BATCH, HEAD, ROW, KEY = range(4)
+
+MAX_CASES = 16
+"""Additive masks with more combinations of values than this are not split."""
+
+
+class Unproven(Exception):
+    """Why a mask has no proof; the message is the reason that a report shows."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Live ranges as expressions over `Axis(BATCH)` and `Axis(KEY)`.
+
+    Attributes:
+        start, end: integer expressions; besides the names of `Apply` they use max, min, document_start, document_end.
+        causal: no row sees a later key.
+        traits: what a report says of the mask.
+    """
+
+    start: Expression
+    end: Expression
+    causal: bool = False
+    traits: tuple[str, ...] = ()
+
+
+EVERYTHING = Interval(ZERO, Const(FOREVER))
+
+
+@dataclass(frozen=True)
+class MaskProof:
+    """What is proven of a site's mask.
+
+    Attributes:
+        interval: the live ranges.
+        bias: the additive part that depends on the key alone and is not known to be 0 or masking; None for none.
+        constants: buffers whose values the proof has read.
+    """
+
+    interval: Interval
+    bias: Expression | None
+    constants: tuple[Node, ...]
+
+    @property
+    def name(self) -> str:
+        traits = list(dict.fromkeys(self.interval.traits))
+        if self.bias is not None:
+            traits.append("key bias")
+        return " + ".join(traits) or "none"
+
+
+def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mapping[Node, Tensor]) -> MaskProof:
+    """The proof of one site's mask.
+
+    Args:
+        constants: buffers and parameters of the model among the graph's inputs, with their present values.
+
+    Raises:
+        Unproven: with the reason.
+    """
+    analysis = _Analysis(functions, constants)
+    predicates = []
+    biases = []
+    if site.is_causal:
+        predicates.append(apply("le", Axis(KEY), Axis(ROW)))
+    for term in site.masks:
+        visible, bias = analysis.term(term)
+        predicates.append(visible)
+        biases.extend(bias)
+    interval = analysis.conjunction(predicates)
+    total = None
+    for bias in biases:
+        total = bias if total is None else apply("add", total, bias)
+    return MaskProof(interval, total, tuple(analysis.read))
+
+
+class _Analysis:
+    def __init__(self, functions: IndexFunctions, constants: Mapping[Node, Tensor]) -> None:
+        self.functions = functions
+        self.constants = constants
+        self.read: dict[Node, None] = {}
+
+    # --- mask terms ---
+
+    def term(self, term: MaskTerm) -> tuple[Expression, list[Expression]]:
+        """(when the key is visible, key biases) of one mask term."""
+        if len(shape(term.node)) > 4:
+            raise Unproven(f"mask {term.node.name} has {len(shape(term.node))} dimensions, expected at most 4")
+        element = broadcast(self.functions.element(term.node), shape(term.node), 4)
+        if HEAD in axes_of(element):
+            raise Unproven(f"mask {term.node.name} differs between heads{self._origin(element)}")
+        if term.kind in ("keep", "drop"):
+            if not is_bool(term.node):
+                raise Unproven(f"mask {term.node.name} is {term.node.meta['val'].dtype}, expected bool")
+            return (element if term.kind == "keep" else negate(element)), []
+        return self._additive(element)
+
+    def _additive(self, element: Expression) -> tuple[Expression, list[Expression]]:
+        visible = self._masking(element)
+        if visible is not None:
+            return visible, []
+        if isinstance(element, Apply) and element.name == "add":
+            parts = [self._additive(argument) for argument in element.args]
+            return apply("and", parts[0][0], parts[1][0]), parts[0][1] + parts[1][1]
+        if ROW in axes_of(element):
+            values = _cases(element)
+            if values is not None:
+                shown = ", ".join(sorted({str(v) for _, v in values}))
+                raise Unproven(f"an additive mask takes the values {shown}; only 0 and values of at most -1e4 are masks")
+            raise Unproven(f"an additive mask is computed from data{self._origin(element)}")
+        return TRUE, [element]
+
+    @staticmethod
+    def _masking(element: Expression) -> Expression | None:
+        """When a value that is always 0 or a masking one is 0."""
+        values = _cases(element)
+        if values is None or not all(value == 0 or is_masking(value) for _, value in values):
+            return None
+        visible: Expression = TRUE
+        for condition, value in values:
+            if value != 0:
+                visible = apply("and", visible, negate(condition))
+        return visible
+
+    # --- predicates ---
+
+    def conjunction(self, predicates: list[Expression]) -> Interval:
+        parts = [part for predicate in predicates for part in _flatten("and", _push_not(predicate))]
+        positions = [p for part in parts if (p := self._document_positions(part)) is not None]
+        result = EVERYTHING
+        for part in parts:
+            own = self._interval(part, positions)
+            result = Interval(
+                _maximum(result.start, own.start),
+                _minimum(result.end, own.end),
+                result.causal or own.causal,
+                result.traits + own.traits,
+            )
+        return result
+
+    def _interval(self, predicate: Expression, positions: list[Expression]) -> Interval:
+        if predicate == TRUE:
+            return EVERYTHING
+        if predicate == FALSE:
+            return Interval(ZERO, ZERO, traits=("nothing",))
+        if ROW not in axes_of(predicate):
+            return Interval(ZERO, apply("where", predicate, Const(FOREVER), ZERO), traits=("padding",))
+        if all(e.node in self.constants for e in elements_of(predicate)) and elements_of(predicate):
+            return self._table(predicate)
+        if isinstance(predicate, Apply):
+            if predicate.name == "and":
+                return self.conjunction([predicate])
+            if predicate.name == "or":
+                return self._union(predicate, positions)
+            if predicate.name in ("lt", "le"):
+                return self._comparison(predicate, positions)
+            if predicate.name == "eq":
+                return self._equality(predicate, positions)
+        raise Unproven(f"a mask depends on the query through data{self._origin(predicate)}")
+
+    def _union(self, predicate: Apply, positions: list[Expression]) -> Interval:
+        parts = _flatten("or", predicate)
+        always: Expression = FALSE
+        ranged = []
+        for part in parts:
+            if ROW in axes_of(part):
+                ranged.append(part)
+            else:
+                always = apply("or", always, part)
+        if len(ranged) > 1:
+            raise Unproven("a mask is a union of two ranges of queries, which need not be one range")
+        inner = self._interval(ranged[0], positions)
+        return Interval(
+            apply("where", always, ZERO, inner.start),
+            apply("where", always, Const(FOREVER), inner.end),
+            traits=(*inner.traits, "prefix"),
+        )
+
+    def _comparison(self, predicate: Apply, positions: list[Expression]) -> Interval:
+        left, right = predicate.args
+        if isinstance(left, Apply) and left.name == "abs" and not (axes_of(right) & {ROW, KEY}):
+            inside = left.args[0]
+            return self.conjunction(
+                [
+                    apply(predicate.name, inside, right),
+                    apply(predicate.name, apply("mul", right, Const(-1)), inside),
+                ]
+            )
+        terms = self._difference(left, right, positions)
+        factor = terms.pop(Axis(ROW), 0)
+        bound = _sum(terms)
+        if abs(factor) != 1 or ROW in axes_of(bound):
+            raise Unproven(f"a mask compares the query with data{self._origin(predicate)}")
+        strict = predicate.name == "lt"
+        if factor == 1:  # i + bound < 0  or  i + bound <= 0
+            end = apply("add", apply("mul", bound, Const(-1)), Const(0 if strict else 1))
+            return Interval(ZERO, end, traits=(_bound_trait("window", end),))
+        start = apply("add", bound, Const(1 if strict else 0))
+        offset = linear_terms(start)
+        causal = offset is not None and offset.pop(Axis(KEY), 0) == 1 and _is_not_negative(offset)
+        return Interval(start, Const(FOREVER), causal, (_bound_trait("causal", start),))
+
+    def _difference(self, left: Expression, right: Expression, positions: list[Expression]) -> dict[Expression, int]:
+        """`left - right` as terms times factors; positions within a document count as the indices themselves."""
+        terms: dict[Expression, int] = {}
+        for expression, sign in ((left, 1), (right, -1)):
+            part = linear_terms(expression)
+            if part is None:
+                raise Unproven(f"a mask compares values that are not integers{self._origin(expression)}")
+            for term, factor in part.items():
+                terms[term] = terms.get(term, 0) + sign * factor
+        for position in positions:
+            row, key = (substitute(position, {1: Axis(axis)}) for axis in (ROW, KEY))
+            if terms.get(row, 0) == -terms.get(key, 0) != 0:
+                factor = terms.pop(row)
+                del terms[key]
+                terms[Axis(ROW)] = terms.get(Axis(ROW), 0) + factor
+                terms[Axis(KEY)] = terms.get(Axis(KEY), 0) - factor
+        return {term: factor for term, factor in terms.items() if factor}
+
+    def _equality(self, predicate: Apply, positions: list[Expression]) -> Interval:
+        left, right = predicate.args
+        if ROW not in axes_of(left):
+            left, right = right, left
+        if KEY in axes_of(left) or substitute(left, {ROW: Axis(KEY)}) != right:
+            return self.conjunction([apply("le", left, right), apply("le", right, left)])
+        if isinstance(left, Element):
+            indices = left.indices
+            if never_falls(left.node) and indices[-1] == Axis(ROW) and ROW not in {
+                a for i in indices[:-1] for a in axes_of(i)
+            }:
+                document = substitute(left, {ROW: Axis(KEY)})
+                return Interval(
+                    Apply("document_start", (document,)), Apply("document_end", (document,)), traits=("documents",)
+                )
+            raise Unproven(f"document ids are not known to be non-decreasing{self._origin(left)}")
+        if isinstance(left, Apply) and left.name == "floordiv" and isinstance(chunk := left.args[1], Const):
+            offset = linear_terms(left.args[0])
+            if offset is not None and offset.pop(Axis(ROW), 0) == 1 and isinstance(chunk.value, int) and chunk.value > 0:
+                shift = _sum(offset)
+                if not axes_of(shift):
+                    start = apply("add", apply("mul", right, chunk), apply("mul", shift, Const(-1)))
+                    return Interval(start, apply("add", start, chunk), traits=(f"chunks of {chunk.value}",))
+        raise Unproven(f"a mask compares a function of the query with the same of the key{self._origin(predicate)}")
+
+    def _document_positions(self, predicate: Expression) -> Expression | None:
+        """For `ids[b, i] == ids[b, j]` with ids made from positions: the positions' element, over axes 0 and 1."""
+        if isinstance(predicate, Apply) and predicate.name == "eq" and isinstance(ids := predicate.args[0], Element):
+            source = run_positions(ids.node)
+            if source is not None and predicate.args[1] == substitute(ids, {ROW: Axis(KEY), KEY: Axis(ROW)}):
+                return self.functions.element(source)
+        return None
+
+    def _table(self, predicate: Expression) -> Interval:
+        """A predicate over constant buffers: evaluated, and read as one interval per column."""
+        nodes = {e.node for e in elements_of(predicate)}
+        for element in elements_of(predicate):
+            if any(i not in (ZERO, Axis(ROW), Axis(KEY)) for i in element.indices):
+                raise Unproven(f"a buffer is read at other places than [row, key]{self._origin(predicate)}")
+        size = min(
+            shape(element.node)[d]
+            for element in elements_of(predicate)
+            for d, index in enumerate(element.indices)
+            if index != ZERO
+        )
+        index = torch.arange(size)
+        env = {node: self.constants[node].detach().cpu() for node in nodes}
+        visible = materialize(predicate, env, {ROW: index[:, None], KEY: index[None, :]}).expand(size, size)
+        start, end = _column_intervals(visible)
+        self.read.update(dict.fromkeys(nodes))
+        offset = int(start[0])
+        window = int(end[0])
+        if not bool((start == index + offset).all()) and not bool((start == 0).all()):
+            raise Unproven("a constant mask is neither causal nor a window")
+        lower = _key_plus(offset) if bool((start == index + offset).all()) else ZERO
+        if window == FOREVER and bool((end == FOREVER).all()):
+            upper: Expression = Const(FOREVER)
+        elif bool((end == torch.where(index + window < size, index + window, FOREVER)).all()):
+            upper = _key_plus(window)
+        else:
+            raise Unproven("a constant mask is neither causal nor a window")
+        return self.conjunction([apply("le", lower, Axis(ROW)), apply("lt", Axis(ROW), upper)])
+
+    def _origin(self, expression: Expression) -> str:
+        """Where the data of an expression comes from, for a reason."""
+        names = dict.fromkeys(_describe(e.node) for e in elements_of(expression))
+        return f" ({', '.join(names)})" if names else ""
+
+
+def _describe(node: Node) -> str:
+    if node.op == "placeholder":
+        return f"input {node.meta.get('source', node.name)}"
+    line = source_line(node)
+    return f"{node.name}{' at ' + line if line else ''}"
+
+
+def source_line(node: Node) -> str:
+    """`file:line` of the innermost frame that made a node, without its folder."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    if not frames:
+        return ""
+    path, line = frames[-1].split('"')[1], frames[-1].split("line ")[1].split(",")[0]
+    return f"{path.rsplit('/', 1)[-1]}:{line}"
+
+
+def _cases(element: Expression) -> list[tuple[Expression, float]] | None:
+    """A number as (condition, value) pairs of which exactly one holds; None where a value is data."""
+    if isinstance(element, Const):
+        return [(TRUE, float(element.value))]
+    if not isinstance(element, Apply):
+        return None
+    cases: list[tuple[Expression, float]] = []
+    if element.name == "number":
+        return [(element.args[0], 1.0), (negate(element.args[0]), 0.0)]
+    if element.name == "where":
+        condition, left, right = element.args
+        for branch, guard in ((left, condition), (right, negate(condition))):
+            inner = _cases(branch)
+            if inner is None:
+                return None
+            cases.extend((apply("and", guard, own), value) for own, value in inner)
+    elif element.name in ("add", "mul"):
+        left_cases, right_cases = (_cases(argument) for argument in element.args)
+        if left_cases is None or right_cases is None:
+            return None
+        cases = [
+            (apply("and", p, q), x + y if element.name == "add" else x * y)
+            for p, x in left_cases
+            for q, y in right_cases
+        ]
+    else:
+        return None
+    cases = [(condition, value) for condition, value in cases if condition != FALSE]
+    return cases if len(cases) <= MAX_CASES else None
+
+
+def _key_plus(offset: int) -> Expression:
+    return apply("add", Axis(KEY), Const(offset))
+
+
+def _flatten(name: str, expression: Expression) -> list[Expression]:
+    if isinstance(expression, Apply) and expression.name == name:
+        return [part for argument in expression.args for part in _flatten(name, argument)]
+    return [expression]
+
+
+def _push_not(expression: Expression) -> Expression:
+    """Negations moved inwards, onto comparisons and data."""
+    if not isinstance(expression, Apply):
+        return expression
+    if expression.name in ("and", "or"):
+        return apply(expression.name, *(_push_not(a) for a in expression.args))
+    if expression.name != "not" or not isinstance(inner := expression.args[0], Apply):
+        return expression
+    if inner.name in ("and", "or"):
+        return apply("or" if inner.name == "and" else "and", *(_push_not(negate(a)) for a in inner.args))
+    if inner.name in ("lt", "le"):
+        return apply("le" if inner.name == "lt" else "lt", *reversed(inner.args))
+    return expression
+
+
+def _sum(terms: Mapping[Expression, int]) -> Expression:
+    total: Expression = ZERO
+    for term, factor in terms.items():
+        total = apply("add", total, apply("mul", term, Const(factor)))
+    return total
+
+
+def _is_not_negative(terms: Mapping[Expression, int]) -> bool:
+    """Whether what is left of a start, after its key, is a constant of at least 0."""
+    return all(term == Const(1) and factor >= 0 for term, factor in terms.items())
+
+
+def _bound_trait(kind: str, bound: Expression) -> str:
+    terms = dict(linear_terms(bound) or {})
+    if terms.pop(Axis(KEY), 0) != 1:
+        return "padding"
+    offset = terms.pop(Const(1), 0)
+    if terms:
+        return f"{kind} with an offset"
+    if kind == "causal":
+        return "causal" if offset == 0 else f"causal with offset {-offset}"
+    return f"window {offset}"
+
+
+def _maximum(left: Expression, right: Expression) -> Expression:
+    if left == ZERO or left == right:
+        return right
+    return left if right == ZERO else Apply("max", (left, right))
+
+
+def _minimum(left: Expression, right: Expression) -> Expression:
+    forever = Const(FOREVER)
+    if left == forever or left == right:
+        return right
+    return left if right == forever else Apply("min", (left, right))
+
+
+def _column_intervals(visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Start and end `[N]` of the one run of rows that see each column of a bool `[N, N]`; the last row means forever."""
+    size = visible.size(0)
+    count = visible.sum(dim=0)
+    first = visible.int().argmax(dim=0)
+    last = size - visible.flip(0).int().argmax(dim=0)
+    if bool(((last - first != count) & (count > 0)).any()):
+        raise Unproven("a constant mask shows a key, hides it and shows it again")
+    end = torch.where(count == 0, 0, torch.where(last == size, FOREVER, last))
+    return torch.where(count == 0, 0, first), end
+
+
+# --- from expressions to tensors ---------------------------------------------------------------------------------------
+
+
+def materialize(expression: Expression, env: Mapping[Node, object], axes: Mapping[int, Tensor]) -> Tensor:
+    """The expression's value over a grid.
+
+    Args:
+        env: values of the data nodes and symbolic sizes.
+        axes: index tensors that broadcast to the grid, the key's along the last dimension; 0 for axes left out.
+    """
+
+    def value(e: Expression) -> Tensor:
+        if isinstance(e, Const):
+            return torch.full((), e.value, dtype=_DTYPES[type(e.value)])
+        if isinstance(e, Size):
+            return torch.full((), env[e.node], dtype=torch.int64)  # type: ignore[call-overload, no-any-return]
+        if isinstance(e, Axis):
+            return axes[e.dim] if e.dim in axes else torch.full((), 0, dtype=torch.int64)
+        if isinstance(e, Element):
+            tensor = env[e.node]
+            assert isinstance(tensor, Tensor)
+            return tensor[tuple(value(i) for i in e.indices)] if e.indices else tensor
+        assert isinstance(e, Apply)
+        if e.name in ("document_start", "document_end"):
+            return _document_bound(e.args[0], env, right=e.name == "document_end")
+        return _OPERATIONS[e.name](*(value(a) for a in e.args))
+
+    return value(expression)
+
+
+def _document_bound(document: Expression, env: Mapping[Node, object], *, right: bool) -> Tensor:
+    """`[B, 1, K]`: where the run of a key's document begins or ends. Document ids are `[..., K]`, non-decreasing."""
+    assert isinstance(document, Element)
+    ids = env[document.node]
+    assert isinstance(ids, Tensor)
+    ids = ids.reshape(-1, ids.size(-1)).contiguous()
+    return torch.searchsorted(ids, ids, right=right)[:, None, :]
+
+
+_DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float32}
+
+_OPERATIONS = {
+    "add": torch.add,
+    "mul": torch.mul,
+    "floordiv": lambda x, y: torch.div(x, y, rounding_mode="floor"),
+    "abs": torch.abs,
+    "lt": torch.lt,
+    "le": torch.le,
+    "eq": torch.eq,
+    "and": torch.logical_and,
+    "or": torch.logical_or,
+    "not": torch.logical_not,
+    "where": torch.where,
+    "number": lambda x: x.to(torch.int64),
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
+
+
+def live_range_tensors(
+    interval: Interval, env: Mapping[Node, object], num_batch: int, num_keys: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Start and end, int32 `[B|1, 1, K]`, in row space."""
+    axes = _key_grid(num_batch, num_keys, device)
+    start, end = (_vector(materialize(e, env, axes), num_keys, device) for e in (interval.start, interval.end))
+    return start.clamp(-FOREVER, FOREVER).to(torch.int32), end.clamp(-FOREVER, FOREVER).to(torch.int32)
+
+
+def bias_tensor(
+    bias: Expression, env: Mapping[Node, object], num_batch: int, num_keys: int, device: torch.device
+) -> Tensor:
+    """The key bias `[B|1, 1, K]`."""
+    return _vector(materialize(bias, env, _key_grid(num_batch, num_keys, device)), num_keys, device)
+
+
+def _key_grid(num_batch: int, num_keys: int, device: torch.device) -> dict[int, Tensor]:
+    return {
+        BATCH: torch.arange(num_batch, device=device)[:, None, None],
+        KEY: torch.arange(num_keys, device=device)[None, None, :],
+    }
+
+
+def _vector(value: Tensor, num_keys: int, device: torch.device) -> Tensor:
+    value = value.to(device)
+    return value.expand(*value.shape[:-1], num_keys).reshape(-1, 1, num_keys) if value.dim() else value.expand(1, 1, num_keys)

@@ -1,0 +1,138 @@
+"""Apply a policy: for each proven site, the live ranges that replace its mask.
+
+A policy says from a site's tensors which keys live how long; the model's own ranges, recovered from its mask, are
+intersected with the policy's. The pass decides and refuses; `lower` emits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from typing import Protocol
+
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx import Node
+
+from rewriter.kernels import LiveRanges
+from rewriter.passes.analyse_masks import MaskProof
+from rewriter.passes.find_attention import AttentionSite
+from rewriter.passes.index_functions import shape
+
+
+@dataclass(frozen=True)
+class SiteTensors:
+    """What a policy may look at, in plain torch operations; everything here is traced into the graph.
+
+    Attributes:
+        live: the model's own live ranges, from its proven mask.
+        input_ids: `[B, K]`, or None where the policy does not ask for them.
+        query: `[B, Hq, Q, D]`.
+        key: `[B, Hkv, K, D]`.
+        value: `[B, Hkv, K, Dv]`.
+    """
+
+    live: LiveRanges
+    input_ids: Tensor | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Policy(Protocol):
+    """What the passes ask of a policy."""
+
+    @property
+    def needs_causal(self) -> bool:
+        """Whether the policy is defined for causal attention only."""
+
+    @property
+    def needs_input_ids(self) -> bool:
+        """Whether `SiteTensors.input_ids` must be there."""
+
+    @property
+    def reads_site(self) -> bool:
+        """Whether the ranges depend on query, key or value, and so cannot be shared by several sites."""
+
+    def live_ranges(self, site: SiteTensors) -> LiveRanges | None:
+        """The policy's own ranges, or None to keep the model's."""
+
+    def for_layer(self, layer: int) -> Policy:
+        """The policy of one attention site, counted from 0 in the order of the graph."""
+
+
+class PolicyError(ValueError):
+    """A policy cannot be applied to this model or these inputs; the message says what to do."""
+
+
+@dataclass
+class PlannedSite:
+    """A site with all that lowering needs, or with its reason for refusal."""
+
+    site: AttentionSite
+    layer: int
+    policy: Any
+    proof: MaskProof | None = None
+    input_ids: Node | None = None
+
+
+def apply_policy(
+    module: GraphModule, sites: list[AttentionSite], proofs: dict[int, MaskProof], policy: Policy
+) -> list[PlannedSite]:
+    """Pairs each site with its policy; sites that a policy is not defined for are refused, with the reason.
+
+    Args:
+        proofs: by position in `sites`.
+
+    Raises:
+        PolicyError: the policy needs token ids and the graph has none.
+    """
+    planned = []
+    for layer, site in enumerate(sites):
+        own = policy.for_layer(layer)
+        plan = PlannedSite(site, layer, own, proofs.get(layer))
+        planned.append(plan)
+        if site.reason is not None or plan.proof is None:
+            continue
+        if own.needs_causal and not plan.proof.interval.causal:
+            site.reason = f"{type(own).__name__} is defined for causal attention, the mask is: {plan.proof.name}"
+        elif own.needs_causal and _rows_and_keys_differ(site):
+            site.reason = f"{type(own).__name__} needs one query per key; with a cache of earlier keys it is not applied"
+        elif own.needs_input_ids:
+            plan.input_ids = _input_ids(module, site, type(own).__name__)
+    return planned
+
+
+def _rows_and_keys_differ(site: AttentionSite) -> bool:
+    assert site.query is not None and site.key is not None
+    return str(shape(site.query)[-2]) != str(shape(site.key)[-2])
+
+
+def _input_ids(module: GraphModule, site: AttentionSite, policy: str) -> Node:
+    """The graph input with the token ids: the integers that an embedding looks up."""
+    import torch
+
+    found: dict[Node, None] = {}
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default:
+            source = node.args[1]
+            while isinstance(source, Node) and source.op == "call_function" and len(source.all_input_nodes) == 1:
+                source = source.all_input_nodes[0]
+            if isinstance(source, Node) and source.op == "placeholder" and len(shape(source)) == 2:
+                found[source] = None
+    named = [node for node in found if "input_ids" in node.meta.get("source", "")]
+    candidates = named or list(found)
+    if len(candidates) != 1:
+        seen = ", ".join(node.meta.get("source", node.name) for node in candidates) or "none"
+        raise PolicyError(
+            f"{policy} looks separators up in the token ids, but the model's call has {len(candidates)} inputs that are "
+            f"token ids ({seen}); call the model with input_ids=..., not with inputs_embeds=..."
+        )
+    assert site.key is not None
+    ids, keys = shape(candidates[0]), shape(site.key)
+    if str(ids[0]) != str(keys[0]) or str(ids[1]) != str(keys[-2]):
+        raise PolicyError(
+            f"{policy} needs one token id for each key: input_ids is {list(ids)}, the attention has {keys[0]} rows of "
+            f"{keys[-2]} keys; call the model with the whole sequence and without past_key_values"
+        )
+    return candidates[0]

@@ -1,0 +1,149 @@
+"""Canonicalize: erase what does nothing, and make in-place operations visible.
+
+Full slices, casts to the same dtype, expands to the same shape and inactive dropout are erased. An in-place operation
+on a fresh tensor becomes its functional form, where nothing else can see the difference; the tensors that the
+remaining ones change are reported, and mask analysis takes them for data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Canonicalized:
+    """What the pass did.
+
+    Attributes:
+        erased: number of nodes that did nothing.
+        functionalized: number of in-place operations that became functional.
+        modified: tensors that in-place operations still change, and the views of them.
+    """
+
+    erased: int
+    functionalized: int
+    modified: frozenset[Node]
+
+
+def canonicalize(module: GraphModule) -> Canonicalized:
+    """Rewrites the graph in place; its values stay the same."""
+    functionalized = sum(_functionalize(node) for node in list(module.graph.nodes) if _is_in_place(node))
+    modified: set[Node] = set()
+    for node in module.graph.nodes:
+        if _is_in_place(node) and isinstance(node.args[0], Node):
+            modified |= _aliases(node.args[0])
+    erased = 0
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node not in modified and _does_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+            erased += 1
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return Canonicalized(erased, functionalized, frozenset(n for n in modified if n.graph is module.graph))
+
+
+def _does_nothing(node: Node) -> bool:
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node):
+        return False
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    if node.target is aten.slice.Tensor:
+        _, _, start, end, step = (*node.args, *(None,) * (5 - len(node.args)))
+        return start in (None, 0) and end in (None, 2**63 - 1) and step in (None, 1)
+    if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default):
+        return before.dtype == after.dtype and before.device == after.device
+    if node.target is aten.expand.default:
+        return [str(s) for s in before.shape] == [str(s) for s in after.shape]
+    if node.target is aten.dropout.default:
+        probability, training = node.args[1:3]
+        return probability == 0.0 or not training
+    return False
+
+
+def _is_in_place(node: Node) -> bool:
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+        and bool(node.args)
+    )
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a node's result may share memory with its first argument."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return False
+    return any(a.alias_info is not None for a in target._schema.returns) or target in (
+        aten.reshape.default,
+        aten.contiguous.default,
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten.type_as.default,
+        aten.flatten.using_ints,
+    )
+
+
+def _aliases(node: Node) -> set[Node]:
+    """All nodes that may share memory with a node."""
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        top = stack.pop()
+        if top in seen:
+            continue
+        seen.add(top)
+        if _is_view(top):
+            stack.extend(a for a in top.all_input_nodes[:1])
+        stack.extend(user for user in top.users if _is_view(user) and user.all_input_nodes[0] is top)
+    return seen
+
+
+def _functionalize(node: Node) -> bool:
+    """`x.op_(...)` -> `y = x.op(...)`, later uses of x become y; only where x had no other name before."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    name = target._schema.name.split("::")[1]
+    changed = node.args[0]
+    if not name.endswith("_") or name.endswith("__") or not isinstance(changed, Node) or changed.op != "call_function":
+        return False
+    packet = getattr(aten, name[:-1], None)
+    earlier = set(_until(node))
+    if (
+        packet is None
+        or target._overloadname not in packet.overloads()
+        or _is_view(changed)
+        or any(_is_view(user) and user in earlier and user is not node for user in changed.users)
+    ):
+        return False
+    functional = getattr(packet, target._overloadname)
+    before, after = changed.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    with node.graph.inserting_before(node):
+        result = node.graph.call_function(functional, node.args, node.kwargs)
+    result.meta = dict(node.meta)
+    changed.replace_all_uses_with(result, delete_user_cb=lambda user: user not in earlier and user is not result)
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+    return True
+
+
+def _until(node: Node) -> list[Node]:
+    """The nodes before `node`, and itself."""
+    nodes = []
+    for other in node.graph.nodes:
+        nodes.append(other)
+        if other is node:
+            break
+    return nodes

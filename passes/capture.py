@@ -1,0 +1,71 @@
+"""Capture: a Dynamo graph becomes pre-dispatch ATen, with module paths and source lines kept.
+
+Parameters and buffers stay inputs of the graph, as Dynamo made them; what they are called and what they hold is
+recorded, since a mask may be a constant buffer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """A pre-dispatch ATen graph.
+
+    Attributes:
+        module: the graph; each placeholder's `meta["source"]` says where its value comes from.
+        buffers: the model's own tensors among the placeholders, by qualified name, with their present values.
+    """
+
+    module: GraphModule
+    buffers: dict[Node, tuple[str, Tensor]]
+
+
+def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> CapturedGraph:
+    """Traces a Dynamo graph to pre-dispatch ATen under its own fake mode.
+
+    Args:
+        dynamo_graph: what a `torch.compile` backend is given.
+        example_inputs: the values of its placeholders, in order.
+    """
+    placeholders = [node for node in dynamo_graph.graph.nodes if node.op == "placeholder"]
+    fakes = [node.meta["example_value"] for node in placeholders]
+    fake_mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
+    if fake_mode is None:
+        module = dynamo_graph  # nothing but numbers: no attention to find
+        return CapturedGraph(module, {})
+
+    def run(*inputs: Any) -> Any:
+        with torch.fx.traceback.preserve_node_meta():
+            return torch.fx.Interpreter(dynamo_graph).run(*inputs)
+
+    with fake_mode, torch._dynamo.config.patch(specialize_float=True):
+        module = make_fx(run, pre_dispatch=True)(*fakes)
+    buffers = {}
+    traced = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node, original, value in zip(traced, placeholders, example_inputs, strict=True):
+        source = getattr(original, "_dynamo_source", None)
+        path = source.name if source is not None and isinstance(source.name, str) else original.target
+        node.meta["source"] = readable_source(str(path))
+        if isinstance(value, Tensor) and re.search(r"_(buffers|parameters)\[", str(path)):
+            buffers[node] = (node.meta["source"], value)
+    return CapturedGraph(module, buffers)
+
+
+def readable_source(path: str) -> str:
+    """`L['kwargs']['input_ids']` -> `input_ids`; `L['model']._modules['h']._buffers['bias']` -> `h.bias`."""
+    names = re.findall(r"\['([^']*)'\]", path)
+    if "._modules[" in path or "._buffers[" in path or "._parameters[" in path:
+        return ".".join(re.findall(r"\._(?:modules|buffers|parameters)\['([^']*)'\]", path))
+    return names[-1] if names else path

@@ -1,0 +1,195 @@
+"""The check by evaluation: a proven mask is built both ways, on several shapes and inputs, and compared.
+
+The mask's own subgraph is run with real tensors, its data replaced by padding patterns, packed positions and random
+values; the live ranges are computed from the same data. A difference means that the analysis is wrong, and the site
+is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from rewriter.passes.analyse_masks import MaskProof
+from rewriter.passes.analyse_masks import bias_tensor
+from rewriter.passes.analyse_masks import live_range_tensors
+from rewriter.passes.find_attention import AttentionSite
+from rewriter.passes.index_functions import IndexFunctions
+from rewriter.passes.index_functions import constants_of
+from rewriter.passes.index_functions import is_masking
+from rewriter.passes.index_functions import shape
+
+LONGEST = 1024
+"""Lengths beyond this are not tried; a window wider than this is checked by its proof alone."""
+
+PATTERNS = ("ones", "left padding", "right padding", "random bits", "small integers", "packed positions")
+
+
+def check_mask(
+    site: AttentionSite, proof: MaskProof, functions: IndexFunctions, constants: Mapping[Node, Tensor]
+) -> str | None:
+    """None where every trial agrees, else the reason for refusal."""
+    assert site.query is not None and site.key is not None
+    symbols = _symbols([site.query, site.key, *(term.node for term in site.masks)])
+    for sizes in _sizes(symbols, proof, constants):
+        for pattern in PATTERNS:
+            try:
+                trial = _Trial(functions, constants, dict(zip(symbols, sizes, strict=True)), pattern)
+                difference = _compare(site, proof, trial)
+            except Exception as error:  # whatever the model's own operators raise on these shapes
+                return f"the mask could not be evaluated at sizes {sizes}: {type(error).__name__}: {error}"
+            if difference:
+                return f"the proven mask ({proof.name}) disagrees with the model's at sizes {sizes}, {pattern}: {difference}"
+    return None
+
+
+def _compare(site: AttentionSite, proof: MaskProof, trial: _Trial) -> str | None:
+    query, key = (trial.sizes(node) for node in (site.query, site.key))  # type: ignore[arg-type]
+    num_batch, num_queries, num_keys = query[0], query[-2], key[-2]
+    cpu = torch.device("cpu")
+    index = torch.arange(num_queries)[:, None]
+    start, end = live_range_tensors(proof.interval, trial, num_batch, num_keys, cpu)
+    proven = (start[:, :, None, :] <= index) & (index < end[:, :, None, :])
+    logits = torch.zeros(num_batch, 1, num_queries, num_keys, dtype=torch.float64)
+    hidden = torch.zeros_like(logits, dtype=torch.bool)
+    if site.is_causal:
+        hidden |= torch.arange(num_keys) > index
+    for term in site.masks:
+        mask = trial[term.node]
+        assert isinstance(mask, Tensor)
+        if term.kind == "add":
+            logits = logits + mask
+        else:
+            hidden = hidden | (mask if term.kind == "drop" else ~mask)
+    expected = logits
+    if proof.bias is None:
+        hidden = hidden | (logits <= -1e4)
+        expected = torch.zeros_like(logits)
+        if bool(((logits != 0) & (logits > -1e4)).any()):
+            return "an additive mask takes a value that is neither 0 nor masking"
+    actual = torch.zeros_like(logits)
+    if proof.bias is not None:
+        actual = actual + bias_tensor(proof.bias, trial, num_batch, num_keys, cpu)[:, :, None, :]
+    wrong = proven.expand(hidden.shape) == hidden
+    if bool(wrong.any()):
+        b, h, i, j = wrong.nonzero()[0].tolist()
+        return f"batch row {b}, query {i}, key {j} is {'hidden' if bool(hidden[b, h, i, j]) else 'visible'} in the model"
+    if not torch.equal(actual.expand(expected.shape)[~hidden], expected[~hidden]):
+        return "the key bias differs"
+    return None
+
+
+class _Trial(Mapping[Node, Any]):
+    """Values of nodes at one choice of sizes and data; computed when asked for."""
+
+    def __init__(
+        self,
+        functions: IndexFunctions,
+        constants: Mapping[Node, Tensor],
+        symbols: dict[sympy.Symbol, int],
+        pattern: str,
+    ) -> None:
+        self.functions, self.constants, self.symbols, self.pattern = functions, constants, symbols, pattern
+        self.random = torch.Generator().manual_seed(0)
+        self.values: dict[Node, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.values)
+
+    def __getitem__(self, node: Node) -> Any:
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            if top in self.values:
+                stack.pop()
+                continue
+            waiting = [n for n in top.all_input_nodes if n not in self.values] if self._computed(top) else []
+            if waiting:
+                stack.extend(waiting)
+            else:
+                self.values[top] = self._value(stack.pop())
+        return self.values[node]
+
+    def sizes(self, node: Node) -> list[int]:
+        return [self._concrete(size) for size in shape(node)]
+
+    def _computed(self, node: Node) -> bool:
+        return isinstance(node.meta.get("val"), Tensor) and self.functions.is_opened(node)
+
+    def _value(self, node: Node) -> Any:
+        value = node.meta["val"]
+        if not isinstance(value, Tensor):
+            return self._concrete(value)
+        if node in self.constants:
+            return self.constants[node].detach().cpu()
+        if self._computed(node):
+            read = lambda n: self.values[n]  # noqa: E731
+            args, kwargs = torch.fx.map_arg(node.args, read), torch.fx.map_arg(node.kwargs, read)
+            kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
+            return node.target(*args, **kwargs)  # type: ignore[operator, misc]
+        return self._data(self.sizes(node), value.dtype)
+
+    def _concrete(self, size: Any) -> Any:
+        return int(size.node.expr.subs(self.symbols)) if isinstance(size, torch.SymInt) else size
+
+    def _data(self, size: list[int], dtype: torch.dtype) -> Tensor:
+        """Data of the trial's pattern; the last dimension is the key's."""
+        length = size[-1] if size else 1
+        index = torch.arange(length).expand(size) if size else torch.tensor(0)
+        rows = torch.arange(index[..., 0].numel()).view(index.shape[:-1])[..., None] if size else torch.tensor(0)
+        cut = (rows + 1) * length // 4 % max(length, 1)
+        if self.pattern == "ones":
+            data = torch.ones(size)
+        elif self.pattern == "left padding":
+            data = index >= cut
+        elif self.pattern == "right padding":
+            data = index < length - cut
+        elif self.pattern == "packed positions":
+            data = torch.where(index < cut, index, index - cut)
+        else:
+            data = torch.randint(0, 2 if self.pattern == "random bits" else 5, size, generator=self.random)
+        return data.to(dtype)
+
+
+def _symbols(nodes: list[Node]) -> list[sympy.Symbol]:
+    """The symbols of the nodes' sizes, and of all that they are computed from."""
+    symbols: set[sympy.Symbol] = set()
+    seen: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        stack.extend(node.all_input_nodes)
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, Tensor) else (value,)
+        symbols |= {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+    return sorted(symbols, key=str)
+
+
+def _sizes(symbols: list[sympy.Symbol], proof: MaskProof, constants: Mapping[Node, Tensor]) -> list[tuple[int, ...]]:
+    """Values for the symbols: small ones, and lengths just beyond the constants of the proof."""
+    if not symbols:
+        return [()]
+    border = [c + 3 for e in (proof.interval.start, proof.interval.end) for c in constants_of(e) if 2 < c < LONGEST]
+    longest = min([LONGEST, *(max(constants[node].shape) for node in proof.constants)])
+    lengths = [min(length, longest) for length in dict.fromkeys([5, 9, 34, *border])]
+    small = itertools.islice(itertools.product((2, 3), repeat=len(symbols)), 4)
+    # Which symbol is the length is not known: each is long in turn.
+    long = [
+        tuple(length if i == k else 2 for i in range(len(symbols)))
+        for length in dict.fromkeys(lengths)
+        for k in range(len(symbols))
+    ]
+    return list(dict.fromkeys([*small, *long]))

@@ -1,0 +1,429 @@
+"""Find attention: every softmax of a product of activations, and every `scaled_dot_product_attention`.
+
+Anchored at the softmax and walked outwards through casts, masks, softcap and scale up to the product of query and
+key, and through casts and inactive dropout down to the product with the value; never by a template of a whole trace.
+`repeat_kv` is folded into grouped heads. A site that is found but cannot be used is refused with its reason.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from dataclasses import field
+
+import torch
+from torch.fx import Graph
+from torch.fx import GraphModule
+from torch.fx import Node
+
+from rewriter.passes.index_functions import rank
+from rewriter.passes.index_functions import shape
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class MaskTerm:
+    """One mask of a site.
+
+    Attributes:
+        kind: "keep" (bool, true where visible), "drop" (bool, true where hidden) or "add" (added to the logits).
+        node: the mask, broadcastable to `[B, Hq, Q, K]`.
+    """
+
+    kind: str
+    node: Node
+
+
+@dataclass
+class AttentionSite:
+    """One attention of a graph.
+
+    Attributes:
+        node: the attention's output; `[B, Hq, Q, Dv]`, or `[N, Q, Dv]` for inputs of rank 3.
+        form: "sdpa" or "eager".
+        query, key, value: `[B, Hq, Q, D]`, `[B, Hkv, K, D]`, `[B, Hkv, K, Dv]` (or rank 3), heads not repeated.
+        scale: factor of the products; None for `1 / sqrt(D)`.
+        softcap: None for none.
+        masks: all of them apply.
+        is_causal: also causal, top-left aligned.
+        reason: why the site is refused; None while it is not.
+    """
+
+    node: Node
+    form: str
+    query: Node | None = None
+    key: Node | None = None
+    value: Node | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    masks: list[MaskTerm] = field(default_factory=list)
+    is_causal: bool = False
+    reason: str | None = None
+
+    @property
+    def module_path(self) -> str:
+        """Qualified name of the innermost module that made the site."""
+        stack = list(self.node.meta.get("nn_module_stack", {}).values())
+        if not stack:
+            return ""
+        path = stack[-1][0]
+        for prefix in ("L['self'].", "L['model'].", "L['self']", "L['model']", "model."):
+            if path.startswith(prefix):
+                path = path[len(prefix) :]
+                break
+        return path.replace("_modules['", "").replace("']", "")
+
+
+class Refused(Exception):
+    """Why something that looks like attention is not replaced."""
+
+
+def find_attention(module: GraphModule) -> list[AttentionSite]:
+    """All sites, in the order of the graph; the refused ones carry their reason."""
+    sites = []
+    for node in list(module.graph.nodes):
+        if node.target is aten.scaled_dot_product_attention.default:
+            sites.append(_checked(_match_sdpa, AttentionSite(node, "sdpa")))
+        elif node.target in (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default):
+            product = _product_above(node)
+            if product is not None:
+                sites.append(_checked(_match_eager, AttentionSite(node, "eager")))
+        elif node.target is aten._native_multi_head_attention.default:
+            site = AttentionSite(node, "fused", reason="torch's fused inference operator hides its query and key")
+            sites.append(site)
+    return sites
+
+
+def _checked(match, site: AttentionSite) -> AttentionSite:  # type: ignore[no-untyped-def]
+    try:
+        match(site)
+        _check_shapes(site)
+    except Refused as refusal:
+        site.reason = str(refusal)
+    return site
+
+
+# --- scaled_dot_product_attention --------------------------------------------------------------------------------------
+
+
+def _match_sdpa(site: AttentionSite) -> None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    arguments = {**dict(zip(names, site.node.args, strict=False)), **site.node.kwargs}
+    site.query = arguments["query"]  # type: ignore[assignment]
+    site.key = _fold_repeated_heads(arguments["key"])  # type: ignore[arg-type]
+    site.value = _fold_repeated_heads(arguments["value"])  # type: ignore[arg-type]
+    site.scale = arguments.get("scale")  # type: ignore[assignment]
+    site.is_causal = bool(arguments.get("is_causal", False))
+    if arguments.get("dropout_p", 0.0) != 0.0:
+        raise Refused(f"dropout {arguments['dropout_p']} is active; call .eval() or set the attention dropout to 0")
+    mask = arguments.get("attn_mask")
+    if isinstance(mask, Node):
+        site.masks = [MaskTerm("keep" if mask.meta["val"].dtype == torch.bool else "add", mask)]
+
+
+# --- eager -------------------------------------------------------------------------------------------------------------
+
+_CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
+_PASSIVE = _CASTS | {
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+}
+_PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
+_SCORE_OPERATORS = _PASSIVE | {
+    aten.add.Tensor,
+    aten.add.Scalar,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.tanh.default,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.view.default,
+    aten.reshape.default,
+    aten.cat.default,
+}
+
+
+def _product_above(node: Node) -> Node | None:
+    """The product of two activations that a softmax's argument is made from, through elementwise operators."""
+    stack, seen = [node.args[0]], set()
+    while stack:
+        top = stack.pop()
+        if not isinstance(top, Node) or top in seen:
+            continue
+        seen.add(top)
+        if top.target in _PRODUCTS:
+            if all(rank(operand) >= 3 for operand in _factors(top)):
+                return top
+        elif top.target in _SCORE_OPERATORS:
+            stack.extend(top.all_input_nodes)
+    return None
+
+
+def _factors(product: Node) -> list[Node]:
+    if product.target is aten.einsum.default:
+        return list(product.args[1])  # type: ignore[arg-type]
+    return list(product.args[-2:])  # type: ignore[arg-type]
+
+
+def _match_eager(site: AttentionSite) -> None:
+    softmax = site.node
+    dim = softmax.args[1]
+    if dim not in (-1, rank(softmax) - 1):
+        raise Refused(f"softmax over dimension {dim}, expected the last")
+    product = _product_above(softmax)
+    assert product is not None
+    site.scale = 1.0
+    _walk_up(site, softmax.args[0], product)  # type: ignore[arg-type]
+    _walk_down(site, softmax)
+    query, key = _oriented_factors(product)
+    graph = softmax.graph
+    site.query = query
+    site.key = _fold_repeated_heads(key, graph)
+    assert site.value is not None
+    site.value = _fold_repeated_heads(site.value)
+
+
+def _walk_up(site: AttentionSite, node: Node, product: Node) -> None:
+    """From the softmax to the product: masks first, then a softcap, then scales."""
+    scaled = False
+    while node is not product:
+        target = node.target
+        if target in _PASSIVE:
+            node = node.args[0]  # type: ignore[assignment]
+            continue
+        scores, other, on_left = _split_scores(node, product)
+        if target in (aten.add.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor) or "where" in str(target):
+            if scaled:
+                raise Refused("a mask is applied before the scale or softcap")
+            site.masks.append(_mask_term(node, other, on_left))
+        elif target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+            factor = _number(other)
+            if factor is None or (not on_left and "div" in str(target)):
+                raise Refused("the logits are scaled by a tensor, which is not a number")
+            inner = _skip_casts(scores)
+            if inner.target is aten.tanh.default and "mul" in str(target):
+                if scaled or site.softcap is not None:
+                    raise Refused("a softcap is followed by another scale")
+                site.softcap = factor
+                node = inner.args[0]  # type: ignore[assignment]
+                divided, cap, _ = _split_scores(node, product) if node is not product else (node, None, True)
+                divisor = _number(cap)
+                if divisor is None or "div" not in str(node.target) or not math.isclose(divisor, factor):
+                    raise Refused("tanh of the logits is not of the form softcap * tanh(logits / softcap)")
+                scores = divided
+            else:
+                assert site.scale is not None
+                site.scale *= 1 / factor if "div" in str(target) else factor
+            scaled = True
+        else:
+            raise Refused(f"{target} between the product and the softmax is not understood")
+        node = scores
+    if product.target is aten.baddbmm.default:
+        if product.kwargs.get("beta", 1) != 1 or scaled:
+            raise Refused("baddbmm with a factor")
+        site.scale *= product.kwargs.get("alpha", 1)  # type: ignore[operator]
+        site.masks.append(MaskTerm("add", product.args[0]))  # type: ignore[arg-type]
+
+
+def _split_scores(node: Node, product: Node) -> tuple[Node, object, bool]:
+    """(the argument that leads to the product, the other one, whether the first is on the left)."""
+    operands = [a for a in node.args if isinstance(a, (Node, int, float))]
+    leading = [a for a in operands if isinstance(a, Node) and _leads_to(a, product)]
+    if len(leading) != 1:
+        raise Refused(f"{node.name} uses the logits more than once")
+    if node.target in (aten.add.Tensor,) and node.kwargs.get("alpha", 1) != 1:
+        raise Refused("a mask is added with a factor")
+    others = [a for a in operands if a is not leading[0]]
+    return leading[0], (others if len(others) != 1 else others[0]), operands[0] is leading[0]
+
+
+def _leads_to(node: Node, product: Node) -> bool:
+    stack, seen = [node], set()
+    while stack:
+        top = stack.pop()
+        if top is product:
+            return True
+        if top not in seen and top.target in _SCORE_OPERATORS:
+            seen.add(top)
+            stack.extend(top.all_input_nodes)
+    return False
+
+
+def _mask_term(node: Node, other: object, on_left: bool) -> MaskTerm:
+    if node.target is aten.add.Tensor:
+        if not isinstance(other, Node):
+            raise Refused("a number is added to the logits")
+        return MaskTerm("add", other)
+    if "masked_fill" in str(node.target):
+        mask, fill = other  # type: ignore[misc]
+        kind = "drop"
+    else:  # where(condition, scores, fill) or where(condition, fill, scores)
+        mask, fill = other  # type: ignore[misc]
+        kind = "keep" if node.args[1] is not fill else "drop"
+    value = _number(fill)
+    if value is None or not (value <= -1e4):
+        raise Refused(f"hidden logits are set to {value}, expected -inf or a value of at most -1e4")
+    return MaskTerm(kind, mask)
+
+
+def _number(argument: object) -> float | None:
+    """A Python number, or a 0-dim tensor made from one."""
+    if isinstance(argument, (int, float)):
+        return float(argument)
+    if isinstance(argument, Node) and rank(argument) == 0:
+        if argument.target in (aten.full.default, aten.scalar_tensor.default):
+            value = argument.args[1 if argument.target is aten.full.default else 0]
+            return float(value) if isinstance(value, (int, float)) else None
+        if argument.target in _PASSIVE or argument.target is aten.lift_fresh_copy.default:
+            return _number(argument.args[0])
+        if argument.target in (aten.sqrt.default, aten.rsqrt.default):
+            inner = _number(argument.args[0])
+            return None if inner is None else inner**0.5 if argument.target is aten.sqrt.default else inner**-0.5
+        if argument.op == "get_attr":
+            value = operator.attrgetter(str(argument.target))(argument.graph.owning_module)
+            return float(value) if isinstance(value, torch.Tensor) else None
+    return None
+
+
+def _skip_casts(node: Node) -> Node:
+    while node.target in _PASSIVE:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _walk_down(site: AttentionSite, node: Node) -> None:
+    """From the softmax to the product with the value; the weights may be used for nothing else."""
+    while True:
+        users = list(node.users)
+        if len(users) != 1:
+            raise Refused("the attention weights are returned or used elsewhere")
+        user = users[0]
+        if user.target in _PASSIVE:
+            node = user
+        elif user.target in (aten.dropout.default, aten.native_dropout.default):
+            raise Refused(f"dropout {user.args[1]} is active; call .eval() or set the attention dropout to 0")
+        elif user.target in _PRODUCTS and user.target is not aten.baddbmm.default:
+            weights, value = _oriented_product_with_value(user, node)
+            if weights is not node:
+                raise Refused("the attention weights are the right factor of a product")
+            site.node, site.value = user, value
+            return
+        else:
+            raise Refused(f"the attention weights go to {user.target}, expected a product with the value")
+
+
+def _oriented_factors(product: Node) -> tuple[Node, Node]:
+    """Query and key `[..., S, D]` of the logits' product; views are inserted where the graph has none."""
+    graph = product.graph
+    if product.target is aten.einsum.default:
+        return _einsum_factors(product, transpose_right=True)
+    query, transposed = _factors(product)
+    if transposed.target is aten.transpose.int and {int(d) % rank(transposed) for d in transposed.args[1:]} == {  # type: ignore[call-overload]
+        rank(transposed) - 2,
+        rank(transposed) - 1,
+    }:
+        return query, transposed.args[0]  # type: ignore[return-value]
+    with graph.inserting_after(transposed):
+        key = graph.call_function(aten.transpose.int, (transposed, -2, -1))
+    key.meta["val"] = transposed.meta["val"].transpose(-2, -1)
+    return query, key
+
+
+def _oriented_product_with_value(product: Node, weights: Node) -> tuple[Node, Node]:
+    if product.target is not aten.einsum.default:
+        left, right = _factors(product)
+        return left, right
+    left, right = _factors(product)
+    if left is not weights:
+        raise Refused("the attention weights are the right factor of an einsum")
+    _, value = _einsum_factors(product, transpose_right=False)
+    return left, value
+
+
+def _einsum_factors(product: Node, *, transpose_right: bool) -> tuple[Node, Node]:
+    """The factors of an einsum as `[batch..., M, C]` and `[batch..., N, C]` (or `[batch..., C, N]`).
+
+    The result must be `[batch..., M, N]` as it stands, so that it can be replaced.
+    """
+    equation = str(product.args[0]).replace(" ", "")
+    inputs, result = equation.split("->") if "->" in equation else (equation, "")
+    left, right = inputs.split(",")
+    contracted = set(left) & set(right) - set(result)
+    batch = [c for c in result if c in left and c in right]
+    rows, columns = ([c for c in result if c in own and c not in batch] for own in (left, right))
+    simple = len(contracted) == len(rows) == len(columns) == 1 and "." not in equation
+    if not simple or result != "".join([*batch, *rows, *columns]):
+        raise Refused(f"einsum {equation!r} is not a batched matrix product with the result in order")
+    inner = contracted.pop()
+    targets = (
+        [*batch, rows[0], inner],
+        [*batch, columns[0], inner] if transpose_right else [*batch, inner, columns[0]],
+    )
+    factors = []
+    for node, letters, wanted in zip(_factors(product), (left, right), targets, strict=True):
+        order = [letters.index(c) for c in wanted]
+        with product.graph.inserting_before(product):
+            view = product.graph.call_function(aten.permute.default, (node, order))
+        view.meta["val"] = node.meta["val"].permute(order)
+        factors.append(view)
+    return factors[0], factors[1]
+
+
+# --- grouped heads -----------------------------------------------------------------------------------------------------
+
+_VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints}
+
+
+def _fold_repeated_heads(node: Node, graph: Graph | None = None) -> Node:
+    """`[B, Hkv, S, D]` behind a `repeat_kv`; the node itself where there is none."""
+    source = node
+    while source.target in (aten.contiguous.default, aten.clone.default):
+        source = source.args[0]  # type: ignore[assignment]
+    if rank(source) != 4:
+        return node
+    if source.target is aten.repeat_interleave.self_int:
+        dim = source.args[2] if len(source.args) > 2 else source.kwargs.get("dim")
+        return source.args[0] if dim in (1, -3) else node  # type: ignore[return-value]
+    if source.target in _VIEWS:
+        expanded = source.args[0]
+        while isinstance(expanded, Node) and expanded.target in (aten.clone.default, aten.contiguous.default):
+            expanded = expanded.args[0]
+        if isinstance(expanded, Node) and expanded.target is aten.expand.default and rank(expanded) == 5:
+            single = expanded.args[0]
+            if isinstance(single, Node) and single.target is aten.unsqueeze.default and single.args[1] in (2, -3):
+                original = single.args[0]
+                assert isinstance(original, Node)
+                heads = shape(original)[1] * shape(expanded)[2]
+                if heads == shape(source)[1] and str(shape(original)[2:]) == str(shape(source)[2:]):
+                    return original
+    return node
+
+
+def _check_shapes(site: AttentionSite) -> None:
+    assert site.query is not None and site.key is not None and site.value is not None
+    query, key, value = (shape(n) for n in (site.query, site.key, site.value))
+    if len(query) not in (3, 4) or len(key) != len(query) or len(value) != len(query):
+        raise Refused(f"query has {len(query)} dimensions, expected [B, H, S, D] or [N, S, D]")
+    if len(query) == 4:
+        if not all(isinstance(s[1], int) for s in (query, key, value)):
+            raise Refused("the number of heads is not static")
+        if key[1] != value[1]:
+            # One of the two was repeated in a way that is not recognised.
+            raise Refused(f"key has {key[1]} heads and value {value[1]}")
+        if query[1] % key[1]:
+            raise Refused(f"{query[1]} query heads are not a multiple of {key[1]} KV heads")
+    for name, size in (("query", query[-1]), ("value", value[-1])):
+        if not isinstance(size, int) or size > 256:
+            raise Refused(f"{name} has head_dim {size}, expected at most 256")
+    dtypes = {n.meta["val"].dtype for n in (site.query, site.key, site.value)}
+    if len(dtypes) > 1:
+        raise Refused(f"query, key and value have different dtypes: {', '.join(sorted(map(str, dtypes)))}")

@@ -1,0 +1,151 @@
+"""Lower: each planned site becomes one `rewriter::live_range_attention`, and dead mask construction is removed.
+
+Small functions are traced to pre-dispatch ATen and their nodes copied into the graph. Live ranges are computed once
+and shared by all sites that have the same mask and policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph
+from torch.fx import GraphModule
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import rewriter.kernels  # registers the operators  # noqa: F401
+from rewriter.kernels import LiveRanges
+from rewriter.passes.analyse_masks import MaskProof
+from rewriter.passes.analyse_masks import bias_tensor
+from rewriter.passes.analyse_masks import live_range_tensors
+from rewriter.passes.apply_policy import PlannedSite
+from rewriter.passes.apply_policy import SiteTensors
+from rewriter.passes.index_functions import Apply
+from rewriter.passes.index_functions import Element
+from rewriter.passes.index_functions import Expression
+from rewriter.passes.index_functions import Size
+
+aten = torch.ops.aten
+
+
+def lower(module: GraphModule, planned: list[PlannedSite]) -> int:
+    """Replaces the sites that have a proof and no reason against them, in place; returns how many."""
+    shared: dict[Any, tuple[Node, ...]] = {}
+    replaced = 0
+    for plan in planned:
+        if plan.site.reason is None and plan.proof is not None:
+            _replace(plan, plan.proof, shared)
+            replaced += 1
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return replaced
+
+
+def _replace(plan: PlannedSite, proof: MaskProof, shared: dict[Any, tuple[Node, ...]]) -> None:
+    site = plan.site
+    assert site.query is not None and site.key is not None and site.value is not None
+    graph = site.node.graph
+    with graph.inserting_before(site.node):
+        tensors = (site.query, site.key, site.value)
+        if len(site.query.meta["val"].shape) == 3:
+            tensors = tuple(_emit(graph, lambda x: (x.unsqueeze(1),), [t])[0] for t in tensors)  # type: ignore[assignment]
+        query, key, value = tensors
+        sizes = (str(query.meta["val"].shape), str(key.meta["val"].shape))
+        sharing = (proof.interval, proof.bias, plan.policy, sizes, tensors if plan.policy.reads_site else None)
+        if sharing not in shared:
+            shared[sharing] = _emit_ranges(graph, plan, proof, query, key, value)
+        ranges = shared[sharing]
+        needs_copy = any(user.target is aten.view.default for user in site.node.users)
+        flat = len(site.query.meta["val"].shape) == 3
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, *bias: Tensor) -> tuple[Tensor]:
+            output, _ = torch.ops.rewriter.live_range_attention(
+                query, key, value, start, end, None, None, bias[0] if bias else None, None, None, site.scale, site.softcap
+            )
+            output = output.squeeze(1) if flat else output
+            # A view of the result asks for the layout that the original product had.
+            return (output.contiguous() if needs_copy else output,)
+
+        (result,) = _emit(graph, attend, [query, key, value, *ranges])
+    for name in ("nn_module_stack", "stack_trace"):
+        if name in site.node.meta:
+            result.meta[name] = site.node.meta[name]
+    site.node.replace_all_uses_with(result)
+
+
+def _emit_ranges(
+    graph: Graph, plan: PlannedSite, proof: MaskProof, query: Node, key: Node, value: Node
+) -> tuple[Node, ...]:
+    """Start and end in index space, and the key bias where there is one."""
+    bias = proof.bias
+    data = list(dict.fromkeys(n for e in (proof.interval.start, proof.interval.end, bias) for n in _data_nodes(e)))
+
+    def ranges(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        input_ids = rest[-1] if plan.input_ids is not None else None
+        env = dict(zip(data, rest, strict=False))
+        num_batch, num_keys = query.size(0), key.size(2)
+        start, end = live_range_tensors(proof.interval, env, num_batch, num_keys, query.device)
+        live = LiveRanges(start, end)
+        extra = plan.policy.live_ranges(SiteTensors(live, input_ids, query, key, value))
+        if extra is not None:
+            live = live & extra
+        start, end = live.start, live.end
+        offset = num_keys - query.size(2)
+        if not isinstance(offset, int) or offset != 0:
+            # The operator aligns rows to the bottom right: row r of the mask has index r + K - Q.
+            start, end = ((t.to(torch.int64) + offset).clamp(max=2**31 - 1).to(torch.int32) for t in (start, end))
+        if bias is None:
+            return start, end
+        return start, end, bias_tensor(bias, env, num_batch, num_keys, query.device)
+
+    extra = [] if plan.input_ids is None else [plan.input_ids]
+    return _emit(graph, ranges, [query, key, value, *data, *extra])
+
+
+def _data_nodes(expression: Expression | None) -> list[Node]:
+    if isinstance(expression, Size):
+        return [expression.node]
+    if isinstance(expression, Element):
+        return [expression.node, *(n for i in expression.indices for n in _data_nodes(i))]
+    if isinstance(expression, Apply):
+        return [n for a in expression.args for n in _data_nodes(a)]
+    return []
+
+
+def _emit(graph: Graph, function: Callable[..., tuple[Tensor, ...]], inputs: list[Node]) -> tuple[Node, ...]:
+    """Traces `function` on the inputs' fake values and copies its nodes to the insertion point."""
+    fakes = [node.meta["val"] for node in inputs]
+    fake_mode = next(fake.fake_mode for fake in fakes if isinstance(fake, Tensor))  # type: ignore[attr-defined]
+    with fake_mode:
+        traced = make_fx(function, pre_dispatch=True)(*fakes)
+    traced.graph.eliminate_dead_code()
+    copies: dict[Node, Node] = {}
+    sources = iter(inputs)
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = next(sources)
+        elif node.op == "output":
+            return tuple(copies[n] for n in node.args[0])
+        elif node.op == "get_attr":
+            copies[node] = _adopt_constant(graph, traced, node)
+        else:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    raise AssertionError("a traced graph ends with its output")
+
+
+def _adopt_constant(graph: Graph, traced: GraphModule, node: Node) -> Node:
+    """Moves a constant tensor of a traced function to the module that owns the graph."""
+    owner = graph.owning_module
+    assert owner is not None
+    name, number = f"_rewriter_constant_{len(list(owner.buffers(recurse=False)))}", 0
+    while hasattr(owner, name):
+        number += 1
+        name = f"_rewriter_constant_{number}_"
+    owner.register_buffer(name, getattr(traced, str(node.target)), persistent=False)
+    copy = graph.get_attr(name)
+    copy.meta = dict(node.meta)
+    return copy

@@ -1,0 +1,122 @@
+"""The pipeline: capture -> canonicalize -> find attention -> analyse masks -> apply policy -> lower.
+
+One order, one place. Each pass returns what it did; `Rewritten` is their sum.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule
+
+from rewriter.passes.analyse_masks import MaskProof
+from rewriter.passes.analyse_masks import Unproven
+from rewriter.passes.analyse_masks import prove_mask
+from rewriter.passes.apply_policy import PlannedSite
+from rewriter.passes.apply_policy import Policy
+from rewriter.passes.apply_policy import apply_policy
+from rewriter.passes.canonicalize import Canonicalized
+from rewriter.passes.canonicalize import canonicalize
+from rewriter.passes.capture import capture
+from rewriter.passes.check_masks import check_mask
+from rewriter.passes.find_attention import AttentionSite
+from rewriter.passes.find_attention import find_attention
+from rewriter.passes.index_functions import IndexFunctions
+from rewriter.passes.lower import lower
+
+
+@dataclass
+class Rewritten:
+    """A rewritten graph and what each pass did.
+
+    Attributes:
+        module: the graph, ready for a compiler or to be called.
+        sites: all attention sites in order, each with its proof or its reason for refusal.
+        canonicalized: what canonicalization changed.
+        constants: qualified names of the buffers that proofs have read.
+        seconds: time of each pass.
+    """
+
+    module: GraphModule
+    sites: list[PlannedSite] = field(default_factory=list)
+    canonicalized: Canonicalized | None = None
+    constants: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def rewrite(
+    dynamo_graph: GraphModule,
+    example_inputs: Sequence[Any],
+    policy: Policy,
+    *,
+    replace: bool = True,
+    dump: Path | None = None,
+) -> Rewritten:
+    """Runs all passes over a Dynamo graph.
+
+    Args:
+        example_inputs: the values of the graph's placeholders.
+        replace: False to analyse only.
+        dump: folder for the graph's code before and after each pass.
+
+    Raises:
+        PolicyError: the policy cannot be applied to these inputs.
+    """
+    seconds: dict[str, float] = {}
+    began = time.perf_counter()
+
+    def done(name: str, module: GraphModule) -> None:
+        nonlocal began
+        seconds[name] = time.perf_counter() - began
+        if dump is not None:
+            dump.mkdir(parents=True, exist_ok=True)
+            (dump / f"{len(seconds)}-{name}.txt").write_text(module.print_readable(print_output=False) + "\n")
+        began = time.perf_counter()
+
+    captured = capture(dynamo_graph, example_inputs)
+    module = captured.module
+    done("capture", module)
+    canonicalized = canonicalize(module)
+    done("canonicalize", module)
+    sites = find_attention(module)
+    done("find-attention", module)
+    constants = {node: value for node, (_, value) in captured.buffers.items()}
+    functions = IndexFunctions(canonicalized.modified)
+    proofs = _analyse(sites, functions, constants)
+    done("analyse-masks", module)
+    planned = apply_policy(module, sites, proofs, policy)
+    done("apply-policy", module)
+    if replace:
+        lower(module, planned)
+        done("lower", module)
+    read = dict.fromkeys(captured.buffers[node][0] for proof in proofs.values() for node in proof.constants)
+    return Rewritten(module, planned, canonicalized, list(read), seconds)
+
+
+def _analyse(sites: list[AttentionSite], functions: IndexFunctions, constants: dict[Any, Any]) -> dict[int, MaskProof]:
+    """Proofs by site; a site without one gets its reason. Sites with the same masks are analysed once."""
+    proofs: dict[int, MaskProof] = {}
+    known: dict[Any, MaskProof | str] = {}
+    for position, site in enumerate(sites):
+        if site.reason is not None:
+            continue
+        assert site.query is not None and site.key is not None
+        sizes = tuple(str(s) for node in (site.query, site.key) for s in node.meta["val"].shape)
+        same = (site.is_causal, tuple(site.masks), sizes)
+        if same not in known:
+            try:
+                proof = prove_mask(site, functions, constants)
+                known[same] = check_mask(site, proof, functions, constants) or proof
+            except Unproven as reason:
+                known[same] = str(reason)
+        result = known[same]
+        if isinstance(result, MaskProof):
+            proofs[position] = result
+        else:
+            site.reason = result
+    return proofs

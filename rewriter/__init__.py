@@ -1,0 +1,34 @@
+"""rewriter: attention keys have live ranges.
+
+A model in, the same model with its attention proven, rewritten and run over the keys that are alive.
+"""
+
+from __future__ import annotations
+
+from rewriter.optimize import OptimizedModel
+from rewriter.optimize import RewriteError
+from rewriter.optimize import explain
+from rewriter.optimize import optimize
+from rewriter.passes import PolicyError
+from rewriter.passes import SiteTensors
+from rewriter.policies import Exact
+from rewriter.policies import PerLayer
+from rewriter.policies import Policy
+from rewriter.policies import SeparatorMask
+from rewriter.policies import SlidingWindow
+from rewriter.report import Report
+
+__all__ = [
+    "Exact",
+    "OptimizedModel",
+    "PerLayer",
+    "Policy",
+    "PolicyError",
+    "Report",
+    "RewriteError",
+    "SeparatorMask",
+    "SiteTensors",
+    "SlidingWindow",
+    "explain",
+    "optimize",
+]

@@ -1,0 +1,275 @@
+"""Policies: which keys live how long. Frozen dataclasses, validated when built.
+
+A policy of your own is a frozen dataclass that derives from `Policy` and has one method, `live_ranges`, in plain
+torch operations; set `needs_input_ids` or `reads_site` where it looks at them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rewriter.kernels import FOREVER
+from rewriter.kernels import LiveRanges
+from rewriter.passes import PolicyError
+from rewriter.passes import SiteTensors
+
+PUNCTUATION = ".,?!;:\n\t"
+"""Characters that separate segments of text; a space alone separates words, and is left out."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies.
+
+    Attributes:
+        needs_causal: refuse sites that are not proven causal.
+        needs_input_ids: the ranges depend on token ids.
+        reads_site: the ranges depend on query, key or value, and are computed for each site.
+    """
+
+    needs_causal: ClassVar[bool] = True
+    needs_input_ids: ClassVar[bool] = False
+    reads_site: ClassVar[bool] = False
+
+    def live_ranges(self, site: SiteTensors) -> LiveRanges | None:
+        """The policy's ranges, to be intersected with the model's own; None keeps the model's.
+
+        Args:
+            site: the site's tensors; `site.live` are the model's own ranges.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define live_ranges(site)")
+
+    def for_layer(self, layer: int) -> Policy:
+        """The policy of the attention site number `layer`, from 0 in the order of the model."""
+        del layer
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {"policy": type(self).__name__, **{k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Policy:
+        """The policy that `to_dict` wrote.
+
+        Raises:
+            PolicyError: the name is not a policy, or its fields are not those of `data`.
+        """
+        name = data.get("policy")
+        known = {cls.__name__: cls for cls in _subclasses(Policy)}
+        if name not in known:
+            raise PolicyError(f"{name!r} is not a policy; known are {', '.join(sorted(known))}")
+        return known[name]._build({k: v for k, v in data.items() if k != "policy"})
+
+    @classmethod
+    def _build(cls, fields: dict[str, Any]) -> Policy:
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        except TypeError as error:
+            raise PolicyError(f"{cls.__name__} cannot be built from {fields}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Exact(Policy):
+    """Lossless: each mask is replaced by its own live ranges."""
+
+    needs_causal: ClassVar[bool] = False
+
+    def live_ranges(self, site: SiteTensors) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class SlidingWindow(Policy):
+    """Each query sees the last `window` keys, its own included, and the first `sinks` keys (arXiv 2309.17453).
+
+    Args:
+        window: at least 1; as long as the sequence or longer, it changes nothing.
+        sinks: number of first keys that are never forgotten, counted from each row's first token that is not padding.
+    """
+
+    window: int
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        _check_int(self, "window", self.window, 1)
+        _check_int(self, "sinks", self.sinks, 0)
+
+    def live_ranges(self, site: SiteTensors) -> LiveRanges:
+        return _windowed(site, self.window, self.sinks, None)
+
+
+@dataclass(frozen=True)
+class SeparatorMask(Policy):
+    """Separators and the first keys are never forgotten, others live for a window (SepLLM, arXiv 2412.12094, section 3).
+
+    Args:
+        separators: token ids; found by `from_tokenizer`.
+        initial: number of first keys that are never forgotten, counted from each row's first token that is not padding.
+        window: queries that see an ordinary key, its own included.
+        names: what the separators look like, for printing; filled in by `from_tokenizer`.
+    """
+
+    needs_input_ids: ClassVar[bool] = True
+
+    separators: tuple[int, ...]
+    initial: int = 3
+    window: int = 256
+    names: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.separators, (str, bytes)) or not isinstance(self.separators, Iterable):
+            raise PolicyError(f"SeparatorMask: separators must be token ids, got {self.separators!r}")
+        ids = tuple(self.separators)
+        if not ids:
+            raise PolicyError(
+                "SeparatorMask: separators is empty; give token ids, use SeparatorMask.from_tokenizer(tokenizer), "
+                "or SlidingWindow(window, sinks) for no separators"
+            )
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise PolicyError(f"SeparatorMask: separators must be token ids of at least 0, got {token!r}")
+        object.__setattr__(self, "separators", tuple(sorted(set(ids))))
+        _check_int(self, "initial", self.initial, 0)
+        _check_int(self, "window", self.window, 1)
+
+    @classmethod
+    def from_tokenizer(
+        cls, tokenizer: Any, *, initial: int = 3, window: int = 256, characters: str = PUNCTUATION
+    ) -> SeparatorMask:
+        """Finds every token that is made of separator characters, merged ones such as `."` or two newlines included.
+
+        A token is a separator if it decodes to at least one of `characters` and otherwise only to white space, quotes
+        and closing brackets. `names` lists what was chosen.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+            characters: what separates.
+
+        Raises:
+            PolicyError: no token is a separator.
+        """
+        special = set(tokenizer.all_special_ids)
+        around = set(" \t\r\n\"'”’»)]}")
+        chosen: dict[int, str] = {}
+        for token in sorted(set(tokenizer.get_vocab().values())):
+            text = "" if token in special else tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            if any(c in characters for c in text) and all(c in characters or c in around for c in text):
+                chosen[token] = text
+        if not chosen:
+            raise PolicyError(f"no token of this tokenizer is made of {characters!r}; give separators=... as token ids")
+        return cls(tuple(chosen), initial, window, tuple(chosen.values()))
+
+    def live_ranges(self, site: SiteTensors) -> LiveRanges:
+        assert site.input_ids is not None
+        return _windowed(site, self.window, self.initial, _is_any(site.input_ids, self.separators))
+
+
+@dataclass(frozen=True)
+class PerLayer(Policy):
+    """A policy for each attention site, numbered from 0 in the order of the model.
+
+    Args:
+        layers: keys are numbers (`0`), ranges with both ends (`"1-8"`) or `"default"` (`Exact()` if left out).
+    """
+
+    needs_causal: ClassVar[bool] = False
+
+    layers: Mapping[int | str, Policy]
+
+    def __post_init__(self) -> None:
+        by_layer: dict[int, Policy] = {}
+        default: Policy = Exact()
+        for key, policy in self.layers.items():
+            if not isinstance(policy, Policy):
+                raise PolicyError(f"PerLayer: the policy of {key!r} is {policy!r}, expected a policy such as Exact()")
+            if isinstance(policy, PerLayer):
+                raise PolicyError(f"PerLayer: the policy of {key!r} is itself a PerLayer")
+            if key == "default":
+                default = policy
+                continue
+            for layer in _layer_numbers(key):
+                if layer in by_layer:
+                    raise PolicyError(f"PerLayer: layer {layer} is named twice")
+                by_layer[layer] = policy
+        object.__setattr__(self, "_by_layer", by_layer)
+        object.__setattr__(self, "_default", default)
+
+    def __hash__(self) -> int:
+        return hash((tuple(sorted(self._by_layer.items(), key=lambda item: item[0])), self._default))
+
+    def for_layer(self, layer: int) -> Policy:
+        return self._by_layer.get(layer, self._default)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"policy": "PerLayer", "layers": {str(k): p.to_dict() for k, p in self.layers.items()}}
+
+    @classmethod
+    def _build(cls, fields: dict[str, Any]) -> PerLayer:
+        layers = fields.get("layers", {})
+        return cls({int(k) if str(k).isdigit() else k: Policy.from_dict(v) for k, v in layers.items()})
+
+    _by_layer: dict[int, Policy] = field(init=False, repr=False, compare=False)
+    _default: Policy = field(init=False, repr=False, compare=False)
+
+
+def _windowed(site: SiteTensors, window: int, first: int, forever: Tensor | None) -> LiveRanges:
+    """Causal; a key lives for `window` queries, or for ever: the `first` live keys of a row, and where `forever` says so.
+
+    Args:
+        forever: bool `[B, K]`.
+    """
+    num_keys = site.live.num_keys
+    index = torch.arange(num_keys, device=site.key.device, dtype=torch.int32)[None, None, :]
+    kept = torch.zeros_like(index, dtype=torch.bool) if forever is None else forever[:, None, :]
+    if first:
+        # Rows are padded differently: the first keys are those that come first among the keys that ever live.
+        ever = site.live.end > site.live.start
+        kept = kept | (ever & (ever.to(torch.int32).cumsum(dim=2) <= first))
+    end = (index.to(torch.int64) + window).clamp(max=FOREVER).to(torch.int32)
+    return LiveRanges(index, torch.where(kept, FOREVER, end).to(torch.int32))
+
+
+def _is_any(input_ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
+    """Whether each id is one of `tokens`: runs of neighbouring ids are one comparison. bool, like `input_ids`."""
+    runs: list[list[int]] = []
+    for token in tokens:
+        if runs and runs[-1][1] == token - 1:
+            runs[-1][1] = token
+        else:
+            runs.append([token, token])
+    result = torch.zeros_like(input_ids, dtype=torch.bool)
+    for low, high in runs:
+        result = result | ((input_ids >= low) & (input_ids <= high) if low < high else input_ids == low)
+    return result
+
+
+def _layer_numbers(key: int | str) -> Iterable[int]:
+    if isinstance(key, int) and not isinstance(key, bool) and key >= 0:
+        return (key,)
+    if isinstance(key, str):
+        low, dash, high = key.partition("-")
+        if low.isdigit() and (high.isdigit() if dash else True):
+            first, last = int(low), int(high) if dash else int(low)
+            if first <= last:
+                return range(first, last + 1)
+    raise PolicyError(f'PerLayer: {key!r} is not a layer; write 3, "1-8" or "default"')
+
+
+def _check_int(policy: Policy, name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PolicyError(f"{type(policy).__name__}: {name} must be an integer of at least {least}, got {value!r}")
+
+
+def _subclasses(cls: type[Policy]) -> list[type[Policy]]:
+    return [cls, *(s for sub in cls.__subclasses__() for s in _subclasses(sub))]
