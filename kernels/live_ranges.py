@@ -80,7 +80,7 @@ class LiveRanges:
         """
         _check_window(window, sinks, "sinks")
         start = _arange(num_keys, device)
-        return cls(start, torch.where(start < sinks, FOREVER, _plus(start, window)))
+        return cls(start, torch.where(start < sinks, FOREVER, plus_window(start, window)))
 
     @classmethod
     def separators(cls, is_separator: Tensor, *, window: int, initial: int = 0) -> LiveRanges:
@@ -99,7 +99,7 @@ class LiveRanges:
             )
         start = _arange(is_separator.size(1), is_separator.device)
         forever = is_separator[:, None, :] | (start < initial)
-        return cls(start, torch.where(forever, FOREVER, _plus(start, window)))
+        return cls(start, torch.where(forever, FOREVER, plus_window(start, window)))
 
     @classmethod
     def documents(cls, document_ids: Tensor) -> LiveRanges:
@@ -211,9 +211,13 @@ def _arange(num_keys: int, device: torch.device | str | None) -> Tensor:
     return torch.arange(num_keys, dtype=torch.int32, device=device)[None, None, :]
 
 
-def _plus(start: Tensor, window: int) -> Tensor:
-    """`start + window` without leaving int32."""
-    return (start.to(torch.int64) + window).clamp(max=FOREVER).to(torch.int32)
+def plus_window(start: Tensor, window: int) -> Tensor:
+    """`start + window` without leaving int32, for starts below 2^30.
+
+    The window is cut in Python, not by a clamp in the graph: Inductor (torch 2.13) folds some clamps of index ranges
+    with a dynamic length to their bound, 2^31 - 1, and then no key would ever start.
+    """
+    return start + min(window, 2**30)
 
 
 def _leading(query: Tensor, shape: tuple[int, int, int]) -> tuple[int, int]:

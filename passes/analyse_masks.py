@@ -10,6 +10,7 @@ Ranges are in row space: row r of the mask is r, whatever index the query has.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,6 +45,10 @@ from rewriter.passes.index_functions import shape
 from rewriter.passes.index_functions import substitute
 
 BATCH, HEAD, ROW, KEY = range(4)
+
+LARGEST = 2**30
+"""Constant offsets are cut to this: no row is that far, and sums stay in int32. A clamp in the graph would do the same,
+but Inductor (torch 2.13) folds `maximum(arange(n).clamp(-m, m), arange(n)).clamp(max=m)`, m = 2**31 - 1, to m."""
 
 MAX_CASES = 16
 """Additive masks with more combinations of values than this are not split."""
@@ -133,7 +138,7 @@ class _Analysis:
             raise Unproven(f"mask {term.node.name} has {len(shape(term.node))} dimensions, expected at most 4")
         element = broadcast(self.functions.element(term.node), shape(term.node), 4)
         if HEAD in axes_of(element):
-            raise Unproven(f"mask {term.node.name} differs between heads{self._origin(element)}")
+            raise Unproven(f"mask {term.node.name} differs between heads, as a relative position bias does{self._origin(element)}")
         if term.kind in ("keep", "drop"):
             if not is_bool(term.node):
                 raise Unproven(f"mask {term.node.name} is {term.node.meta['val'].dtype}, expected bool")
@@ -158,6 +163,10 @@ class _Analysis:
     @staticmethod
     def _masking(element: Expression) -> Expression | None:
         """When a value that is always 0 or a masking one is 0."""
+        if isinstance(element, Apply) and element.name == "add":
+            parts = [_Analysis._masking(argument) for argument in element.args]
+            if all(part is not None for part in parts):
+                return apply("and", *parts)  # type: ignore[arg-type]
         values = _cases(element)
         if values is None or not all(value == 0 or is_masking(value) for _, value in values):
             return None
@@ -170,7 +179,7 @@ class _Analysis:
     # --- predicates ---
 
     def conjunction(self, predicates: list[Expression]) -> Interval:
-        parts = [part for predicate in predicates for part in _flatten("and", _push_not(predicate))]
+        parts = [part for predicate in predicates for part in _flatten("and", _normal(predicate))]
         positions = [p for part in parts if (p := self._document_positions(part)) is not None]
         result = EVERYTHING
         for part in parts:
@@ -317,14 +326,14 @@ class _Analysis:
         window = int(end[0])
         if not bool((start == index + offset).all()) and not bool((start == 0).all()):
             raise Unproven("a constant mask is neither causal nor a window")
-        lower = _key_plus(offset) if bool((start == index + offset).all()) else ZERO
-        if window == FOREVER and bool((end == FOREVER).all()):
-            upper: Expression = Const(FOREVER)
-        elif bool((end == torch.where(index + window < size, index + window, FOREVER)).all()):
-            upper = _key_plus(window)
-        else:
-            raise Unproven("a constant mask is neither causal nor a window")
-        return self.conjunction([apply("le", lower, Axis(ROW)), apply("lt", Axis(ROW), upper)])
+        bounds = []
+        if bool((start == index + offset).all()):
+            bounds.append(apply("le", _key_plus(offset), Axis(ROW)))
+        if not bool((end == FOREVER).all()):
+            if not bool((end == torch.where(index + window < size, index + window, FOREVER)).all()):
+                raise Unproven("a constant mask is neither causal nor a window")
+            bounds.append(apply("lt", Axis(ROW), _key_plus(window)))
+        return self.conjunction(bounds)
 
     def _origin(self, expression: Expression) -> str:
         """Where the data of an expression comes from, for a reason."""
@@ -389,24 +398,46 @@ def _flatten(name: str, expression: Expression) -> list[Expression]:
     return [expression]
 
 
-def _push_not(expression: Expression) -> Expression:
-    """Negations moved inwards, onto comparisons and data."""
+def _normal(expression: Expression) -> Expression:
+    """Negations moved inwards, onto comparisons and data; comparisons of numbers with known values split into cases."""
     if not isinstance(expression, Apply):
         return expression
     if expression.name in ("and", "or"):
-        return apply(expression.name, *(_push_not(a) for a in expression.args))
+        return apply(expression.name, *(_normal(a) for a in expression.args))
+    if expression.name in _COMPARE:
+        return _split_comparison(expression)
     if expression.name != "not" or not isinstance(inner := expression.args[0], Apply):
         return expression
     if inner.name in ("and", "or"):
-        return apply("or" if inner.name == "and" else "and", *(_push_not(negate(a)) for a in inner.args))
+        return apply("or" if inner.name == "and" else "and", *(_normal(negate(a)) for a in inner.args))
     if inner.name in ("lt", "le"):
-        return apply("le" if inner.name == "lt" else "lt", *reversed(inner.args))
+        return _split_comparison(Apply("le" if inner.name == "lt" else "lt", tuple(reversed(inner.args))))
+    if inner.name == "eq" and (split := _split_comparison(inner)) is not inner:
+        return _normal(negate(split))
     return expression
+
+
+_COMPARE = {"lt": operator.lt, "le": operator.le, "eq": operator.eq}
+
+
+def _split_comparison(comparison: Apply) -> Expression:
+    """`(condition ? x : y) < z` -> an `or` of the conditions under which it holds, where all values are known."""
+    left, right = (_cases(argument) for argument in comparison.args)
+    if left is None or right is None or ROW not in axes_of(comparison):
+        return comparison
+    result: Expression = FALSE
+    for p, x in left:
+        for q, y in right:
+            if _COMPARE[comparison.name](x, y):
+                result = apply("or", result, apply("and", p, q))
+    return _normal(result)
 
 
 def _sum(terms: Mapping[Expression, int]) -> Expression:
     total: Expression = ZERO
     for term, factor in terms.items():
+        if term == Const(1):
+            factor = max(-LARGEST, min(LARGEST, factor))
         total = apply("add", total, apply("mul", term, Const(factor)))
     return total
 
@@ -424,7 +455,7 @@ def _bound_trait(kind: str, bound: Expression) -> str:
     if terms:
         return f"{kind} with an offset"
     if kind == "causal":
-        return "causal" if offset == 0 else f"causal with offset {-offset}"
+        return "causal" if offset == 0 else f"at most {-offset} ahead" if offset < 0 else f"at least {offset} behind"
     return f"window {offset}"
 
 
@@ -498,6 +529,9 @@ _OPERATIONS = {
     "add": torch.add,
     "mul": torch.mul,
     "floordiv": lambda x, y: torch.div(x, y, rounding_mode="floor"),
+    "quotient": lambda m, n: torch.div(m, n, rounding_mode="floor"),
+    "remainder": torch.remainder,
+    "join": lambda i, j, n: i * n + j,
     "abs": torch.abs,
     "lt": torch.lt,
     "le": torch.le,
@@ -517,8 +551,21 @@ def live_range_tensors(
 ) -> tuple[Tensor, Tensor]:
     """Start and end, int32 `[B|1, 1, K]`, in row space."""
     axes = _key_grid(num_batch, num_keys, device)
-    start, end = (_vector(materialize(e, env, axes), num_keys, device) for e in (interval.start, interval.end))
-    return start.clamp(-FOREVER, FOREVER).to(torch.int32), end.clamp(-FOREVER, FOREVER).to(torch.int32)
+    bounds = []
+    for expression in (interval.start, interval.end):
+        value = _vector(materialize(expression, env, axes), num_keys, device)
+        if _is_data(expression):
+            value = torch.where(value > LARGEST, FOREVER, torch.where(value < -LARGEST, -LARGEST, value))
+        bounds.append(value.to(torch.int32))
+    return bounds[0], bounds[1]
+
+
+def _is_data(expression: Expression) -> bool:
+    """Whether an integer's value, and not only the choice between values, is data."""
+    if isinstance(expression, Apply):
+        values = expression.args[1:] if expression.name == "where" else expression.args
+        return not expression.name.startswith("document") and any(_is_data(a) for a in values)
+    return isinstance(expression, Element)
 
 
 def bias_tensor(

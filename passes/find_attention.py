@@ -80,6 +80,9 @@ class Refused(Exception):
     """Why something that looks like attention is not replaced."""
 
 
+_FUSED = (aten._native_multi_head_attention.default, aten._transformer_encoder_layer_fwd.default)
+
+
 def find_attention(module: GraphModule) -> list[AttentionSite]:
     """All sites, in the order of the graph; the refused ones carry their reason."""
     sites = []
@@ -90,9 +93,9 @@ def find_attention(module: GraphModule) -> list[AttentionSite]:
             product = _product_above(node)
             if product is not None:
                 sites.append(_checked(_match_eager, AttentionSite(node, "eager")))
-        elif node.target is aten._native_multi_head_attention.default:
-            site = AttentionSite(node, "fused", reason="torch's fused inference operator hides its query and key")
-            sites.append(site)
+        elif node.target in _FUSED:
+            reason = "torch's fused inference operator hides its query and key; call torch.backends.mha.set_fastpath_enabled(False)"
+            sites.append(AttentionSite(node, "fused", reason=reason))
     return sites
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
@@ -59,7 +60,11 @@ class Element(Expression):
 
 @dataclass(frozen=True)
 class Apply(Expression):
-    """`name` is one of: add mul floordiv abs lt le eq and or not where number."""
+    """`name` is one of: add mul floordiv abs lt le eq and or not where number quotient remainder join.
+
+    `join(i, j, n)` is `i * n + j` with `0 <= j < n`: an index along a dimension that two were merged into;
+    `quotient(m, n)` and `remainder(m, n)` take it apart.
+    """
 
     name: str
     args: tuple[Expression, ...]
@@ -149,6 +154,10 @@ def apply(name: str, *args: Expression) -> Expression:
         case "where", (Const(False), _, x):
             return x
         case "where", (_, x, y) if x == y:
+            return x
+        case "quotient", (Apply("join", (x, _, n)), m) if n == m:
+            return x
+        case "remainder", (Apply("join", (_, x, n)), m) if n == m:
             return x
         case "eq", (x, y) if x == y and not elements_of(x):
             return TRUE
@@ -342,16 +351,30 @@ def _unsqueeze(functions: IndexFunctions, node: Node) -> Expression:
 
 @_handles(aten.view.default, aten.reshape.default, aten.squeeze.default, aten.squeeze.dim, aten.flatten.using_ints)
 def _reshape(functions: IndexFunctions, node: Node) -> Expression | None:
-    """Only dimensions of size 1 may come or go."""
+    """Dimensions of size 1 come and go; two neighbours may be merged into one, or one be split in two."""
     source = node.args[0]
     assert isinstance(source, Node)
-    inside = [(d, size) for d, size in enumerate(shape(source)) if size != 1]
-    outside = [(d, size) for d, size in enumerate(shape(node)) if size != 1]
-    if [str(size) for _, size in inside] != [str(size) for _, size in outside]:
-        return None
+    inside = [(d, _symbolic(size)) for d, size in enumerate(shape(source)) if size != 1]
+    outside = [(d, _symbolic(size)) for d, size in enumerate(shape(node)) if size != 1]
     axes: dict[int, Expression] = dict.fromkeys(range(rank(source)), ZERO)
-    axes.update({d: Axis(out) for (d, _), (out, _) in zip(inside, outside, strict=True)})
-    return substitute(functions.element(source), axes)
+    while inside and outside:
+        (d, size), (out, out_size) = inside.pop(0), outside.pop(0)
+        if size == out_size:
+            axes[d] = Axis(out)
+        elif inside and size * inside[0][1] == out_size and inside[0][1].is_number:
+            second, length = inside.pop(0)
+            axes[d] = apply("quotient", Axis(out), Const(int(length)))
+            axes[second] = apply("remainder", Axis(out), Const(int(length)))
+        elif outside and out_size * outside[0][1] == size and outside[0][1].is_number:
+            second, length = outside.pop(0)
+            axes[d] = apply("join", Axis(out), Axis(second), Const(int(length)))
+        else:
+            return None
+    return None if inside or outside else substitute(functions.element(source), axes)
+
+
+def _symbolic(size: int | torch.SymInt) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 @_handles(aten.transpose.int, aten.permute.default, aten.t.default)

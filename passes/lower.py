@@ -17,16 +17,19 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import rewriter.kernels  # registers the operators  # noqa: F401
+from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
 from rewriter.passes.analyse_masks import MaskProof
 from rewriter.passes.analyse_masks import bias_tensor
 from rewriter.passes.analyse_masks import live_range_tensors
 from rewriter.passes.apply_policy import PlannedSite
+from rewriter.passes.apply_policy import PolicyError
 from rewriter.passes.apply_policy import SiteTensors
 from rewriter.passes.index_functions import Apply
 from rewriter.passes.index_functions import Element
 from rewriter.passes.index_functions import Expression
 from rewriter.passes.index_functions import Size
+from rewriter.passes.index_functions import shape
 
 aten = torch.ops.aten
 
@@ -82,6 +85,7 @@ def _emit_ranges(
 ) -> tuple[Node, ...]:
     """Start and end in index space, and the key bias where there is one."""
     bias = proof.bias
+    square = str(shape(query)[2]) == str(shape(key)[2])
     data = list(dict.fromkeys(n for e in (proof.interval.start, proof.interval.end, bias) for n in _data_nodes(e)))
 
     def ranges(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -94,10 +98,10 @@ def _emit_ranges(
         if extra is not None:
             live = live & extra
         start, end = live.start, live.end
-        offset = num_keys - query.size(2)
-        if not isinstance(offset, int) or offset != 0:
+        if not square:
             # The operator aligns rows to the bottom right: row r of the mask has index r + K - Q.
-            start, end = ((t.to(torch.int64) + offset).clamp(max=2**31 - 1).to(torch.int32) for t in (start, end))
+            offset = num_keys - query.size(2)
+            start, end = start + offset, torch.where(end == FOREVER, FOREVER, end + offset)
         if bias is None:
             return start, end
         return start, end, bias_tensor(bias, env, num_batch, num_keys, query.device)
@@ -123,6 +127,11 @@ def _emit(graph: Graph, function: Callable[..., tuple[Tensor, ...]], inputs: lis
     with fake_mode:
         traced = make_fx(function, pre_dispatch=True)(*fakes)
     traced.graph.eliminate_dead_code()
+    if any(node.op == "get_attr" for node in traced.graph.nodes):
+        raise PolicyError(
+            "the policy's live_ranges makes a tensor from Python values, which a compiled graph cannot hold; "
+            "compare with the numbers themselves, or use torch.full and torch.arange"
+        )
     copies: dict[Node, Node] = {}
     sources = iter(inputs)
     for node in traced.graph.nodes:
@@ -130,22 +139,7 @@ def _emit(graph: Graph, function: Callable[..., tuple[Tensor, ...]], inputs: lis
             copies[node] = next(sources)
         elif node.op == "output":
             return tuple(copies[n] for n in node.args[0])
-        elif node.op == "get_attr":
-            copies[node] = _adopt_constant(graph, traced, node)
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     raise AssertionError("a traced graph ends with its output")
 
-
-def _adopt_constant(graph: Graph, traced: GraphModule, node: Node) -> Node:
-    """Moves a constant tensor of a traced function to the module that owns the graph."""
-    owner = graph.owning_module
-    assert owner is not None
-    name, number = f"_rewriter_constant_{len(list(owner.buffers(recurse=False)))}", 0
-    while hasattr(owner, name):
-        number += 1
-        name = f"_rewriter_constant_{number}_"
-    owner.register_buffer(name, getattr(traced, str(node.target)), persistent=False)
-    copy = graph.get_attr(name)
-    copy.meta = dict(node.meta)
-    return copy

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
+from rewriter.kernels.live_ranges import plus_window
 from rewriter.passes import PolicyError
 from rewriter.passes import SiteTensors
 
@@ -236,8 +237,7 @@ def _windowed(site: SiteTensors, window: int, first: int, forever: Tensor | None
         # Rows are padded differently: the first keys are those that come first among the keys that ever live.
         ever = site.live.end > site.live.start
         kept = kept | (ever & (ever.to(torch.int32).cumsum(dim=2) <= first))
-    end = (index.to(torch.int64) + window).clamp(max=FOREVER).to(torch.int32)
-    return LiveRanges(index, torch.where(kept, FOREVER, end).to(torch.int32))
+    return LiveRanges(index, torch.where(kept, FOREVER, plus_window(index, window)))
 
 
 def _is_any(input_ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
