@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx import Node
@@ -17,6 +18,7 @@ from torch.fx import Node
 from rewriter.kernels import LiveRanges
 from rewriter.passes.analyse_masks import MaskProof
 from rewriter.passes.find_attention import AttentionSite
+from rewriter.passes.index_functions import rank
 from rewriter.passes.index_functions import shape
 
 
@@ -94,10 +96,13 @@ def apply_policy(
         planned.append(plan)
         if site.reason is not None or plan.proof is None:
             continue
-        if own.needs_causal and not plan.proof.interval.causal:
+        if own.needs_causal and _rows_and_keys_differ(site):
+            site.reason = (
+                f"{type(own).__name__} is defined for causal self-attention with one query per key; "
+                "this is cross-attention or reads a cache of earlier keys"
+            )
+        elif own.needs_causal and not plan.proof.interval.causal:
             site.reason = f"{type(own).__name__} is defined for causal attention, the mask is: {plan.proof.name}"
-        elif own.needs_causal and _rows_and_keys_differ(site):
-            site.reason = f"{type(own).__name__} needs one query per key; with a cache of earlier keys it is not applied"
         elif own.needs_input_ids:
             plan.input_ids = _input_ids(module, site, type(own).__name__)
     return planned
@@ -110,15 +115,13 @@ def _rows_and_keys_differ(site: AttentionSite) -> bool:
 
 def _input_ids(module: GraphModule, site: AttentionSite, policy: str) -> Node:
     """The graph input with the token ids: the integers that an embedding looks up."""
-    import torch
-
     found: dict[Node, None] = {}
     for node in module.graph.nodes:
         if node.target is torch.ops.aten.embedding.default:
             source = node.args[1]
-            while isinstance(source, Node) and source.op == "call_function" and len(source.all_input_nodes) == 1:
-                source = source.all_input_nodes[0]
-            if isinstance(source, Node) and source.op == "placeholder" and len(shape(source)) == 2:
+            while isinstance(source, Node) and source.op == "call_function" and source.args:
+                source = source.args[0]  # views and casts
+            if isinstance(source, Node) and source.op == "placeholder" and rank(source) == 2:
                 found[source] = None
     named = [node for node in found if "input_ids" in node.meta.get("source", "")]
     candidates = named or list(found)

@@ -174,6 +174,7 @@ class IndexFunctions:
     def __init__(self, modified: frozenset[Node] = frozenset()) -> None:
         self.modified = modified
         self._known: dict[Node, Expression] = {}
+        self._numbered: dict[Any, Node] = {}
 
     def element(self, node: Node) -> Expression:
         """The element of `node` at `(Axis(0), Axis(1), ...)`."""
@@ -204,6 +205,16 @@ class IndexFunctions:
             if result is not None:
                 return result
         return data(node)
+
+    def representative(self, node: Node) -> Node:
+        """The first node seen that computes the same: a mask written twice is one mask.
+
+        Only for values that are compared here; the graph keeps both nodes, which may differ in their gradients.
+        """
+        if not self.is_opened(node):
+            return node
+        args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), self.representative)
+        return self._numbered.setdefault((node.target, repr(args), repr(kwargs)), node)
 
     def scalar(self, argument: object) -> Expression | None:
         """A Python number, a symbolic size, or a 0-dim tensor of an operator's argument list."""
@@ -599,7 +610,7 @@ def _cumsum(functions: IndexFunctions, node: Node) -> Expression | None:
     assert isinstance(source, Node)
     if functions.element(source) in (FALSE, ZERO):
         return ZERO
-    return data(node)
+    return data(functions.representative(node))
 
 
 def never_falls(node: Node) -> bool:

@@ -65,11 +65,16 @@ def _replace(plan: PlannedSite, proof: MaskProof, shared: dict[Any, tuple[Node, 
         needs_copy = any(user.target is aten.view.default for user in site.node.users)
         flat = len(site.query.meta["val"].shape) == 3
 
+        dtype = site.node.meta["val"].dtype
+
         def attend(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, *bias: Tensor) -> tuple[Tensor]:
+            # Autocast, or a model that upcasts, leaves different dtypes: computed in the widest, returned as the original.
+            widest = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+            query, key, value = query.to(widest), key.to(widest), value.to(widest)
             output, _ = torch.ops.rewriter.live_range_attention(
                 query, key, value, start, end, None, None, bias[0] if bias else None, None, None, site.scale, site.softcap
             )
-            output = output.squeeze(1) if flat else output
+            output = (output.squeeze(1) if flat else output).to(dtype)
             # A view of the result asks for the layout that the original product had.
             return (output.contiguous() if needs_copy else output,)
 

@@ -110,7 +110,7 @@ class OptimizedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments, under the policy."""
-        if any(_identity(self.model.get_buffer(name)) != known for name, known in self._constants.items()):
+        if any(not _unchanged(self.model.get_buffer(name), *known) for name, known in self._constants.items()):
             # A proof has read this buffer's values; they are others now, so the proof is made anew.
             self._constants.clear()
             self._call = _compiled(self.model, self._backend)
@@ -121,7 +121,8 @@ class OptimizedModel(nn.Module):
         self._check(result)
         self.report.add(result)
         for name in result.constants:
-            self._constants[name] = _identity(self.model.get_buffer(name))
+            buffer = self.model.get_buffer(name)
+            self._constants[name] = (buffer, buffer._version)
         if self.backend == "eager":
             return result.module
         from torch._inductor.compile_fx import compile_fx
@@ -167,8 +168,8 @@ def _guarded(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         ) from error
 
 
-def _identity(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor, tensor._version
+def _unchanged(buffer: Tensor, known: Tensor, version: int) -> bool:
+    return buffer is known and buffer._version == version
 
 
 def _check_model(model: object) -> None:

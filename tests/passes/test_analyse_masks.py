@@ -1,0 +1,225 @@
+"""Masks as people write them: each is proven to be what it is, or refused with the reason, and the result equals the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch import nn
+
+import rewriter
+
+INF = float("inf")
+MIN = torch.finfo(torch.float32).min
+
+
+def row_and_key(length: int) -> tuple[Tensor, Tensor]:
+    index = torch.arange(length)
+    return index[:, None], index[None, :]
+
+
+def packed(ids: Tensor) -> Tensor:
+    """Document numbers of a packed row: a document ends at token 7."""
+    return (ids == 7).cumsum(-1)
+
+
+# name -> (scores, token ids) -> masked scores, and what the report must say the mask is
+EAGER: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "no mask": (lambda s, ids: s, "none"),
+    "tril == 0": (lambda s, ids: s.masked_fill(torch.tril(torch.ones(s.shape[-2:])) == 0, -INF), "causal"),
+    "not tril of bool": (lambda s, ids: s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool).tril(), -1e9), "causal"),
+    "triu of -inf added": (lambda s, ids: s + torch.full(s.shape[-2:], -INF).triu(1), "causal"),
+    "where tril": (lambda s, ids: torch.where(torch.ones(s.shape[-2:], dtype=torch.bool).tril(), s, MIN), "causal"),
+    "where future": (lambda s, ids: torch.where(row_and_key(s.size(-1))[1] > row_and_key(s.size(-1))[0], MIN, s), "causal"),
+    "in place": (
+        lambda s, ids: s + torch.zeros(s.shape[-2:]).masked_fill_(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -INF),
+        "causal",
+    ),
+    "window": (
+        lambda s, ids: s.masked_fill(
+            (row_and_key(s.size(-1))[1] > row_and_key(s.size(-1))[0])
+            | (row_and_key(s.size(-1))[0] - row_and_key(s.size(-1))[1] >= 5),
+            -INF,
+        ),
+        "causal + window 5",
+    ),
+    "window longer than any row": (
+        lambda s, ids: s.masked_fill(
+            ~(torch.ones(s.shape[-2:], dtype=torch.bool).tril() & torch.ones(s.shape[-2:], dtype=torch.bool).triu(-99)), -INF
+        ),
+        "causal + window 100",
+    ),
+    "symmetric window": (
+        lambda s, ids: s.masked_fill((row_and_key(s.size(-1))[0] - row_and_key(s.size(-1))[1]).abs() > 3, -INF),
+        "window 4 + at most 3 ahead",
+    ),
+    "padding added": (lambda s, ids: s + (1.0 - (ids != 0).float())[:, None, None, :] * -10000.0, "padding"),
+    "causal and padding, both added": (
+        lambda s, ids: s + torch.full(s.shape[-2:], MIN).triu(1) + torch.where(ids == 0, -1e9, 0.0)[:, None, None, :],
+        "causal + padding",
+    ),
+    "padding and then causal": (
+        lambda s, ids: s.masked_fill((ids == 0)[:, None, None, :], -1e30).masked_fill(
+            torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -INF
+        ),
+        "causal + padding",
+    ),
+    "documents": (
+        lambda s, ids: s.masked_fill((packed(ids)[:, None, :, None] != packed(ids)[:, None, None, :]), -INF),
+        "documents",
+    ),
+    "documents, causal": (
+        lambda s, ids: s.masked_fill(
+            (packed(ids)[:, None, :, None] != packed(ids)[:, None, None, :])
+            | torch.ones(s.shape[-2:], dtype=torch.bool).triu(1),
+            -INF,
+        ),
+        "documents + causal",
+    ),
+    "chunks": (
+        lambda s, ids: s.masked_fill(row_and_key(s.size(-1))[0] // 4 != row_and_key(s.size(-1))[1] // 4, -INF),
+        "chunks of 4",
+    ),
+    "prefix": (
+        lambda s, ids: s.masked_fill(
+            ~((row_and_key(s.size(-1))[1] <= row_and_key(s.size(-1))[0]) | (row_and_key(s.size(-1))[1] < 4)), -INF
+        ),
+        "causal + prefix",
+    ),
+    "prefix by row": (
+        lambda s, ids: s.masked_fill(
+            (row_and_key(s.size(-1))[1] > row_and_key(s.size(-1))[0])
+            & (row_and_key(s.size(-1))[1] >= (ids == 9).sum(-1)[:, None, None, None]),
+            -INF,
+        ),
+        "causal + prefix",
+    ),
+}
+
+# name -> masked scores, and the reason that must be given
+REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "made from the scores": (lambda s, ids: s.masked_fill(s < s.mean(-1, keepdim=True), -INF), "data|heads"),
+    "random": (lambda s, ids: s.masked_fill(torch.rand(s.shape[-2:]) < 0.2, -INF), "not integers"),
+    "a union of two ranges": (
+        lambda s, ids: s.masked_fill(
+            ~(
+                (row_and_key(s.size(-1))[0] - row_and_key(s.size(-1))[1] < 2)
+                | (row_and_key(s.size(-1))[0] - row_and_key(s.size(-1))[1] > 6)
+            ),
+            -INF,
+        ),
+        "union of two ranges",
+    ),
+    "documents that need not be runs": (
+        lambda s, ids: s.masked_fill(ids[:, None, :, None] != ids[:, None, None, :], -INF),
+        "not known to be non-decreasing",
+    ),
+    "a distance penalty": (
+        lambda s, ids: s - 0.1 * (row_and_key(s.size(-1))[0] - row_and_key(s.size(-1))[1]).abs(),
+        "not understood|number|data",
+    ),
+    "a mask of -1": (lambda s, ids: s + torch.full(s.shape[-2:], -1.0).triu(1), "takes the values"),
+    "hidden logits of -5": (
+        lambda s, ids: s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -5.0),
+        "expected -inf or a value of at most -1e4",
+    ),
+    "a learned bias": (
+        lambda s, ids: s + torch.sin(s.detach().mean((0, 1), keepdim=True)),
+        "computed from data",
+    ),
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, mask: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mask = mask
+        self.embedding = nn.Embedding(16, 12)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        q = k = v = self.embedding(input_ids).unflatten(2, (2, 6)).transpose(1, 2)
+        return self.mask(q @ k.transpose(2, 3) / 6**0.5, input_ids).softmax(-1) @ v
+
+
+def batches() -> list[Tensor]:
+    rows = []
+    for batch, length in ((2, 12), (3, 21)):
+        ids = torch.randint(1, 16, (batch, length))
+        ids[1, -4:] = 0
+        rows.append(ids)
+    return rows
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_proven(name: str) -> None:
+    mask, expected = EAGER[name]
+    torch._dynamo.reset()
+    model = Attention(mask)
+    optimized = rewriter.optimize(model, backend="eager", strict=True)
+    for ids in batches():
+        torch.testing.assert_close(optimized(ids), model(ids), rtol=1e-5, atol=1e-6)
+    (site,) = optimized.report.sites
+    assert set(site.mask.split(" + ")) == set(expected.split(" + "))
+    assert len(optimized.report.graphs) == 1
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    mask, reason = REFUSED[name]
+    torch._dynamo.reset()
+    model = Attention(mask)
+    optimized = rewriter.optimize(model, backend="eager")
+    (ids, _) = batches()
+    if name != "random":
+        assert torch.equal(optimized(ids), model(ids))
+    else:
+        optimized(ids)
+    (site,) = optimized.report.sites
+    assert not site.rewritten
+    import re
+
+    assert re.search(reason, site.reason), site.reason
+    torch._dynamo.reset()
+    with pytest.raises(rewriter.RewriteError, match="1 of 1 attention sites are refused"):
+        rewriter.optimize(model, backend="eager", strict=True)(ids)
+
+
+def test_a_tensor_changed_in_place_through_a_view_is_data() -> None:
+    def mask(scores: Tensor, ids: Tensor) -> Tensor:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        hidden[2:, 0] = True  # key 0 is hidden from the third query on
+        return scores.masked_fill(hidden, -INF)
+
+    model = Attention(mask)
+    torch._dynamo.reset()
+    optimized = rewriter.optimize(model, backend="eager")
+    (ids, _) = batches()
+    assert torch.equal(optimized(ids), model(ids))
+    assert not optimized.report.sites[0].rewritten
+
+
+def test_a_buffer_whose_values_change_is_proven_anew(nano: type[nn.Module]) -> None:
+    torch._dynamo.reset()
+    model = nano()
+    optimized = rewriter.optimize(model, backend="eager", strict=True)
+    ids = torch.randint(0, 64, (2, 10))
+    torch.testing.assert_close(optimized(ids), model(ids))
+    assert {site.mask for site in optimized.report} == {"causal"}
+    model.bias.mul_(torch.ones(64, 64).triu(-2))  # now also a window of 3
+    torch.testing.assert_close(optimized(ids), model(ids))
+    assert {site.mask for site in optimized.report} == {"causal + window 3"}
+
+
+def test_sdpa_with_is_causal_is_top_left_aligned() -> None:
+    class Cross(nn.Module):
+        def forward(self, q: Tensor, kv: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(q, kv, kv, is_causal=True)
+
+    torch._dynamo.reset()
+    model = Cross()
+    optimized = rewriter.optimize(model, backend="eager", strict=True)
+    for queries, keys in ((5, 9), (11, 6)):
+        q, kv = torch.randn(2, 3, queries, 8), torch.randn(2, 3, keys, 8)
+        torch.testing.assert_close(optimized(q, kv), model(q, kv))

@@ -1,0 +1,435 @@
+"""The law: a rewritten model is the model. Tiny random models of all kinds, outputs and all parameter gradients."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch import nn
+
+import rewriter
+from rewriter import Exact
+from rewriter import PerLayer
+from rewriter import SeparatorMask
+from rewriter import SlidingWindow
+from rewriter.testing import assert_within_budget
+
+MODELS = [
+    ("llama", "sdpa"),
+    ("llama", "eager"),
+    ("qwen3", "sdpa"),
+    ("qwen3", "eager"),
+    ("mistral", "sdpa"),
+    ("mistral", "eager"),
+    ("gemma2", "eager"),  # transformers offers no sdpa for its softcap
+    ("gpt2", "sdpa"),
+    ("gpt2", "eager"),
+    ("bert", "sdpa"),
+    ("bert", "eager"),
+    ("nano", "sdpa"),
+    ("nano", "eager"),
+    ("torch", "sdpa"),
+]
+CAUSAL = [(name, attention) for name, attention in MODELS if name != "bert"]
+POLICIES = [SeparatorMask((3, 4, 5), initial=2, window=4), SlidingWindow(5, sinks=1)]
+WINDOWS = {"mistral": (8, 8), "gemma2": (8, None)}  # by layer
+
+
+def batch(batch_size: int, length: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and a padding mask whose rows are padded differently."""
+    ids = torch.randint(0, 64, (batch_size, length))
+    mask = torch.ones(batch_size, length, dtype=torch.long)
+    for row in range(batch_size):
+        cut = row * length // (2 * batch_size)
+        if cut:
+            mask[row, :cut] = 0 if left else mask[row, :cut]
+            mask[row, length - cut :] = mask[row, length - cut :] if left else 0
+    return ids, mask
+
+
+def call(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    inner = getattr(model, "model", model)
+    keywords = {"use_cache": False} if hasattr(getattr(inner, "config", None), "use_cache") else {}
+    if type(inner).__name__.startswith("Bert"):
+        keywords = {}
+    output = model(input_ids=ids, attention_mask=mask, **keywords)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def output_and_gradients(run: Callable[[], Tensor], model: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    logits = run()
+    real = weight.abs().sum(-1) > 0
+    (logits[real] * weight[real].to(logits.dtype)).sum().backward()
+    return {
+        "logits": logits[real].detach(),
+        **{name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
+    }
+
+
+class Comparison:
+    """Rewritten against dense in fp32, both against dense in fp64, pooled over batches and layers.
+
+    Rows of padding are left out. A gradient that is zero but for rounding (a key's bias cancels in the softmax) is
+    allowed one unit of the largest gradient.
+    """
+
+    def __init__(self, model: nn.Module, optimized: nn.Module, dense: Callable[..., Tensor]) -> None:
+        self.model, self.optimized, self.dense = model, optimized, dense
+        self.precise = copy.deepcopy(model).double()
+        self.results: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+
+    def add(self, ids: Tensor, mask: Tensor) -> None:
+        weight = torch.randn(*mask.shape, 64) * mask[..., None]
+        actual = output_and_gradients(lambda: call(self.optimized, ids, mask), self.model, weight)
+        plain = output_and_gradients(lambda: self.dense(self.model, ids, mask), self.model, weight)
+        with softmax_in_full_precision():
+            exact = output_and_gradients(lambda: self.dense(self.precise, ids, mask), self.precise, weight.double())
+        for name in exact:
+            triple = (actual[name].flatten(), plain[name].flatten(), exact[name].flatten())
+            self.results.setdefault(re.sub(r"\d+", "*", name), []).append(triple)
+
+    def check(self) -> None:
+        pooled = {name: [torch.cat(part) for part in zip(*parts, strict=True)] for name, parts in self.results.items()}
+        largest = max(exact.norm() for _, _, exact in pooled.values())
+        for name, (actual, plain, exact) in pooled.items():
+            cancels = exact.norm() < 1e-6 * largest
+            assert_within_budget(actual, plain, exact, name, magnitude=largest if cancels else None)
+
+
+@contextmanager
+def softmax_in_full_precision() -> Iterator[None]:
+    """transformers' eager attention casts its logits to fp32, a fp64 model's too, where finfo.min becomes -inf."""
+    original = nn.functional.softmax
+    nn.functional.softmax = lambda x, dim, dtype=None: original(x, dim=dim)
+    try:
+        yield
+    finally:
+        nn.functional.softmax = original
+
+
+@pytest.mark.parametrize(("name", "attention"), MODELS)
+def test_exact(name: str, attention: str, tiny_model: Callable[..., nn.Module]) -> None:
+    torch._dynamo.reset()
+    model = tiny_model(name, attention).eval()
+    optimized = rewriter.optimize(model, Exact(), backend="eager", strict=True)
+    comparison = Comparison(model, optimized, call)
+    for size, length, left in ((3, 12, False), (5, 21, True), (3, 30, False)):
+        if left and name == "torch":
+            continue  # its -inf masks make the dense model itself NaN in rows that are all padding
+        comparison.add(*batch(size, length, left=left))
+    comparison.check()
+    assert len(optimized.report.graphs) == 1, "one graph serves all lengths and batch sizes"
+    assert len(optimized.report.sites) == (1 if name == "torch" else 2)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(("name", "attention"), CAUSAL)
+def test_policy_equals_the_model_given_its_dense_mask(
+    name: str, attention: str, policy: Any, tiny_model: Callable[..., nn.Module], policy_mask: Callable[..., Tensor]
+) -> None:
+    torch._dynamo.reset()
+    model = tiny_model(name, attention).eval()
+    optimized = rewriter.optimize(model, policy, backend="eager", strict=True)
+    comparison = Comparison(model, optimized, with_dense_mask(name, policy, policy_mask))
+    for size, length, left in ((3, 12, False), (5, 21, True), (3, 27, False)):
+        if left and name == "torch":
+            continue
+        comparison.add(*batch(size, length, left=left))
+    comparison.check()
+    assert len(optimized.report.graphs) == 1
+
+
+def with_dense_mask(name: str, policy: Any, policy_mask: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda model, ids, mask: call_with_dense_mask(model, name, policy, ids, mask, policy_mask)
+
+
+def call_with_dense_mask(
+    model: nn.Module, name: str, policy: Any, ids: Tensor, mask: Tensor, policy_mask: Callable[..., Tensor]
+) -> Tensor:
+    """The original model under the policy's 4-D mask, built from its definition."""
+    windows = WINDOWS.get(name, (None, None))
+    masks = [policy_mask(policy, ids, mask, window) for window in windows]
+    if name in ("nano", "torch"):
+        keep = masks[0] | (torch.eye(ids.size(1), dtype=torch.bool) & (mask == 0)[:, None, :, None])
+        return model(ids, keep)
+    dtype = next(model.parameters()).dtype
+    dense = [torch.zeros(m.shape, dtype=dtype).masked_fill(~m, torch.finfo(dtype).min) for m in masks]
+    given: Any = dense[0]
+    if windows[0] != windows[1]:
+        given = {"sliding_attention": dense[0], "full_attention": dense[1]}
+    return model(input_ids=ids, attention_mask=given, use_cache=False).logits
+
+
+def test_inductor_serves_several_lengths_and_trains(tiny_model: Callable[..., nn.Module], policy_mask: Any) -> None:
+    torch._dynamo.reset()
+    model = tiny_model("llama", "sdpa").eval()
+    policy = POLICIES[0]
+    optimized = rewriter.optimize(model, policy, strict=True)
+    comparison = Comparison(model, optimized, with_dense_mask("llama", policy, policy_mask))
+    for size, length in ((3, 12), (5, 40)):
+        comparison.add(*batch(size, length, left=True))
+    comparison.check()
+    assert len(optimized.report.graphs) == 1
+
+
+def test_packed_documents_are_proven_from_position_ids(tiny_model: Callable[..., nn.Module]) -> None:
+    torch._dynamo.reset()
+    model = tiny_model("llama", "sdpa").eval()
+    optimized = rewriter.optimize(model, backend="eager", strict=True)
+    for lengths in ((5, 7), (3, 4, 13)):
+        ids = torch.randint(0, 64, (2, sum(lengths)))
+        positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1).contiguous()
+        packed = optimized(input_ids=ids, position_ids=positions, use_cache=False).logits
+        begin = 0
+        for n in lengths:
+            alone = model(input_ids=ids[:, begin : begin + n], use_cache=False).logits
+            torch.testing.assert_close(packed[:, begin : begin + n], alone)
+            begin += n
+    assert {site.mask for site in optimized.report} == {"documents + causal"}
+
+
+def test_per_layer_policies(tiny_model: Callable[..., nn.Module]) -> None:
+    torch._dynamo.reset()
+    model = tiny_model("llama", "sdpa").eval()
+    optimized = rewriter.optimize(model, PerLayer({0: Exact(), "default": SlidingWindow(3)}), backend="eager", strict=True)
+    ids, mask = batch(3, 12, left=False)
+    call(optimized, ids, mask)
+    assert [site.policy for site in optimized.report] == ["Exact()", "SlidingWindow(window=3, sinks=0)"]
+    windowed = rewriter.optimize(model, SlidingWindow(3), backend="eager", strict=True)
+    assert not torch.equal(call(optimized, ids, mask), call(windowed, ids, mask))
+
+
+def test_a_window_as_long_as_the_text_changes_nothing(tiny_model: Callable[..., nn.Module]) -> None:
+    torch._dynamo.reset()
+    model = tiny_model("llama", "sdpa").eval()
+    ids, mask = batch(3, 12, left=True)
+    exact = call(rewriter.optimize(model, backend="eager"), ids, mask)
+    for window in (12, 13, 2**31 + 5):
+        torch.testing.assert_close(call(rewriter.optimize(model, SlidingWindow(window), backend="eager"), ids, mask), exact)
+
+
+class Policy(rewriter.Policy):
+    """A user's own: every second key is forgotten after two queries."""
+
+    def live_ranges(self, site: rewriter.SiteTensors) -> rewriter.kernels.LiveRanges:
+        index = torch.arange(site.live.num_keys, dtype=torch.int32, device=site.key.device)[None, None, :]
+        return rewriter.kernels.LiveRanges(index, torch.where(index % 2 == 0, index + 2, rewriter.kernels.FOREVER))
+
+
+def test_a_policy_of_ones_own(tiny_model: Callable[..., nn.Module]) -> None:
+    torch._dynamo.reset()
+    model = tiny_model("llama", "sdpa").eval()
+    optimized = rewriter.optimize(model, Policy(), backend="eager", strict=True)
+    ids, _ = batch(3, 12, left=False)
+    i, j = torch.arange(12)[:, None], torch.arange(12)[None, :]
+    visible = (j <= i) & ((j % 2 == 1) | (i < j + 2))
+    dense = torch.where(visible, 0.0, torch.finfo(torch.float32).min).expand(3, 1, 12, 12)
+    expected = model(input_ids=ids, attention_mask=dense, use_cache=False).logits
+    torch.testing.assert_close(optimized(input_ids=ids, use_cache=False).logits, expected)
+
+
+# --- refusals: the model still runs, unchanged --------------------------------------------------------------------------
+
+
+def refused(model: nn.Module, policy: Any = None, **inputs: Any) -> rewriter.Report:
+    torch._dynamo.reset()
+    optimized = rewriter.optimize(model, policy, backend="eager")
+    torch.manual_seed(1)
+    actual = optimized(**inputs)
+    torch.manual_seed(1)
+    expected = model(**inputs)
+    get = lambda out: out if isinstance(out, Tensor) else out[0]  # noqa: E731
+    torch.testing.assert_close(get(actual), get(expected))
+    torch._dynamo.reset()
+    with pytest.raises(rewriter.RewriteError, match="attention sites are refused: site 0"):
+        rewriter.optimize(model, policy, backend="eager", strict=True)(**inputs)
+    return optimized.report
+
+
+def test_cross_attention_under_a_causal_policy_and_relative_bias_are_refused() -> None:
+    from transformers import T5Config
+    from transformers import T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    ids, mask = batch(3, 12, left=False)
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :7], "use_cache": False}
+    reasons = {site.module: site.reason for site in refused(model, SlidingWindow(4), **inputs).refused}
+    assert "relative position bias" in reasons["encoder.block.0.layer.0.SelfAttention"]
+    assert "relative position bias" in reasons["decoder.block.0.layer.0.SelfAttention"]
+    assert "this is cross-attention" in reasons["decoder.block.0.layer.1.EncDecAttention"]
+
+
+def test_cross_attention_with_a_mask_from_outside_is_refused() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reader = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: Tensor, memory: Tensor, hidden: Tensor) -> Tensor:
+            return self.reader(x, memory, memory, attn_mask=hidden, need_weights=False)[0]
+
+    hidden = torch.rand(5, 9) < 0.5
+    hidden[:, 0] = False
+    (site,) = refused(Cross(), x=torch.randn(3, 5, 16), memory=torch.randn(3, 9, 16), hidden=hidden).refused
+    assert site.module == "reader"
+    assert "input hidden" in site.reason
+
+
+def test_dropout_in_training_is_refused_and_in_evaluation_is_not(tiny_model: Callable[..., nn.Module]) -> None:
+    for attention in ("sdpa", "eager"):
+        model = tiny_model("bert", attention)
+        ids, mask = batch(3, 12, left=False)
+        torch._dynamo.reset()
+        optimized = rewriter.optimize(model.train(), backend="eager")
+        call(optimized, ids, mask)
+        assert all("dropout 0.1 is active" in site.reason for site in optimized.report)
+        with pytest.raises(rewriter.RewriteError, match="dropout 0.1 is active"):
+            call(rewriter.optimize(model, backend="eager", strict=True), ids, mask)
+        optimized.eval()
+        call(optimized, ids, mask)
+        assert not optimized.report.refused
+
+
+def test_returned_weights_are_refused() -> None:
+    (site,) = refused(nn.MultiheadAttention(16, 2, batch_first=True), query=(x := torch.randn(3, 5, 16)), key=x, value=x).refused
+    assert "returned or used elsewhere" in site.reason
+
+
+def test_a_bidirectional_model_under_a_causal_policy_is_refused(tiny_model: Callable[..., nn.Module]) -> None:
+    ids, mask = batch(3, 12, left=False)
+    report = refused(tiny_model("bert", "sdpa").eval(), SlidingWindow(4), input_ids=ids, attention_mask=mask)
+    assert all("SlidingWindow is defined for causal attention, the mask is: padding" in s.reason for s in report)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_attention() -> None:
+    torch._dynamo.reset()
+    with pytest.raises(rewriter.RewriteError, match="no attention found in Linear"):
+        rewriter.optimize(nn.Linear(4, 4), backend="eager")(torch.randn(2, 4))
+
+
+def test_optimizing_twice(nano: type[nn.Module]) -> None:
+    optimized = rewriter.optimize(nano())
+    with pytest.raises(rewriter.RewriteError, match="it is optimized already"):
+        rewriter.optimize(optimized)
+    with pytest.raises(rewriter.RewriteError, match="its part '1' is optimized already"):
+        rewriter.optimize(nn.Sequential(nn.Identity(), optimized))
+    with pytest.raises(rewriter.RewriteError, match="it is optimized already"):
+        rewriter.explain(optimized)
+
+
+def test_embeddings_in_place_of_token_ids(tiny_model: Callable[..., nn.Module]) -> None:
+    torch._dynamo.reset()
+    model = tiny_model("llama", "sdpa").eval()
+    optimized = rewriter.optimize(model, POLICIES[0], backend="eager")
+    with pytest.raises(rewriter.PolicyError, match=r"call the model with input_ids=\.\.\., not with inputs_embeds"):
+        optimized(inputs_embeds=torch.randn(3, 12, 32), use_cache=False)
+
+
+def test_a_cache_of_earlier_keys_is_refused_by_policies(tiny_model: Callable[..., nn.Module]) -> None:
+    torch._dynamo.reset()
+    model = tiny_model("llama", "sdpa").eval()
+    ids = torch.randint(0, 64, (3, 12))
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        optimized = rewriter.optimize(model, SlidingWindow(4), backend="eager", strict=True)
+        with pytest.raises(rewriter.RewriteError, match="reads a cache of earlier keys"):
+            optimized(input_ids=ids[:, :2], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": "llama"}, rewriter.RewriteError, "expected a torch.nn.Module, got str"),
+        ({"backend": "tvm"}, rewriter.RewriteError, "backend 'tvm' is not known; choose one of inductor, eager"),
+        ({"policy": "exact"}, rewriter.PolicyError, "policy must be a policy such as"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        rewriter.optimize(**{"model": nn.Linear(2, 2), **arguments})
+
+
+def test_a_model_that_is_not_one_graph() -> None:
+    class Printing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return x
+
+    torch._dynamo.reset()
+    with pytest.raises(rewriter.RewriteError, match="cannot be captured as one graph"):
+        rewriter.optimize(Printing(), backend="eager")(torch.randn(2))
+
+
+# --- the wrapper --------------------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_shared_and_not_changed(tiny_model: Callable[..., nn.Module], tmp_path: Any) -> None:
+    torch._dynamo.reset()
+    model = tiny_model("llama", "sdpa").eval()
+    ids, mask = batch(3, 12, left=False)
+    before = call(model, ids, mask)
+    optimized = rewriter.optimize(model, POLICIES[1], backend="eager", dump=tmp_path, example_inputs={"input_ids": ids, "use_cache": False})
+    assert optimized.model is model
+    assert {f"model.{name}" for name in model.state_dict()} == set(optimized.state_dict())
+    assert all(a is b for a, b in zip(model.parameters(), optimized.parameters(), strict=True))
+    assert len(optimized.report.sites) == 2
+    assert torch.equal(call(model, ids, mask), before)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [
+        "1-capture.txt",
+        "2-canonicalize.txt",
+        "3-find-attention.txt",
+        "4-analyse-masks.txt",
+        "5-apply-policy.txt",
+        "6-lower.txt",
+    ]
+    lowered = (tmp_path / "6-lower.txt").read_text()
+    assert lowered.count("rewriter.live_range_attention") == 2
+    assert "aten.scaled_dot_product_attention" not in lowered
+    assert "[3, 1, 12, 12]" not in lowered, "the dense mask is gone"
+    optimized.train()
+    assert model.training
+    optimized.eval()
+    assert not model.training
+
+
+def test_many_models_of_one_class_stay_rewritten(nano: type[nn.Module]) -> None:
+    """Dynamo forgets to compile after eight entries for one code object; each optimized model has its own."""
+    torch._dynamo.reset()
+    ids = torch.randint(0, 64, (2, 10))
+    for _ in range(10):
+        optimized = rewriter.optimize(nano(), SlidingWindow(2), backend="eager", strict=True)
+        optimized(ids)
+        assert len(optimized.report.graphs) == 1
+
+
+def test_explain_changes_nothing(tiny_model: Callable[..., nn.Module]) -> None:
+    torch._dynamo.reset()
+    model = tiny_model("gemma2", "eager").eval()
+    ids, mask = batch(3, 12, left=False)
+    report = rewriter.explain(model, input_ids=ids, attention_mask=mask, use_cache=False, policy=SlidingWindow(4))
+    assert [site.mask for site in report] == ["window 8 + causal + padding", "causal + padding"]
+    assert all(site.policy == "SlidingWindow(window=4, sinks=0)" for site in report)
+    assert not report.refused
+
+
+def test_autocast_trains(tiny_model: Callable[..., nn.Module]) -> None:
+    torch._dynamo.reset()
+    model = tiny_model("llama", "sdpa").eval()
+    optimized = rewriter.optimize(model, backend="eager", strict=True)
+    ids, mask = batch(3, 12, left=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected = call(optimized, ids, mask), call(model, ids, mask)
+    actual.float().square().sum().backward()
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=0.05, atol=0.02)

@@ -1,0 +1,163 @@
+"""Mutation check: deliberate faults in the kernel and in the passes, each of which the tests' own checks must find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rewriter
+from rewriter.kernels import LiveRanges
+from rewriter.kernels import cpu
+from rewriter.kernels import live_range_attention
+from rewriter.kernels import reference
+from rewriter.passes import check_masks
+from rewriter.passes import pipeline
+from rewriter.testing import assert_within_budget
+
+
+def kernel_check() -> None:
+    """Output and all gradients against the dense reference: padding, a window, fewer queries than keys."""
+    torch.manual_seed(0)
+    live = LiveRanges.sliding_window(40, 9) & LiveRanges.padding(torch.arange(40).expand(2, 40) >= torch.tensor([[3], [20]]))
+    shapes = {"query": (2, 4, 30, 8), "key": (2, 2, 40, 8), "value": (2, 2, 40, 8), "bias": (2, 2, 40), "sinks": (4,)}
+    tensors = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+    def run(attention: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        leaves = {name: t.to(dtype).requires_grad_() for name, t in tensors.items()}
+        output = attention(leaves["query"], leaves["key"], leaves["value"], live, bias=leaves["bias"], sinks=leaves["sinks"], softcap=4.0)
+        return [output, *torch.autograd.grad((output * output.detach().cos()).sum(), list(leaves.values()))]
+
+    dense = run(reference.live_range_attention, torch.float32)
+    exact = run(reference.live_range_attention, torch.float64)
+    for a, d, e in zip(run(live_range_attention, torch.float32), dense, exact, strict=True):
+        assert_within_budget(a.detach(), d.detach(), e.detach())
+
+
+def model_check(model: torch.nn.Module) -> None:
+    """A padded batch through `optimize`, every site rewritten, against the model itself."""
+    torch._dynamo.reset()
+    ids = torch.randint(0, 64, (2, 20))
+    mask = (torch.arange(20) >= torch.tensor([[0], [5]])).long()
+    optimized = rewriter.optimize(model, backend="eager", strict=True)
+    assert_within_budget(
+        optimized(ids, mask)[mask.bool()].detach(),
+        model(ids, mask)[mask.bool()].detach(),
+        model.double()(ids, mask)[mask.bool()].detach(),
+    )
+
+
+def shifted(position: int, by: int) -> Callable[[Any], Any]:
+    """A kernel entry whose argument number `position` is off by `by`."""
+
+    def wrap(original: Any) -> Any:
+        def faulty(*args: Any) -> Any:
+            changed = list(args)
+            changed[position] = changed[position] + by
+            return original(*changed)
+
+        return faulty
+
+    return wrap
+
+
+def with_logits(**changes: Any) -> Callable[[Any], Any]:
+    """A `Logits` whose fields are replaced after it is built."""
+
+    def wrap(original: Any) -> Any:
+        def faulty(*args: Any, **kwargs: Any) -> Any:
+            from dataclasses import replace
+
+            logits = original(*args, **kwargs)
+            return replace(logits, **{k: f(getattr(logits, k)) for k, f in changes.items()})
+
+        return faulty
+
+    return wrap
+
+
+def dropping(result: int) -> Callable[[Any], Any]:
+    """A backward whose result number `result` is zero."""
+
+    def wrap(original: Any) -> Any:
+        def faulty(*args: Any) -> Any:
+            grads = list(original(*args))
+            grads[result] = torch.zeros_like(grads[result])
+            return tuple(grads)
+
+        return faulty
+
+    return wrap
+
+
+def unmasked(original: Any) -> Any:
+    """Tiles that take all their keys for fully visible."""
+    from dataclasses import replace
+
+    def faulty(*args: Any) -> Any:
+        for tile in original(*args):
+            yield replace(tile, num_full=tile.keys.numel())
+
+    return faulty
+
+
+KERNEL_FAULTS = {
+    "an end off by one": (cpu, "forward", shifted(4, 1)),
+    "a start off by one": (cpu, "forward", shifted(3, 1)),
+    "an end off by one in the backward": (cpu, "backward", shifted(8, 1)),
+    "top-left alignment": ("ops", "_logits", with_logits(query_index=lambda i: i - 10)),
+    "a missing bias gradient": (cpu, "backward", dropping(3)),
+    "a missing sink gradient": (cpu, "backward", dropping(4)),
+    "no softcap": ("ops", "_logits", with_logits(softcap=lambda _: 0.0)),
+    "tiles that are never masked": (cpu, "tiles", unmasked),
+}
+
+
+@pytest.mark.parametrize("name", KERNEL_FAULTS)
+def test_a_fault_in_the_kernel_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel_check()
+    owner, attribute, wrap = KERNEL_FAULTS[name]
+    if owner == "ops":
+        from rewriter.kernels import ops as owner  # type: ignore[no-redef]
+    monkeypatch.setattr(owner, attribute, wrap(getattr(owner, attribute)))
+    with pytest.raises(AssertionError):
+        kernel_check()
+
+
+def without_padding(original: Any) -> Any:
+    """A mask analysis that drops every predicate of the key alone."""
+    from rewriter.passes.index_functions import Axis
+    from rewriter.passes.index_functions import apply
+
+    def faulty(site: Any, functions: Any, constants: Any) -> Any:
+        from dataclasses import replace
+
+        proof = original(site, functions, constants)
+        del functions
+        forever = rewriter.kernels.FOREVER
+        causal = replace(proof.interval, start=Axis(3), end=apply("add", Axis(3), rewriter.passes.index_functions.Const(forever // 2)))
+        return replace(proof, interval=causal)
+
+    return faulty
+
+
+def test_a_dropped_padding_is_refused_by_the_check_by_evaluation(nano: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "prove_mask", without_padding(pipeline.prove_mask))
+    with pytest.raises(rewriter.RewriteError, match="disagrees with the model's"):
+        model_check(nano())
+
+
+def test_a_dropped_padding_is_found_by_the_tests_where_that_check_is_off(nano: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_check(nano())
+    monkeypatch.setattr(pipeline, "prove_mask", without_padding(pipeline.prove_mask))
+    monkeypatch.setattr(pipeline, "check_mask", lambda *_: None)
+    with pytest.raises(AssertionError):
+        model_check(nano())
+
+
+def test_the_check_by_evaluation_is_not_vacuous() -> None:
+    assert check_masks.LONGEST >= 1024
+    assert len(check_masks.PATTERNS) >= 5
