@@ -186,7 +186,9 @@ def main(
         if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
             held_out = bits_per_byte(model, tokenizer, test_texts[:3], context)
             curve.append({"step": step + 1, "train_nats_per_token": running, "held_out_bits_per_byte": held_out})
-            typer.echo(f"step {step + 1:5d}  train {running:.3f} nats/token  held out {held_out:.3f} bits/byte  {seconds:.0f} s")
+            typer.echo(
+                f"step {step + 1:5d}  train {running:.3f} nats/token  held out {held_out:.3f} bits/byte  {seconds:.0f} s"
+            )
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             state = {
                 "model": model.state_dict(),

@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from rewriter.kernels.schedule import Tile
 from rewriter.kernels.schedule import tile_rows
 from rewriter.kernels.schedule import tiles
+from torch import Tensor
 
 BLOCK = 1024
 """Keys of one matrix product: logits of 512 rows fit the second-level cache."""
@@ -159,6 +158,7 @@ class _TileMath:
             slopes = self.logits.alibi_slopes[self.query_heads].to(self.dtype).view(self.num_kv_heads, -1, 1, 1)
             out -= slopes * LOG2E * distance
         if block.num_masked:
+            assert isinstance(block.keys, Tensor)
             keys = block.keys[-block.num_masked :]
             query_index = query_index[:, None]
             visible = (self.visit.start[keys] <= query_index) & (query_index < self.visit.end[keys])
@@ -187,8 +187,9 @@ def forward(
         math_ = _TileMath(visit, group, dtype, logits)
         scaled_query = math_.stacked(query) * math_.query_factor
         shape = scaled_query.shape[:2]
+        # Of the first block; later ones are folded in.
         maximum: Tensor | None = None
-        total = accumulated = None
+        total = accumulated = torch.empty(0)
         for block in _blocks(visit.tile):
             block_key = math_.gathered(key, block)
             p, _ = math_.block_logits(

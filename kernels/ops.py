@@ -10,10 +10,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from rewriter.kernels import cpu
 from rewriter.kernels.live_ranges import LiveRanges
+from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
@@ -153,9 +152,11 @@ def _check(
             raise AttentionInputError(f"{name} must be [{num_heads}] (one per query head), got {list(vector.shape)}")
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise AttentionInputError("alibi_slopes must not require a gradient; detach them")
-    for tensor in (key, value, start, end, query_index, key_index, bias, sinks, alibi_slopes):
-        if tensor is not None and tensor.device != query.device:
-            raise AttentionInputError(f"query is on {query.device}, another input on {tensor.device}; move them together")
+    for other in (key, value, start, end, query_index, key_index, bias, sinks, alibi_slopes):
+        if other is not None and other.device != query.device:
+            raise AttentionInputError(
+                f"query is on {query.device}, another input on {other.device}; move them together"
+            )
 
 
 def _check_broadcast(name: str, tensor: Tensor, expected: tuple[int, int]) -> None:

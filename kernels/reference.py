@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.live_ranges import LiveRanges
+from torch import Tensor
 
 
 def live_range_attention(

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from rewriter.kernels.live_ranges import LiveRanges
+from torch import Tensor
 
 SEGMENT = 16
 """Tiles built at once: fewer cost more calls, more cost more candidates per tile (w=256: 8, 16, 32 within 20 %)."""

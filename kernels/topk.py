@@ -12,10 +12,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.live_ranges import LiveRanges
+from torch import Tensor
 
 
 def running_topk_ranges(score: Tensor, keep: int) -> LiveRanges:

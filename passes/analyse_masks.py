@@ -11,13 +11,11 @@ Ranges are in row space: row r of the mask is r, whatever index the query has.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.fx import Node
-
 from rewriter.kernels import FOREVER
 from rewriter.passes.find_attention import AttentionSite
 from rewriter.passes.find_attention import MaskTerm
@@ -43,6 +41,8 @@ from rewriter.passes.index_functions import never_falls
 from rewriter.passes.index_functions import run_positions
 from rewriter.passes.index_functions import shape
 from rewriter.passes.index_functions import substitute
+from torch import Tensor
+from torch.fx import Node
 
 BATCH, HEAD, ROW, KEY = range(4)
 
@@ -109,16 +109,16 @@ def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mappin
         Unproven: with the reason.
     """
     analysis = _Analysis(functions, constants)
-    predicates = []
-    biases = []
+    predicates: list[Expression] = []
+    biases: list[Expression] = []
     if site.is_causal:
         predicates.append(apply("le", Axis(KEY), Axis(ROW)))
     for term in site.masks:
-        visible, bias = analysis.term(term)
+        visible, key_biases = analysis.term(term)
         predicates.append(visible)
-        biases.extend(bias)
+        biases.extend(key_biases)
     interval = analysis.conjunction(predicates)
-    total = None
+    total: Expression | None = None
     for bias in biases:
         total = bias if total is None else apply("add", total, bias)
     return MaskProof(interval, total, tuple(analysis.read))
@@ -138,7 +138,9 @@ class _Analysis:
             raise Unproven(f"mask {term.node.name} has {len(shape(term.node))} dimensions, expected at most 4")
         element = broadcast(self.functions.element(term.node), shape(term.node), 4)
         if HEAD in axes_of(element):
-            raise Unproven(f"mask {term.node.name} differs between heads, as a relative position bias does{self._origin(element)}")
+            raise Unproven(
+                f"mask {term.node.name} differs between heads, as a relative position bias does{self._origin(element)}"
+            )
         if term.kind in ("keep", "drop"):
             if not is_bool(term.node):
                 raise Unproven(f"mask {term.node.name} is {term.node.meta['val'].dtype}, expected bool")
@@ -156,7 +158,9 @@ class _Analysis:
             values = _cases(element)
             if values is not None:
                 shown = ", ".join(sorted({str(v) for _, v in values}))
-                raise Unproven(f"an additive mask takes the values {shown}; only 0 and values of at most -1e4 are masks")
+                raise Unproven(
+                    f"an additive mask takes the values {shown}; only 0 and values of at most -1e4 are masks"
+                )
             raise Unproven(f"an additive mask is computed from data{self._origin(element)}")
         return TRUE, [element]
 
@@ -280,9 +284,11 @@ class _Analysis:
             return self.conjunction([apply("le", left, right), apply("le", right, left)])
         if isinstance(left, Element):
             indices = left.indices
-            if never_falls(left.node) and indices[-1] == Axis(ROW) and ROW not in {
-                a for i in indices[:-1] for a in axes_of(i)
-            }:
+            if (
+                never_falls(left.node)
+                and indices[-1] == Axis(ROW)
+                and ROW not in {a for i in indices[:-1] for a in axes_of(i)}
+            ):
                 document = substitute(left, {ROW: Axis(KEY)})
                 return Interval(
                     Apply("document_start", (document,)), Apply("document_end", (document,)), traits=("documents",)
@@ -290,7 +296,12 @@ class _Analysis:
             raise Unproven(f"document ids are not known to be non-decreasing{self._origin(left)}")
         if isinstance(left, Apply) and left.name == "floordiv" and isinstance(chunk := left.args[1], Const):
             offset = linear_terms(left.args[0])
-            if offset is not None and offset.pop(Axis(ROW), 0) == 1 and isinstance(chunk.value, int) and chunk.value > 0:
+            if (
+                offset is not None
+                and offset.pop(Axis(ROW), 0) == 1
+                and isinstance(chunk.value, int)
+                and chunk.value > 0
+            ):
                 shift = _sum(offset)
                 if not axes_of(shift):
                     start = apply("add", apply("mul", right, chunk), apply("mul", shift, Const(-1)))
@@ -350,7 +361,9 @@ def _describe(node: Node) -> str:
 
 def source_line(node: Node) -> str:
     """`file:line` of the innermost frame that made a node, without its folder."""
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
+    frames = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
+    ]
     if not frames:
         return ""
     path, line = frames[-1].split('"')[1], frames[-1].split("line ")[1].split(",")[0]
@@ -460,14 +473,14 @@ def _bound_trait(kind: str, bound: Expression) -> str:
 
 
 def _maximum(left: Expression, right: Expression) -> Expression:
-    if left == ZERO or left == right:
+    if left in (ZERO, right):
         return right
     return left if right == ZERO else Apply("max", (left, right))
 
 
 def _minimum(left: Expression, right: Expression) -> Expression:
     forever = Const(FOREVER)
-    if left == forever or left == right:
+    if left in (forever, right):
         return right
     return left if right == forever else Apply("min", (left, right))
 
@@ -484,9 +497,6 @@ def _column_intervals(visible: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(count == 0, 0, first), end
 
 
-# --- from expressions to tensors ---------------------------------------------------------------------------------------
-
-
 def materialize(expression: Expression, env: Mapping[Node, object], axes: Mapping[int, Tensor]) -> Tensor:
     """The expression's value over a grid.
 
@@ -499,7 +509,7 @@ def materialize(expression: Expression, env: Mapping[Node, object], axes: Mappin
         if isinstance(e, Const):
             return torch.full((), e.value, dtype=_DTYPES[type(e.value)])
         if isinstance(e, Size):
-            return torch.full((), env[e.node], dtype=torch.int64)  # type: ignore[call-overload, no-any-return]
+            return torch.full((), env[e.node], dtype=torch.int64)  # type: ignore[call-overload]
         if isinstance(e, Axis):
             return axes[e.dim] if e.dim in axes else torch.full((), 0, dtype=torch.int64)
         if isinstance(e, Element):
@@ -525,7 +535,7 @@ def _document_bound(document: Expression, env: Mapping[Node, object], *, right: 
 
 _DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float32}
 
-_OPERATIONS = {
+_OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "add": torch.add,
     "mul": torch.mul,
     "floordiv": lambda x, y: torch.div(x, y, rounding_mode="floor"),
@@ -584,4 +594,8 @@ def _key_grid(num_batch: int, num_keys: int, device: torch.device) -> dict[int, 
 
 def _vector(value: Tensor, num_keys: int, device: torch.device) -> Tensor:
     value = value.to(device)
-    return value.expand(*value.shape[:-1], num_keys).reshape(-1, 1, num_keys) if value.dim() else value.expand(1, 1, num_keys)
+    return (
+        value.expand(*value.shape[:-1], num_keys).reshape(-1, 1, num_keys)
+        if value.dim()
+        else value.expand(1, 1, num_keys)
+    )

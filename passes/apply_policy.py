@@ -11,15 +11,14 @@ from typing import Any
 from typing import Protocol
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule
-from torch.fx import Node
-
 from rewriter.kernels import LiveRanges
 from rewriter.passes.analyse_masks import MaskProof
 from rewriter.passes.find_attention import AttentionSite
 from rewriter.passes.index_functions import rank
 from rewriter.passes.index_functions import shape
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx import Node
 
 
 @dataclass(frozen=True)

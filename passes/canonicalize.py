@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from rewriter.passes.index_functions import arguments
 from torch.fx import GraphModule
 from torch.fx import Node
 
@@ -57,15 +58,15 @@ def _does_nothing(node: Node) -> bool:
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
     if node.target is aten.slice.Tensor:
-        _, _, start, end, step = (*node.args, *(None,) * (5 - len(node.args)))
+        _, _, start, end, step = arguments(node, 5)
         return start in (None, 0) and end in (None, 2**63 - 1) and step in (None, 1)
     if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default):
-        return before.dtype == after.dtype and before.device == after.device
+        return bool(before.dtype == after.dtype and before.device == after.device)
     if node.target is aten.expand.default:
         return [str(s) for s in before.shape] == [str(s) for s in after.shape]
     if node.target is aten.dropout.default:
         probability, training = node.args[1:3]
-        return probability == 0.0 or not training
+        return bool(probability == 0.0 or not training)
     return False
 
 

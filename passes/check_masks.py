@@ -14,17 +14,15 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
-from torch.fx import Node
-
 from rewriter.passes.analyse_masks import MaskProof
 from rewriter.passes.analyse_masks import bias_tensor
 from rewriter.passes.analyse_masks import live_range_tensors
 from rewriter.passes.find_attention import AttentionSite
 from rewriter.passes.index_functions import IndexFunctions
 from rewriter.passes.index_functions import constants_of
-from rewriter.passes.index_functions import is_masking
 from rewriter.passes.index_functions import shape
+from torch import Tensor
+from torch.fx import Node
 
 LONGEST = 1024
 """Lengths beyond this are not tried; a window wider than this is checked by its proof alone."""
@@ -80,7 +78,9 @@ def _compare(site: AttentionSite, proof: MaskProof, trial: _Trial) -> str | None
     wrong = proven.expand(hidden.shape) == hidden
     if bool(wrong.any()):
         b, h, i, j = wrong.nonzero()[0].tolist()
-        return f"batch row {b}, query {i}, key {j} is {'hidden' if bool(hidden[b, h, i, j]) else 'visible'} in the model"
+        return (
+            f"batch row {b}, query {i}, key {j} is {'hidden' if bool(hidden[b, h, i, j]) else 'visible'} in the model"
+        )
     if not torch.equal(actual.expand(expected.shape)[~hidden], expected[~hidden]):
         return "the key bias differs"
     return None
@@ -98,27 +98,27 @@ class _Trial(Mapping[Node, Any]):
     ) -> None:
         self.functions, self.constants, self.symbols, self.pattern = functions, constants, symbols, pattern
         self.random = torch.Generator().manual_seed(0)
-        self.values: dict[Node, Any] = {}
+        self.known: dict[Node, Any] = {}
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.known)
 
     def __iter__(self) -> Iterator[Node]:
-        return iter(self.values)
+        return iter(self.known)
 
     def __getitem__(self, node: Node) -> Any:
         stack = [node]
         while stack:
             top = stack[-1]
-            if top in self.values:
+            if top in self.known:
                 stack.pop()
                 continue
-            waiting = [n for n in top.all_input_nodes if n not in self.values] if self._computed(top) else []
+            waiting = [n for n in top.all_input_nodes if n not in self.known] if self._computed(top) else []
             if waiting:
                 stack.extend(waiting)
             else:
-                self.values[top] = self._value(stack.pop())
-        return self.values[node]
+                self.known[top] = self._value(stack.pop())
+        return self.known[node]
 
     def sizes(self, node: Node) -> list[int]:
         return [self._concrete(size) for size in shape(node)]
@@ -133,10 +133,10 @@ class _Trial(Mapping[Node, Any]):
         if node in self.constants:
             return self.constants[node].detach().cpu()
         if self._computed(node):
-            read = lambda n: self.values[n]  # noqa: E731
+            read = lambda n: self.known[n]  # noqa: E731
             args, kwargs = torch.fx.map_arg(node.args, read), torch.fx.map_arg(node.kwargs, read)
             kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
-            return node.target(*args, **kwargs)  # type: ignore[operator, misc]
+            return node.target(*args, **kwargs)  # type: ignore[operator]
         return self._data(self.sizes(node), value.dtype)
 
     def _concrete(self, size: Any) -> Any:

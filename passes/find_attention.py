@@ -11,14 +11,14 @@ import math
 import operator
 from dataclasses import dataclass
 from dataclasses import field
+from typing import Any
 
 import torch
+from rewriter.passes.index_functions import rank
+from rewriter.passes.index_functions import shape
 from torch.fx import Graph
 from torch.fx import GraphModule
 from torch.fx import Node
-
-from rewriter.passes.index_functions import rank
-from rewriter.passes.index_functions import shape
 
 aten = torch.ops.aten
 
@@ -94,7 +94,10 @@ def find_attention(module: GraphModule) -> list[AttentionSite]:
             if product is not None:
                 sites.append(_checked(_match_eager, AttentionSite(node, "eager")))
         elif node.target in _FUSED:
-            reason = "torch's fused inference operator hides its query and key; call torch.backends.mha.set_fastpath_enabled(False)"
+            reason = (
+                "torch's fused inference operator hides its query and key; "
+                "call torch.backends.mha.set_fastpath_enabled(False)"
+            )
             sites.append(AttentionSite(node, "fused", reason=reason))
     return sites
 
@@ -106,9 +109,6 @@ def _checked(match, site: AttentionSite) -> AttentionSite:  # type: ignore[no-un
     except Refused as refusal:
         site.reason = str(refusal)
     return site
-
-
-# --- scaled_dot_product_attention --------------------------------------------------------------------------------------
 
 
 def _match_sdpa(site: AttentionSite) -> None:
@@ -125,8 +125,6 @@ def _match_sdpa(site: AttentionSite) -> None:
     if isinstance(mask, Node):
         site.masks = [MaskTerm("keep" if mask.meta["val"].dtype == torch.bool else "add", mask)]
 
-
-# --- eager -------------------------------------------------------------------------------------------------------------
 
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default}
 _PASSIVE = _CASTS | {
@@ -233,7 +231,8 @@ def _walk_up(site: AttentionSite, node: Node, product: Node) -> None:
     if product.target is aten.baddbmm.default:
         if product.kwargs.get("beta", 1) != 1 or scaled:
             raise Refused("baddbmm with a factor")
-        site.scale *= product.kwargs.get("alpha", 1)  # type: ignore[operator]
+        alpha: Any = product.kwargs.get("alpha", 1)
+        site.scale = (site.scale or 1.0) * alpha
         site.masks.append(MaskTerm("add", product.args[0]))  # type: ignore[arg-type]
 
 
@@ -261,16 +260,16 @@ def _leads_to(node: Node, product: Node) -> bool:
     return False
 
 
-def _mask_term(node: Node, other: object, on_left: bool) -> MaskTerm:
+def _mask_term(node: Node, other: Any, on_left: bool) -> MaskTerm:
     if node.target is aten.add.Tensor:
         if not isinstance(other, Node):
             raise Refused("a number is added to the logits")
         return MaskTerm("add", other)
     if "masked_fill" in str(node.target):
-        mask, fill = other  # type: ignore[misc]
+        mask, fill = other
         kind = "drop"
     else:  # where(condition, scores, fill) or where(condition, fill, scores)
-        mask, fill = other  # type: ignore[misc]
+        mask, fill = other
         kind = "keep" if node.args[1] is not fill else "drop"
     value = _number(fill)
     if value is None or not (value <= -1e4):
@@ -330,10 +329,9 @@ def _oriented_factors(product: Node) -> tuple[Node, Node]:
     if product.target is aten.einsum.default:
         return _einsum_factors(product, transpose_right=True)
     query, transposed = _factors(product)
-    if transposed.target is aten.transpose.int and {int(d) % rank(transposed) for d in transposed.args[1:]} == {  # type: ignore[call-overload]
-        rank(transposed) - 2,
-        rank(transposed) - 1,
-    }:
+    last = {rank(transposed) - 2, rank(transposed) - 1}
+    dims: Any = transposed.args[1:]
+    if transposed.target is aten.transpose.int and {d % rank(transposed) for d in dims} == last:
         return query, transposed.args[0]  # type: ignore[return-value]
     with graph.inserting_after(transposed):
         key = graph.call_function(aten.transpose.int, (transposed, -2, -1))
@@ -380,8 +378,6 @@ def _einsum_factors(product: Node, *, transpose_right: bool) -> tuple[Node, Node
         factors.append(view)
     return factors[0], factors[1]
 
-
-# --- grouped heads -----------------------------------------------------------------------------------------------------
 
 _VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints}
 

@@ -250,6 +250,12 @@ def shape(node: Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def arguments(node: Node, count: int) -> list[Any]:
+    """The first `count` positional arguments, None for those left out."""
+    given: list[Any] = list(node.args[:count])
+    return given + [None] * (count - len(given))
+
+
 def rank(node: Node) -> int:
     value = node.meta.get("val")
     return value.dim() if isinstance(value, torch.Tensor) else 0
@@ -263,8 +269,6 @@ def _size(value: torch.SymInt, node: Node) -> Expression:
 def is_bool(node: object) -> bool:
     return isinstance(node, Node) and isinstance(v := node.meta.get("val"), torch.Tensor) and v.dtype == torch.bool
 
-
-# --- operators ---------------------------------------------------------------------------------------------------------
 
 Handler = Callable[[IndexFunctions, Node], "Expression | None"]
 HANDLERS: dict[Any, Handler] = {}
@@ -393,20 +397,19 @@ def _permute(functions: IndexFunctions, node: Node) -> Expression:
     source = node.args[0]
     assert isinstance(source, Node)
     order = list(range(rank(source)))
+    given: Any = node.args[1:] if len(node.args) > 1 else (0, -1)
     if node.target is aten.permute.default:
-        order = [int(d) % rank(source) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+        order = [d % rank(source) for d in given[0]]
     else:
-        first, second = node.args[1:] if node.target is aten.transpose.int else (0, -1)
-        first, second = int(first) % rank(source), int(second) % rank(source)  # type: ignore[call-overload, arg-type]
+        first, second = (d % rank(source) for d in given)
         order[first], order[second] = order[second], order[first]
     return substitute(functions.element(source), {inner: Axis(outer) for outer, inner in enumerate(order)})
 
 
 @_handles(aten.slice.Tensor)
 def _slice(functions: IndexFunctions, node: Node) -> Expression | None:
-    source, dim, start, _, step = (*node.args, *(None,) * (5 - len(node.args)))
-    assert isinstance(source, Node)
-    dim = int(dim or 0) % rank(source)
+    source, dim, start, _, step = arguments(node, 5)
+    dim = (dim or 0) % rank(source)
     offset = functions.scalar(start or 0)
     if offset is None or step not in (None, 1):
         return None
@@ -462,13 +465,13 @@ def _binary(functions: IndexFunctions, node: Node) -> Expression | None:
     left, right = (functions.operand(a, node) for a in node.args[:2])
     if left is None or right is None:
         return None
-    alpha = node.kwargs.get("alpha", 1)
+    alpha: Any = node.kwargs.get("alpha", 1)
     if name == "rsub":
         left, right = right, left
     if name in ("sub", "rsub"):
-        return apply("add", left, apply("mul", right, Const(-alpha)))  # type: ignore[operator]
+        return apply("add", left, apply("mul", right, Const(-alpha)))
     if name == "add" and alpha != 1:
-        right = apply("mul", right, Const(alpha))  # type: ignore[arg-type]
+        right = apply("mul", right, Const(alpha))
     if name in ("gt", "ge"):
         return apply("lt" if name == "gt" else "le", right, left)
     if name == "ne":
@@ -553,8 +556,7 @@ def _triangle(functions: IndexFunctions, node: Node) -> Expression | None:
 @_handles(aten.diff.default)
 def _diff(functions: IndexFunctions, node: Node) -> Expression | None:
     """Differences of neighbours along the last dimension with one value before the first: constant for a ramp."""
-    source, order, dim, prepend, append = (*node.args, *(None,) * (5 - len(node.args)))
-    assert isinstance(source, Node)
+    source, order, dim, prepend, append = arguments(node, 5)
     last = rank(source) - 1
     if order not in (None, 1) or (dim if dim is not None else -1) not in (-1, last) or append is not None:
         return None
@@ -615,10 +617,8 @@ def _cumsum(functions: IndexFunctions, node: Node) -> Expression | None:
 
 def never_falls(node: Node) -> bool:
     """Whether an integer tensor is non-decreasing along its last dimension, by construction."""
-    if node.target is not aten.cumsum.default:
-        return False
-    source, dim = node.args[:2]
-    return is_bool(source) and int(dim) % rank(node) == rank(node) - 1  # type: ignore[call-overload, arg-type]
+    source, dim = arguments(node, 2)
+    return node.target is aten.cumsum.default and is_bool(source) and dim % rank(node) == rank(node) - 1
 
 
 def run_positions(node: Node) -> Node | None:
@@ -641,4 +641,4 @@ def run_positions(node: Node) -> Node | None:
 
 def is_masking(value: float) -> bool:
     """Whether an additive value hides a key: exp of it is 0 in fp32, whatever the logit."""
-    return math.isinf(value) and value < 0 or value <= -1e4
+    return (math.isinf(value) and value < 0) or value <= -1e4

@@ -9,14 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.fx import Graph
-from torch.fx import GraphModule
-from torch.fx import Node
-from torch.fx.experimental.proxy_tensor import make_fx
-
 import rewriter.kernels  # registers the operators  # noqa: F401
+import torch
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
 from rewriter.passes.analyse_masks import MaskProof
@@ -30,6 +24,11 @@ from rewriter.passes.index_functions import Element
 from rewriter.passes.index_functions import Expression
 from rewriter.passes.index_functions import Size
 from rewriter.passes.index_functions import shape
+from torch import Tensor
+from torch.fx import Graph
+from torch.fx import GraphModule
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 
@@ -67,12 +66,25 @@ def _replace(plan: PlannedSite, proof: MaskProof, shared: dict[Any, tuple[Node, 
 
         dtype = site.node.meta["val"].dtype
 
-        def attend(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, *bias: Tensor) -> tuple[Tensor]:
+        def attend(
+            query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, *bias: Tensor
+        ) -> tuple[Tensor]:
             # Autocast, or a model that upcasts, leaves different dtypes: computed in the widest, returned as the original.
             widest = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
             query, key, value = query.to(widest), key.to(widest), value.to(widest)
             output, _ = torch.ops.rewriter.live_range_attention(
-                query, key, value, start, end, None, None, bias[0] if bias else None, None, None, site.scale, site.softcap
+                query,
+                key,
+                value,
+                start,
+                end,
+                None,
+                None,
+                bias[0] if bias else None,
+                None,
+                None,
+                site.scale,
+                site.softcap,
             )
             output = (output.squeeze(1) if flat else output).to(dtype)
             # A view of the result asks for the layout that the original product had.
@@ -147,4 +159,3 @@ def _emit(graph: Graph, function: Callable[..., tuple[Tensor, ...]], inputs: lis
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     raise AssertionError("a traced graph ends with its output")
-

@@ -12,8 +12,6 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from torch.fx import GraphModule
-
 from rewriter.passes.analyse_masks import MaskProof
 from rewriter.passes.analyse_masks import Unproven
 from rewriter.passes.analyse_masks import prove_mask
@@ -28,6 +26,7 @@ from rewriter.passes.find_attention import AttentionSite
 from rewriter.passes.find_attention import find_attention
 from rewriter.passes.index_functions import IndexFunctions
 from rewriter.passes.lower import lower
+from torch.fx import GraphModule
 
 
 @dataclass

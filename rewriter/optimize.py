@@ -127,7 +127,8 @@ class OptimizedModel(nn.Module):
             return result.module
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(result.module, example_inputs)
+        compiled: Any = compile_fx(result.module, example_inputs)
+        return compiled
 
     def _check(self, result: Rewritten) -> None:
         if not result.sites:
@@ -150,7 +151,7 @@ def _compiled(model: nn.Module, backend: Callable[..., Any]) -> Callable[..., An
 
     # Dynamo keeps what it compiles with the code object and gives up after some entries: each model gets its own.
     own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
-    return torch.compile(own, backend=backend, dynamic=True, fullgraph=True)  # type: ignore[no-any-return]
+    return torch.compile(own, backend=backend, dynamic=True, fullgraph=True)
 
 
 def _guarded(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -178,7 +179,9 @@ def _check_model(model: object) -> None:
     for name, module in model.named_modules():
         if isinstance(module, OptimizedModel):
             where = f"its part {name!r}" if name else "it"
-            raise RewriteError(f"{where} is optimized already; optimize the original model (.model) once, with one policy")
+            raise RewriteError(
+                f"{where} is optimized already; optimize the original model (.model) once, with one policy"
+            )
 
 
 def _arguments(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

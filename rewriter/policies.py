@@ -224,6 +224,21 @@ class PerLayer(Policy):
     _default: Policy = field(init=False, repr=False, compare=False)
 
 
+def policy_ranges(policy: Policy, input_ids: Tensor) -> LiveRanges:
+    """The ranges that a policy gives a plain causal site, for pictures, counts and references.
+
+    Args:
+        policy: one that does not look at query, key and value.
+        input_ids: int64 `[B, K]`.
+    """
+    causal = LiveRanges.causal(input_ids.size(1), device=input_ids.device)
+    if policy.reads_site:
+        raise PolicyError(f"{type(policy).__name__} depends on a site's query, key and value; there is no site here")
+    nothing = torch.empty(input_ids.size(0), 1, input_ids.size(1), 1, device=input_ids.device)
+    extra = policy.live_ranges(SiteTensors(causal, input_ids, nothing, nothing, nothing))
+    return causal if extra is None else causal & extra
+
+
 def _windowed(site: SiteTensors, window: int, first: int, forever: Tensor | None) -> LiveRanges:
     """Causal; a key lives for `window` queries, or for ever: the `first` live keys of a row, and where `forever` says so.
 

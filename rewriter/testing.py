@@ -32,4 +32,6 @@ def assert_within_budget(
     if magnitude is not None:
         unit = max(unit, magnitude.norm().item() * torch.finfo(torch.float32).eps)
     allowed = 2 * max(dense_error, unit)
-    assert error <= allowed, f"{what} is {error:.3e} off, more than {allowed:.3e}; the dense form is {dense_error:.3e} off"
+    assert error <= allowed, (
+        f"{what} is {error:.3e} off, more than {allowed:.3e}; the dense form is {dense_error:.3e} off"
+    )

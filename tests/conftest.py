@@ -29,7 +29,9 @@ def _seed() -> None:
 class NanoAttention(nn.Module):
     """A hand-written causal model in the manner of small teaching repositories; `mask` says how it hides the future."""
 
-    def __init__(self, mask: str = "buffer", attention: str = "eager", width: int = 32, heads: int = 4, length: int = 64):
+    def __init__(
+        self, mask: str = "buffer", attention: str = "eager", width: int = 32, heads: int = 4, length: int = 64
+    ):
         super().__init__()
         self.mask, self.attention, self.heads = mask, attention, heads
         self.embedding = nn.Embedding(64, width)

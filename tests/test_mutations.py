@@ -7,28 +7,38 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-import rewriter
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import cpu
 from rewriter.kernels import live_range_attention
 from rewriter.kernels import reference
 from rewriter.passes import check_masks
 from rewriter.passes import pipeline
+from torch import Tensor
+
+import rewriter
 from rewriter.testing import assert_within_budget
 
 
 def kernel_check() -> None:
     """Output and all gradients against the dense reference: padding, a window, fewer queries than keys."""
     torch.manual_seed(0)
-    live = LiveRanges.sliding_window(40, 9) & LiveRanges.padding(torch.arange(40).expand(2, 40) >= torch.tensor([[3], [20]]))
+    live = LiveRanges.sliding_window(40, 9) & LiveRanges.padding(
+        torch.arange(40).expand(2, 40) >= torch.tensor([[3], [20]])
+    )
     shapes = {"query": (2, 4, 30, 8), "key": (2, 2, 40, 8), "value": (2, 2, 40, 8), "bias": (2, 2, 40), "sinks": (4,)}
     tensors = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
     def run(attention: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
         leaves = {name: t.to(dtype).requires_grad_() for name, t in tensors.items()}
-        output = attention(leaves["query"], leaves["key"], leaves["value"], live, bias=leaves["bias"], sinks=leaves["sinks"], softcap=4.0)
+        output = attention(
+            leaves["query"],
+            leaves["key"],
+            leaves["value"],
+            live,
+            bias=leaves["bias"],
+            sinks=leaves["sinks"],
+            softcap=4.0,
+        )
         return [output, *torch.autograd.grad((output * output.detach().cos()).sum(), list(leaves.values()))]
 
     dense = run(reference.live_range_attention, torch.float32)
@@ -138,7 +148,11 @@ def without_padding(original: Any) -> Any:
         proof = original(site, functions, constants)
         del functions
         forever = rewriter.kernels.FOREVER
-        causal = replace(proof.interval, start=Axis(3), end=apply("add", Axis(3), rewriter.passes.index_functions.Const(forever // 2)))
+        causal = replace(
+            proof.interval,
+            start=Axis(3),
+            end=apply("add", Axis(3), rewriter.passes.index_functions.Const(forever // 2)),
+        )
         return replace(proof, interval=causal)
 
     return faulty
@@ -150,7 +164,9 @@ def test_a_dropped_padding_is_refused_by_the_check_by_evaluation(nano: Any, monk
         model_check(nano())
 
 
-def test_a_dropped_padding_is_found_by_the_tests_where_that_check_is_off(nano: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropped_padding_is_found_by_the_tests_where_that_check_is_off(
+    nano: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model_check(nano())
     monkeypatch.setattr(pipeline, "prove_mask", without_padding(pipeline.prove_mask))
     monkeypatch.setattr(pipeline, "check_mask", lambda *_: None)

@@ -25,7 +25,20 @@ HELD_OUT = (
 
 # Tests, vendored copies and generated tables: not prose that a model of source code should learn by heart.
 _SKIPPED_FOLDERS = frozenset(
-    "site-packages dist-packages test tests idle_test idlelib lib2to3 turtledemo ensurepip encodings pydoc_data __pycache__".split()
+    [
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "ensurepip",
+        "encodings",
+        "pydoc_data",
+        "__pycache__",
+    ]
 )
 
 

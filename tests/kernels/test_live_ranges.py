@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
 
@@ -80,7 +79,10 @@ def test_rows_and_heads_broadcast() -> None:
         (lambda: LiveRanges.sliding_window(4, 0), "window must be at least 1.*got 0"),
         (lambda: LiveRanges.sliding_window(4, 2, sinks=-1), "sinks must not be negative, got -1"),
         (lambda: LiveRanges(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4)), "start must be int32, got torch.float32"),
-        (lambda: LiveRanges(*(torch.zeros(4, dtype=torch.int32),) * 2), r"must have shape \[B\|1, Hkv\|1, K\], got \[4\]"),
+        (
+            lambda: LiveRanges(*(torch.zeros(4, dtype=torch.int32),) * 2),
+            r"must have shape \[B\|1, Hkv\|1, K\], got \[4\]",
+        ),
         (
             lambda: LiveRanges(torch.zeros(1, 1, 4, dtype=torch.int32), torch.zeros(1, 1, 5, dtype=torch.int32)),
             "start has 4 keys and end has 5",

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from rewriter.kernels import AttentionInputError
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import live_range_attention
@@ -77,7 +76,10 @@ def test_inductor_trains_through_it() -> None:
 ERRORS = {
     "live of another type": ({"live": torch.zeros(1, 1, 6)}, "live must be LiveRanges, got Tensor"),
     "query of rank 3": ({"query": torch.randn(2, 6, 8)}, r"query must be \[B, H, S, D\], got shape \[2, 6, 8\]"),
-    "integer key": ({"key": torch.zeros(2, 2, 6, 8, dtype=torch.int64)}, "key must be fp16, bf16, fp32 or fp64, got torch.int64"),
+    "integer key": (
+        {"key": torch.zeros(2, 2, 6, 8, dtype=torch.int64)},
+        "key must be fp16, bf16, fp32 or fp64, got torch.int64",
+    ),
     "mixed dtypes": ({"value": torch.randn(2, 2, 6, 8).half()}, "query is torch.float32 and value torch.float16"),
     "head_dim of key": ({"key": torch.randn(2, 2, 6, 7)}, "query has head_dim 8 and key 7"),
     "head_dim 257": (
@@ -87,7 +89,10 @@ ERRORS = {
     "batch": ({"key": torch.randn(3, 2, 6, 8)}, "batch sizes differ: query 2, key 3"),
     "number of values": ({"value": torch.randn(2, 2, 5, 8)}, "must agree in KV heads and number of keys"),
     "heads": ({"query": torch.randn(2, 3, 6, 8)}, "3 query heads are not a multiple of 2 KV heads"),
-    "ends of the wrong length": ({"live": LiveRanges.causal(5)}, r"start must be \[B\|1, Hkv\|1, K\] with K = 6 keys, got \[1, 1, 5\]"),
+    "ends of the wrong length": (
+        {"live": LiveRanges.causal(5)},
+        r"start must be \[B\|1, Hkv\|1, K\] with K = 6 keys, got \[1, 1, 5\]",
+    ),
     "ranges for 3 rows": (
         {"live": LiveRanges.padding(torch.ones(3, 6))},
         "start has 3 batch rows, expected 2 or 1",
@@ -97,7 +102,10 @@ ERRORS = {
     "query_index size": ({"query_index": torch.arange(5)}, r"query_index must be int32 or int64 \[6\]"),
     "float key_index": ({"key_index": torch.rand(6)}, "key_index must be int32 or int64"),
     "softcap": ({"softcap": 0.0}, "softcap must be positive, got 0.0"),
-    "trainable slopes": ({"alibi_slopes": torch.rand(4, requires_grad=True)}, "alibi_slopes must not require a gradient"),
+    "trainable slopes": (
+        {"alibi_slopes": torch.rand(4, requires_grad=True)},
+        "alibi_slopes must not require a gradient",
+    ),
 }
 
 

@@ -4,7 +4,6 @@ import torch
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
-
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import running_topk_ranges
@@ -19,7 +18,9 @@ from rewriter.kernels.schedule import tiles
 def test_each_tile_lists_each_live_key_once(seed: int, queries: int, keys: int, rows: int, shortest_run: int) -> None:
     random = torch.Generator().manual_seed(seed)
     start = torch.randint(-3, keys + 3, (keys,), generator=random).int()
-    end = torch.where(torch.rand(keys, generator=random) < 0.3, FOREVER, start + torch.randint(0, keys, (keys,), generator=random)).int()
+    end = torch.where(
+        torch.rand(keys, generator=random) < 0.3, FOREVER, start + torch.randint(0, keys, (keys,), generator=random)
+    ).int()
     index = torch.randperm(queries + 7, generator=random)[:queries].int()
     before = schedule.MIN_RUN
     schedule.MIN_RUN = shortest_run
@@ -37,7 +38,9 @@ def test_each_tile_lists_each_live_key_once(seed: int, queries: int, keys: int, 
         assert len(set(listed)) == len(listed)
         # The smallest and largest query of a tile stand for all: a key that lives only between two others may be listed.
         between = (start <= q.max()) & (end > q.min()) & (end > start)
-        assert set(listed) == set(between.nonzero().flatten().tolist()) >= set(visible.any(0).nonzero().flatten().tolist())
+        assert (
+            set(listed) == set(between.nonzero().flatten().tolist()) >= set(visible.any(0).nonzero().flatten().tolist())
+        )
         assert visible[:, run + tile.keys[: tile.num_full].tolist()].all()
 
 

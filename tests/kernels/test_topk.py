@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from rewriter.kernels import reference
 from rewriter.kernels import running_topk_ranges
 
@@ -30,7 +29,10 @@ def test_every_query_sees_exactly_the_best_keys_of_its_prefix() -> None:
 
 
 def test_of_equal_scores_the_older_key_wins() -> None:
-    assert running_topk_ranges(torch.zeros(1, 1, 6), 2).visible(torch.arange(6))[0, 0, -1].tolist() == [True, True] + [False] * 4
+    assert (
+        running_topk_ranges(torch.zeros(1, 1, 6), 2).visible(torch.arange(6))[0, 0, -1].tolist()
+        == [True, True] + [False] * 4
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,20 @@ def packed(ids: Tensor) -> Tensor:
 EAGER: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "no mask": (lambda s, ids: s, "none"),
     "tril == 0": (lambda s, ids: s.masked_fill(torch.tril(torch.ones(s.shape[-2:])) == 0, -INF), "causal"),
-    "not tril of bool": (lambda s, ids: s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool).tril(), -1e9), "causal"),
+    "not tril of bool": (
+        lambda s, ids: s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool).tril(), -1e9),
+        "causal",
+    ),
     "triu of -inf added": (lambda s, ids: s + torch.full(s.shape[-2:], -INF).triu(1), "causal"),
     "where tril": (lambda s, ids: torch.where(torch.ones(s.shape[-2:], dtype=torch.bool).tril(), s, MIN), "causal"),
-    "where future": (lambda s, ids: torch.where(row_and_key(s.size(-1))[1] > row_and_key(s.size(-1))[0], MIN, s), "causal"),
+    "where future": (
+        lambda s, ids: torch.where(row_and_key(s.size(-1))[1] > row_and_key(s.size(-1))[0], MIN, s),
+        "causal",
+    ),
     "in place": (
-        lambda s, ids: s + torch.zeros(s.shape[-2:]).masked_fill_(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -INF),
+        lambda s, ids: (
+            s + torch.zeros(s.shape[-2:]).masked_fill_(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -INF)
+        ),
         "causal",
     ),
     "window": (
@@ -47,7 +55,8 @@ EAGER: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     ),
     "window longer than any row": (
         lambda s, ids: s.masked_fill(
-            ~(torch.ones(s.shape[-2:], dtype=torch.bool).tril() & torch.ones(s.shape[-2:], dtype=torch.bool).triu(-99)), -INF
+            ~(torch.ones(s.shape[-2:], dtype=torch.bool).tril() & torch.ones(s.shape[-2:], dtype=torch.bool).triu(-99)),
+            -INF,
         ),
         "causal + window 100",
     ),

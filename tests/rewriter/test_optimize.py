@@ -199,7 +199,9 @@ def test_packed_documents_are_proven_from_position_ids(tiny_model: Callable[...,
 def test_per_layer_policies(tiny_model: Callable[..., nn.Module]) -> None:
     torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
-    optimized = rewriter.optimize(model, PerLayer({0: Exact(), "default": SlidingWindow(3)}), backend="eager", strict=True)
+    optimized = rewriter.optimize(
+        model, PerLayer({0: Exact(), "default": SlidingWindow(3)}), backend="eager", strict=True
+    )
     ids, mask = batch(3, 12, left=False)
     call(optimized, ids, mask)
     assert [site.policy for site in optimized.report] == ["Exact()", "SlidingWindow(window=3, sinks=0)"]
@@ -213,7 +215,9 @@ def test_a_window_as_long_as_the_text_changes_nothing(tiny_model: Callable[..., 
     ids, mask = batch(3, 12, left=True)
     exact = call(rewriter.optimize(model, backend="eager"), ids, mask)
     for window in (12, 13, 2**31 + 5):
-        torch.testing.assert_close(call(rewriter.optimize(model, SlidingWindow(window), backend="eager"), ids, mask), exact)
+        torch.testing.assert_close(
+            call(rewriter.optimize(model, SlidingWindow(window), backend="eager"), ids, mask), exact
+        )
 
 
 class Policy(rewriter.Policy):
@@ -234,9 +238,6 @@ def test_a_policy_of_ones_own(tiny_model: Callable[..., nn.Module]) -> None:
     dense = torch.where(visible, 0.0, torch.finfo(torch.float32).min).expand(3, 1, 12, 12)
     expected = model(input_ids=ids, attention_mask=dense, use_cache=False).logits
     torch.testing.assert_close(optimized(input_ids=ids, use_cache=False).logits, expected)
-
-
-# --- refusals: the model still runs, unchanged --------------------------------------------------------------------------
 
 
 def refused(model: nn.Module, policy: Any = None, **inputs: Any) -> rewriter.Report:
@@ -292,7 +293,7 @@ def test_dropout_in_training_is_refused_and_in_evaluation_is_not(tiny_model: Cal
         optimized = rewriter.optimize(model.train(), backend="eager")
         call(optimized, ids, mask)
         assert all("dropout 0.1 is active" in site.reason for site in optimized.report)
-        with pytest.raises(rewriter.RewriteError, match="dropout 0.1 is active"):
+        with pytest.raises(rewriter.RewriteError, match=r"dropout 0\.1 is active"):
             call(rewriter.optimize(model, backend="eager", strict=True), ids, mask)
         optimized.eval()
         call(optimized, ids, mask)
@@ -300,7 +301,9 @@ def test_dropout_in_training_is_refused_and_in_evaluation_is_not(tiny_model: Cal
 
 
 def test_returned_weights_are_refused() -> None:
-    (site,) = refused(nn.MultiheadAttention(16, 2, batch_first=True), query=(x := torch.randn(3, 5, 16)), key=x, value=x).refused
+    (site,) = refused(
+        nn.MultiheadAttention(16, 2, batch_first=True), query=(x := torch.randn(3, 5, 16)), key=x, value=x
+    ).refused
     assert "returned or used elsewhere" in site.reason
 
 
@@ -308,9 +311,6 @@ def test_a_bidirectional_model_under_a_causal_policy_is_refused(tiny_model: Call
     ids, mask = batch(3, 12, left=False)
     report = refused(tiny_model("bert", "sdpa").eval(), SlidingWindow(4), input_ids=ids, attention_mask=mask)
     assert all("SlidingWindow is defined for causal attention, the mask is: padding" in s.reason for s in report)
-
-
-# --- bad input ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_without_attention() -> None:
@@ -372,15 +372,14 @@ def test_a_model_that_is_not_one_graph() -> None:
         rewriter.optimize(Printing(), backend="eager")(torch.randn(2))
 
 
-# --- the wrapper --------------------------------------------------------------------------------------------------------
-
-
 def test_the_model_is_shared_and_not_changed(tiny_model: Callable[..., nn.Module], tmp_path: Any) -> None:
     torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     ids, mask = batch(3, 12, left=False)
     before = call(model, ids, mask)
-    optimized = rewriter.optimize(model, POLICIES[1], backend="eager", dump=tmp_path, example_inputs={"input_ids": ids, "use_cache": False})
+    optimized = rewriter.optimize(
+        model, POLICIES[1], backend="eager", dump=tmp_path, example_inputs={"input_ids": ids, "use_cache": False}
+    )
     assert optimized.model is model
     assert {f"model.{name}" for name in model.state_dict()} == set(optimized.state_dict())
     assert all(a is b for a, b in zip(model.parameters(), optimized.parameters(), strict=True))
