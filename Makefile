@@ -22,6 +22,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python bench/attention.py --out bench/results/attention-cpu.json
+	$(BIN)/python bench/passes.py --out bench/results/passes.json
 
 # torch first and pinned: a looser range would pull a build with CUDA's libraries.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -64,6 +64,8 @@ def _does_nothing(node: Node) -> bool:
         return bool(before.dtype == after.dtype and before.device == after.device)
     if node.target is aten.expand.default:
         return [str(s) for s in before.shape] == [str(s) for s in after.shape]
+    if node.target is aten.alias.default:
+        return True
     if node.target is aten.dropout.default:
         probability, training = node.args[1:3]
         return bool(probability == 0.0 or not training)

@@ -64,7 +64,14 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
 
 
 def readable_source(path: str) -> str:
-    """`L['kwargs']['input_ids']` -> `input_ids`; `L['model']._modules['h']._buffers['bias']` -> `h.bias`."""
+    """What a user calls a source of Dynamo's.
+
+    `L['kwargs']['input_ids']` -> `input_ids`; `L['args'][0]` -> `argument 0`;
+    `L['model']._modules['h']._buffers['bias']` -> `h.bias`.
+    """
+    position = re.fullmatch(r"L\['args'\]\[(\d+)\]", path)
+    if position:
+        return f"argument {position[1]}"
     names = re.findall(r"\['([^']*)'\]", path)
     if "._modules[" in path or "._buffers[" in path or "._parameters[" in path:
         return ".".join(re.findall(r"\._(?:modules|buffers|parameters)\['([^']*)'\]", path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ def demo(
     """Optimize the bundled small model with each policy, read a real file, and print one table."""
     from rewriter.demo.run import run
 
-    run(out, Console())
+    run(out, _console())
 
 
 @app.command()
@@ -45,9 +46,14 @@ def explain(
     mask = torch.ones_like(ids)
     mask[0, 0] = 0
     report = explain_model(instance, input_ids=ids, attention_mask=mask)
-    Console().print(report)
+    _console().print(report)
     if html is not None:
         report.to_html(html)
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for the tables where the output goes to a file."""
+    return Console(width=None if sys.stdout.isatty() else 150)
 
 
 if __name__ == "__main__":

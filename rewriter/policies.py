@@ -126,7 +126,7 @@ class SeparatorMask(Policy):
     separators: tuple[int, ...]
     initial: int = 3
     window: int = 256
-    names: tuple[str, ...] = field(default=(), compare=False)
+    names: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.separators, (str, bytes)) or not isinstance(self.separators, Iterable):
@@ -143,6 +143,9 @@ class SeparatorMask(Policy):
         object.__setattr__(self, "separators", tuple(sorted(set(ids))))
         _check_int(self, "initial", self.initial, 0)
         _check_int(self, "window", self.window, 1)
+
+    def __str__(self) -> str:
+        return f"SeparatorMask({len(self.separators)} separators, initial={self.initial}, window={self.window})"
 
     @classmethod
     def from_tokenizer(
@@ -169,7 +172,7 @@ class SeparatorMask(Policy):
                 chosen[token] = text
         if not chosen:
             raise PolicyError(f"no token of this tokenizer is made of {characters!r}; give separators=... as token ids")
-        return cls(tuple(chosen), initial, window, tuple(chosen.values()))
+        return cls(tuple(chosen), initial, window, names=tuple(chosen.values()))
 
     def live_ranges(self, site: SiteTensors) -> LiveRanges:
         assert site.input_ids is not None

@@ -81,7 +81,7 @@ class Report:
                     module=plan.site.module_path,
                     form=plan.site.form,
                     mask=plan.proof.name if plan.proof is not None else "-",
-                    policy=_short(plan.policy),
+                    policy=str(plan.policy),
                     kernel="-" if reason else KERNEL,
                     reason=reason,
                     source=source_line(plan.site.node),
@@ -142,7 +142,3 @@ def _cells(site: SiteReport) -> tuple[str, ...]:
     outcome = site.kernel if site.rewritten else f"refused: {site.reason}"
     return (str(site.layer), site.module or "-", site.form, site.mask, site.policy, outcome, site.source or "-")
 
-
-def _short(policy: object) -> str:
-    text = repr(policy)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,71 @@
+"""The demo on a shorter text: the same code, the same model, a table whose figures are consistent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from rewriter.cli import app
+from rewriter.demo import corpus
+from rewriter.demo import run as demo
+
+
+def test_the_bundled_model_has_learned() -> None:
+    """Below the 2.0 bits per byte that was asked of it, and below gzip -9, on text it has never seen."""
+    model, tokenizer = demo.load_model()
+    text = corpus.held_out_text(12_000, "tarfile.py")
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]])
+    with torch.no_grad():
+        bits = demo._bits_per_byte(demo._logits(model, ids), ids, text)
+    training = json.loads((demo.MODEL / "training.json").read_text())
+    assert bits < 2.0
+    assert training["held_out_bits_per_byte"] < min(2.0, training["gzip_9_bits_per_byte"])
+    assert sum(f.stat().st_size for f in demo.MODEL.iterdir()) < 8e6
+
+
+def test_held_out_modules_are_not_trained_on() -> None:
+    held_out, training = set(corpus.held_out_files()), set(corpus.training_files())
+    assert len(held_out) >= 8
+    assert not held_out & training
+    assert len(training) > 100
+    with pytest.raises(ValueError, match="'os.py' is not a held-out module"):
+        corpus.held_out_text(10, "os.py")
+    with pytest.raises(ValueError, match="were asked for"):
+        corpus.held_out_text(10**9, "heapq.py")
+
+
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(demo, "NUM_BYTES", 3000)
+    monkeypatch.setattr(demo, "LENGTHS", (256, 512))
+    original, compiled, exact, window, separators, mixed = demo.run(tmp_path, Console(quiet=True))
+    assert compiled.bits_per_byte == original.bits_per_byte
+    assert exact.bits_per_byte == pytest.approx(original.bits_per_byte, rel=1e-5)
+    assert exact.kept == 1.0
+    for row in (exact, window, separators, mixed):
+        assert row.sites == "4 of 4"
+        assert row.largest_difference is not None
+        assert row.largest_difference < 1e-3
+        assert row.work_ratio is not None
+        assert 1.0 <= row.work_ratio < 2.0
+    assert separators.kept < mixed.kept < exact.kept
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"demo.json", "masks.png", "time-against-length.png", "report.html"}
+
+
+def test_command_line(tmp_path: Path) -> None:
+    runner = CliRunner()
+    assert "demo" in runner.invoke(app, ["--help"]).output
+    for command in ("demo", "explain"):
+        assert runner.invoke(app, [command, "--help"]).exit_code == 0
+    result = runner.invoke(app, ["explain", str(demo.MODEL), "--html", str(tmp_path / "r.html")])
+    assert result.exit_code == 0, result.output
+    assert "4 of 4 attention sites rewritten" in result.output
+    assert (tmp_path / "r.html").is_file()
+    missing = runner.invoke(app, ["explain", str(tmp_path)])
+    assert missing.exit_code == 2
