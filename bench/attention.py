@@ -15,7 +15,6 @@ import json
 import math
 import multiprocessing
 import platform
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -72,7 +71,7 @@ def main(
     console = Console(width=170)
     results: list[Measured] = []
     for length in (int(part) for part in lengths.split(",")):
-        few = max(1, min(rounds, rounds * 16384 // length))
+        few = max(1, rounds * 16384 // length)
         results.extend(measure(length, length <= dense_up_to, length <= flex_up_to, few, threads))
         console.print(table(results[-len(MASKS) :]))
     console.print(table(results))
@@ -179,7 +178,7 @@ def schedule_all(live: LiveRanges) -> None:
     index = torch.arange(live.num_keys, dtype=torch.int32)
     start, end = (t.expand(live.shape).flatten(0, 1) for t in (live.start, live.end))
     for row_start, row_end in zip(start, end, strict=True):
-        for _ in tiles(row_start, row_end, index, tile_rows(GROUP, live.num_keys)):
+        for _ in tiles(row_start, row_end, index, tile_rows(GROUP, live.num_keys, shared=live.shape[1] == 1)):
             pass
 
 
@@ -198,7 +197,8 @@ def flex(query: Tensor, key: Tensor, value: Tensor, live: LiveRanges) -> Callabl
     block_mask = create_block_mask(
         visible, None, None if shared else QUERY_HEADS, query.size(2), key.size(2), device="cpu"
     )
-    compiled = torch.compile(flex_attention)
+    torch._dynamo.reset()  # a second length would compile with a dynamic one, which its CPU code generator cannot (2.13)
+    compiled = torch.compile(flex_attention, dynamic=False)
     detached = [t.detach() for t in (query, key, value)]
     return lambda: compiled(*detached, block_mask=block_mask, enable_gqa=True)
 
@@ -229,9 +229,16 @@ def _peak_memory(mask: str, length: int, threads: int) -> float:
     small = LiveRanges.sliding_window(256, 16)  # starts thread pools and matrix libraries
     live_range_attention(*(t[:, :, :256] for t in (query, key, value)), small).sum().backward()
     query.grad = key.grad = value.grad = None
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here (Linux)
+    before = resident_peak()
     live_range_attention(query, key, value, build()).sum().backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (resident_peak() - before) / 1024
+
+
+def resident_peak() -> int:
+    """KiB of memory that this process has held at most since its peak was reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
 
 
 def matmul_rate() -> float:

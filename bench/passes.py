@@ -1,6 +1,6 @@
 """How long do the passes take? Models of 25, 50 and 100 layers, each pass by itself.
 
-    python bench/passes.py --out bench/results/passes.json
+python bench/passes.py --out bench/results/passes.json
 """
 
 from __future__ import annotations

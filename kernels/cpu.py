@@ -70,8 +70,8 @@ def _visits(query: Tensor, key: Tensor, start: Tensor, end: Tensor, logits: Logi
     """All tiles of all rows and heads; heads that share their ranges come together in one batched product."""
     num_batch, num_heads, num_queries = query.shape[:3]
     num_kv_heads = key.size(1)
-    rows = tile_rows(num_heads // num_kv_heads, num_queries)
     range_heads = max(start.size(1), end.size(1))
+    rows = tile_rows(num_heads // num_kv_heads, num_queries, shared=range_heads == 1)
     range_batch = max(start.size(0), end.size(0), logits.query_index.size(0))
     together = max(1, 2048 // (rows * (num_heads // num_kv_heads)))
     start, end = (t.expand(range_batch, range_heads, -1) for t in (start, end))

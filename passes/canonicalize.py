@@ -34,11 +34,11 @@ class Canonicalized:
 
 def canonicalize(module: GraphModule) -> Canonicalized:
     """Rewrites the graph in place; its values stay the same."""
-    functionalized = sum(_functionalize(node) for node in list(module.graph.nodes) if _is_in_place(node))
+    functionalized = sum(_functionalize(node) for node in list(module.graph.nodes) if _written(node))
     modified: set[Node] = set()
     for node in module.graph.nodes:
-        if _is_in_place(node) and isinstance(node.args[0], Node):
-            modified |= _aliases(node.args[0])
+        for written in _written(node):
+            modified |= _aliases(written)
     erased = 0
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node not in modified and _does_nothing(node):
@@ -72,13 +72,16 @@ def _does_nothing(node: Node) -> bool:
     return False
 
 
-def _is_in_place(node: Node) -> bool:
-    return (
-        node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and node.target._schema.is_mutable
-        and bool(node.args)
-    )
+def _written(node: Node) -> list[Node]:
+    """The arguments that an operation writes to, by its schema."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    schema = node.target._schema
+    if not schema.is_mutable:
+        return []
+    values = [*node.args, *(node.kwargs.get(argument.name) for argument in schema.arguments[len(node.args) :])]
+    written = [v for a, v in zip(schema.arguments, values, strict=False) if a.alias_info and a.alias_info.is_write]
+    return [value for value in written if isinstance(value, Node)]
 
 
 def _is_view(node: Node) -> bool:

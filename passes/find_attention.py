@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from rewriter.passes.index_functions import rank
 from rewriter.passes.index_functions import shape
-from torch.fx import Graph
 from torch.fx import GraphModule
 from torch.fx import Node
 
@@ -48,6 +48,7 @@ class AttentionSite:
         softcap: None for none.
         masks: all of them apply.
         is_causal: also causal, top-left aligned.
+        path: the nodes between the product of query and key and the output.
         reason: why the site is refused; None while it is not.
     """
 
@@ -60,6 +61,7 @@ class AttentionSite:
     softcap: float | None = None
     masks: list[MaskTerm] = field(default_factory=list)
     is_causal: bool = False
+    path: list[Node] = field(default_factory=list)
     reason: str | None = None
 
     @property
@@ -83,8 +85,12 @@ class Refused(Exception):
 _FUSED = (aten._native_multi_head_attention.default, aten._transformer_encoder_layer_fwd.default)
 
 
-def find_attention(module: GraphModule) -> list[AttentionSite]:
-    """All sites, in the order of the graph; the refused ones carry their reason."""
+def find_attention(module: GraphModule, modified: frozenset[Node] = frozenset()) -> list[AttentionSite]:
+    """All sites, in the order of the graph; the refused ones carry their reason.
+
+    Args:
+        modified: nodes that an in-place operation changes, from `canonicalize`.
+    """
     sites = []
     for node in list(module.graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
@@ -99,10 +105,14 @@ def find_attention(module: GraphModule) -> list[AttentionSite]:
                 "call torch.backends.mha.set_fastpath_enabled(False)"
             )
             sites.append(AttentionSite(node, "fused", reason=reason))
+    for site in sites:
+        changed = [node for node in (site.query, site.key, site.value, *site.path) if node in modified]
+        if changed and site.reason is None:
+            site.reason = f"{changed[0].name} is modified in place, through a view or where others see it"
     return sites
 
 
-def _checked(match, site: AttentionSite) -> AttentionSite:  # type: ignore[no-untyped-def]
+def _checked(match: Callable[[AttentionSite], None], site: AttentionSite) -> AttentionSite:
     try:
         match(site)
         _check_shapes(site)
@@ -185,10 +195,8 @@ def _match_eager(site: AttentionSite) -> None:
     site.scale = 1.0
     _walk_up(site, softmax.args[0], product)  # type: ignore[arg-type]
     _walk_down(site, softmax)
-    query, key = _oriented_factors(product)
-    graph = softmax.graph
-    site.query = query
-    site.key = _fold_repeated_heads(key, graph)
+    site.query, key = _oriented_factors(product)
+    site.key = _fold_repeated_heads(key)
     assert site.value is not None
     site.value = _fold_repeated_heads(site.value)
 
@@ -196,7 +204,9 @@ def _match_eager(site: AttentionSite) -> None:
 def _walk_up(site: AttentionSite, node: Node, product: Node) -> None:
     """From the softmax to the product: masks first, then a softcap, then scales."""
     scaled = False
+    site.path.append(product)
     while node is not product:
+        site.path.append(node)
         target = node.target
         if target in _PASSIVE:
             node = node.args[0]  # type: ignore[assignment]
@@ -305,6 +315,7 @@ def _skip_casts(node: Node) -> Node:
 def _walk_down(site: AttentionSite, node: Node) -> None:
     """From the softmax to the product with the value; the weights may be used for nothing else."""
     while True:
+        site.path.append(node)
         users = list(node.users)
         if len(users) != 1:
             raise Refused("the attention weights are returned or used elsewhere")
@@ -382,7 +393,7 @@ def _einsum_factors(product: Node, *, transpose_right: bool) -> tuple[Node, Node
 _VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints}
 
 
-def _fold_repeated_heads(node: Node, graph: Graph | None = None) -> Node:
+def _fold_repeated_heads(node: Node) -> Node:
     """`[B, Hkv, S, D]` behind a `repeat_kv`; the node itself where there is none."""
     source = node
     while source.target in (aten.contiguous.default, aten.clone.default):

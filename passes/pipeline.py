@@ -82,7 +82,7 @@ def rewrite(
     done("capture", module)
     canonicalized = canonicalize(module)
     done("canonicalize", module)
-    sites = find_attention(module)
+    sites = find_attention(module, canonicalized.modified)
     done("find-attention", module)
     constants = {node: value for node, (_, value) in captured.buffers.items()}
     functions = IndexFunctions(canonicalized.modified)

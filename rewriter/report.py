@@ -141,4 +141,3 @@ _PAGE = """<!doctype html><meta charset="utf-8"><title>rewriter report</title>
 def _cells(site: SiteReport) -> tuple[str, ...]:
     outcome = site.kernel if site.rewritten else f"refused: {site.reason}"
     return (str(site.layer), site.module or "-", site.form, site.mask, site.policy, outcome, site.source or "-")
-

@@ -183,7 +183,7 @@ def test_equals_the_dense_reference(case: Case) -> None:
 def small_blocks() -> Iterator[None]:
     """Several blocks per tile, dense runs and tiles of few rows: the online softmax and the run path on small inputs."""
     saved = cpu.BLOCK, schedule.MIN_RUN, cpu.tile_rows
-    cpu.BLOCK, schedule.MIN_RUN, cpu.tile_rows = 5, 4, lambda group, queries: 7
+    cpu.BLOCK, schedule.MIN_RUN, cpu.tile_rows = 5, 4, lambda group, queries, shared: 7
     try:
         yield
     finally:

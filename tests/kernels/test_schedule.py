@@ -55,7 +55,7 @@ def test_a_causal_mask_is_a_run_and_a_diagonal() -> None:
 def test_the_gathered_keys_of_a_dynamic_mask_are_few_more_than_it_keeps() -> None:
     keep, length = 128, 4096
     live = running_topk_ranges(torch.rand(1, 1, length), keep)
-    rows = tile_rows(4, length)
+    rows = tile_rows(4, length, shared=True)
     counts = [t.num_keys for t in tiles(live.start[0, 0], live.end[0, 0], torch.arange(length).int(), rows)]
     assert max(counts) <= keep + rows - 1
     assert computed_pairs(live, length, 4) / live.live_pairs() < 1.3

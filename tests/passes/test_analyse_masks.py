@@ -45,6 +45,11 @@ EAGER: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
         ),
         "causal",
     ),
+    "scores changed in place": (
+        lambda s, ids: s.masked_fill_(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -INF),
+        "causal",
+    ),
+    "mask added in place": (lambda s, ids: s.add_(torch.full(s.shape[-2:], -INF).triu(1)), "causal"),
     "window": (
         lambda s, ids: s.masked_fill(
             (row_and_key(s.size(-1))[1] > row_and_key(s.size(-1))[0])
@@ -206,6 +211,26 @@ def test_a_tensor_changed_in_place_through_a_view_is_data() -> None:
     optimized = rewriter.optimize(model, backend="eager")
     (ids, _) = batches()
     assert torch.equal(optimized(ids), model(ids))
+    assert not optimized.report.sites[0].rewritten
+
+
+@pytest.mark.parametrize("changed", ["scores", "weights"])
+def test_scores_and_weights_changed_through_a_view_are_refused(changed: str) -> None:
+    class Changing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            scores = x @ x.transpose(1, 2)
+            if changed == "scores":
+                scores[:, 1:, 0] = -INF
+            weights = scores.softmax(-1)
+            if changed == "weights":
+                weights[:, :, 0] = 0.0
+            return weights @ x
+
+    torch._dynamo.reset()
+    model = Changing()
+    optimized = rewriter.optimize(model, backend="eager")
+    x = torch.randn(3, 9, 4)
+    torch.testing.assert_close(optimized(x), model(x))
     assert not optimized.report.sites[0].rewritten
 
 

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import torch
+from rewriter.passes.canonicalize import canonicalize
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-
-from rewriter.passes.canonicalize import canonicalize
 
 
 def targets(module: torch.fx.GraphModule) -> list[str]:

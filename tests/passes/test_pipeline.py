@@ -32,7 +32,11 @@ def pass_seconds(layers: int) -> tuple[float, float, int]:
         optimized(input_ids=ids, use_cache=False)
     seconds = optimized.report.graphs[0].seconds
     assert len(report.sites) == layers
-    return sum(seconds.values()), sum(s for name, s in seconds.items() if name != "capture"), len(optimized.report.sites)
+    return (
+        sum(seconds.values()),
+        sum(s for name, s in seconds.items() if name != "capture"),
+        len(optimized.report.sites),
+    )
 
 
 def test_a_hundred_layers_take_seconds_and_time_is_linear() -> None:
@@ -50,9 +54,13 @@ def test_ranges_are_computed_once_and_shared(tiny_model: Callable[..., nn.Module
     model = tiny_model("llama", "sdpa").eval()
     ids = torch.randint(0, 64, (3, 12))
     policy = rewriter.SeparatorMask((3, 17), window=4)
-    rewriter.optimize(model, policy, backend="eager", dump=tmp_path, example_inputs={"input_ids": ids, "use_cache": False})
+    rewriter.optimize(
+        model, policy, backend="eager", dump=tmp_path, example_inputs={"input_ids": ids, "use_cache": False}
+    )
     lowered = (tmp_path / "6-lower.txt").read_text()
-    assert lowered.count("torch.ops.aten.eq.Tensor") + lowered.count("torch.ops.aten.eq.Scalar") == len(policy.separators)
+    assert lowered.count("torch.ops.aten.eq.Tensor") + lowered.count("torch.ops.aten.eq.Scalar") == len(
+        policy.separators
+    )
     assert lowered.count("torch.ops.rewriter.live_range_attention") == 2
 
 
