@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import rewriter.kernels  # registers the operators  # noqa: F401
 import torch
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges

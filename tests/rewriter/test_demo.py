@@ -33,7 +33,7 @@ def test_held_out_modules_are_not_trained_on() -> None:
     assert len(held_out) >= 8
     assert not held_out & training
     assert len(training) > 100
-    with pytest.raises(ValueError, match="'os.py' is not a held-out module"):
+    with pytest.raises(ValueError, match=r"'os\.py' is not a held-out module"):
         corpus.held_out_text(10, "os.py")
     with pytest.raises(ValueError, match="were asked for"):
         corpus.held_out_text(10**9, "heapq.py")
