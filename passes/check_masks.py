@@ -36,10 +36,12 @@ def check_mask(
     """None where every trial agrees, else the reason for refusal."""
     assert site.query is not None and site.key is not None
     symbols = _symbols([site.query, site.key, *(term.node for term in site.masks)])
-    for sizes in _sizes(symbols, proof, constants):
+    traced = sorted(set(symbols.values()), key=str)
+    for sizes in _sizes(len(traced), proof, constants):
+        chosen = dict(zip(traced, sizes, strict=True))
         for pattern in PATTERNS:
             try:
-                trial = _Trial(functions, constants, dict(zip(symbols, sizes, strict=True)), pattern)
+                trial = _Trial(functions, constants, {s: chosen[t] for s, t in symbols.items()}, pattern)
                 difference = _compare(site, proof, trial)
             except Exception as error:  # whatever the model's own operators raise on these shapes
                 return f"the mask could not be evaluated at sizes {sizes}: {type(error).__name__}: {error}"
@@ -161,9 +163,12 @@ class _Trial(Mapping[Node, Any]):
         return data.to(dtype)
 
 
-def _symbols(nodes: list[Node]) -> list[sympy.Symbol]:
-    """The symbols of the nodes' sizes, and of all that they are computed from."""
-    symbols: set[sympy.Symbol] = set()
+def _symbols(nodes: list[Node]) -> dict[sympy.Symbol, object]:
+    """The symbols of the nodes' sizes, and of all that they are computed from, with the value each had when traced.
+
+    Sizes that were equal then (the ids' and the padding mask's, say) need not be one symbol, but belong together.
+    """
+    symbols: dict[sympy.Symbol, object] = {}
     seen: set[Node] = set()
     stack = list(nodes)
     while stack:
@@ -173,23 +178,26 @@ def _symbols(nodes: list[Node]) -> list[sympy.Symbol]:
         seen.add(node)
         stack.extend(node.all_input_nodes)
         value = node.meta.get("val")
-        sizes = value.shape if isinstance(value, Tensor) else (value,)
-        symbols |= {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
-    return sorted(symbols, key=str)
+        for size in value.shape if isinstance(value, Tensor) else (value,):
+            if isinstance(size, torch.SymInt):
+                expression = size.node.expr
+                for symbol in expression.free_symbols:
+                    symbols.setdefault(symbol, symbol)
+                if expression.is_Symbol and size.node.hint is not None:
+                    symbols[expression] = size.node.hint
+    return symbols
 
 
-def _sizes(symbols: list[sympy.Symbol], proof: MaskProof, constants: Mapping[Node, Tensor]) -> list[tuple[int, ...]]:
-    """Values for the symbols: small ones, and lengths just beyond the constants of the proof."""
-    if not symbols:
+def _sizes(count: int, proof: MaskProof, constants: Mapping[Node, Tensor]) -> list[tuple[int, ...]]:
+    """Values for `count` sizes: small ones, and lengths just beyond the constants of the proof."""
+    if not count:
         return [()]
     border = [c + 3 for e in (proof.interval.start, proof.interval.end) for c in constants_of(e) if 2 < c < LONGEST]
     longest = min([LONGEST, *(max(constants[node].shape) for node in proof.constants)])
     lengths = [min(length, longest) for length in dict.fromkeys([5, 9, 34, *border])]
-    small = itertools.islice(itertools.product((2, 3), repeat=len(symbols)), 4)
+    small = itertools.islice(itertools.product((2, 3), repeat=count), 4)
     # Which symbol is the length is not known: each is long in turn.
     long = [
-        tuple(length if i == k else 2 for i in range(len(symbols)))
-        for length in dict.fromkeys(lengths)
-        for k in range(len(symbols))
+        tuple(length if i == k else 2 for i in range(count)) for length in dict.fromkeys(lengths) for k in range(count)
     ]
     return list(dict.fromkeys([*small, *long]))

@@ -413,6 +413,17 @@ def test_many_models_of_one_class_stay_rewritten(nano: type[nn.Module]) -> None:
         assert len(optimized.report.graphs) == 1
 
 
+def test_sizes_that_dynamo_traces_as_unrelated_symbols(tiny_model: Callable[..., nn.Module]) -> None:
+    """The padding mask's length was no longer the ids' symbol once Dynamo had seen the code before: falsely refused."""
+    torch._dynamo.reset()
+    model = tiny_model("llama", "sdpa").eval()
+    rewriter.optimize(model, backend="eager")(input_ids=torch.randint(0, 64, (1, 30)), use_cache=False)
+    ids, mask = batch(3, 16, left=True)
+    report = rewriter.explain(model, input_ids=ids, attention_mask=mask, use_cache=False)
+    assert [site.mask for site in report] == ["causal + padding"] * 2
+    assert not report.refused
+
+
 def test_explain_changes_nothing(tiny_model: Callable[..., nn.Module]) -> None:
     torch._dynamo.reset()
     model = tiny_model("gemma2", "eager").eval()
