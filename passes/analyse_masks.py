@@ -103,7 +103,7 @@ def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mappin
     """The proof of one site's mask.
 
     Args:
-        constants: buffers and parameters of the model among the graph's inputs, with their present values.
+        constants: buffers of the model among the graph's inputs, with their present values.
 
     Raises:
         Unproven: with the reason.
@@ -129,8 +129,6 @@ class _Analysis:
         self.functions = functions
         self.constants = constants
         self.read: dict[Node, None] = {}
-
-    # --- mask terms ---
 
     def term(self, term: MaskTerm) -> tuple[Expression, list[Expression]]:
         """(when the key is visible, key biases) of one mask term."""
@@ -179,8 +177,6 @@ class _Analysis:
             if value != 0:
                 visible = apply("and", visible, negate(condition))
         return visible
-
-    # --- predicates ---
 
     def conjunction(self, predicates: list[Expression]) -> Interval:
         parts = [part for predicate in predicates for part in _flatten("and", _normal(predicate))]

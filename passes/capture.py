@@ -25,7 +25,7 @@ class CapturedGraph:
 
     Attributes:
         module: the graph; each placeholder's `meta["source"]` says where its value comes from.
-        buffers: the model's own tensors among the placeholders, by qualified name, with their present values.
+        buffers: the model's buffers among the placeholders, with their qualified names and present values.
     """
 
     module: GraphModule
@@ -58,7 +58,7 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
         source = getattr(original, "_dynamo_source", None)
         path = source.name if source is not None and isinstance(source.name, str) else original.target
         node.meta["source"] = readable_source(str(path))
-        if isinstance(value, Tensor) and re.search(r"_(buffers|parameters)\[", str(path)):
+        if isinstance(value, Tensor) and "._buffers[" in str(path):
             buffers[node] = (node.meta["source"], value)
     return CapturedGraph(module, buffers)
 

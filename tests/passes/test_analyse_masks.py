@@ -246,6 +246,25 @@ def test_a_buffer_whose_values_change_is_proven_anew(nano: type[nn.Module]) -> N
     assert {site.mask for site in optimized.report} == {"causal + window 3"}
 
 
+def test_a_parameter_is_data_since_training_changes_it() -> None:
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mask = nn.Parameter(torch.tril(torch.ones(32, 32)), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            length = x.size(1)
+            scores = x @ x.transpose(1, 2)
+            return scores.masked_fill(self.mask[:length, :length] == 0, -INF).softmax(-1) @ x
+
+    torch._dynamo.reset()
+    model = Learned()
+    optimized = rewriter.optimize(model, backend="eager")
+    x = torch.randn(3, 9, 4)
+    torch.testing.assert_close(optimized(x), model(x))
+    assert "input mask" in optimized.report.sites[0].reason
+
+
 def test_sdpa_with_is_causal_is_top_left_aligned() -> None:
     class Cross(nn.Module):
         def forward(self, q: Tensor, kv: Tensor) -> Tensor:
