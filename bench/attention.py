@@ -28,9 +28,9 @@ import typer
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import live_range_attention
 from rewriter.kernels import running_topk_ranges
-from rewriter.kernels.schedule import computed_pairs
-from rewriter.kernels.schedule import tile_rows
-from rewriter.kernels.schedule import tiles
+from rewriter.kernels.cpu.schedule import computed_pairs
+from rewriter.kernels.cpu.schedule import tile_rows
+from rewriter.kernels.cpu.schedule import tiles
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

@@ -6,6 +6,7 @@ from rewriter.kernels import reference
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.live_ranges import LiveRanges
 from rewriter.kernels.ops import AttentionInputError
+from rewriter.kernels.ops import key_scores
 from rewriter.kernels.ops import live_range_attention
 from rewriter.kernels.topk import running_topk_ranges
 
@@ -13,6 +14,7 @@ __all__ = [
     "FOREVER",
     "AttentionInputError",
     "LiveRanges",
+    "key_scores",
     "live_range_attention",
     "reference",
     "running_topk_ranges",

@@ -1,7 +1,8 @@
 """The operators as users and graphs call them: checks, `torch.library` registration, autograd.
 
-`rewriter::live_range_attention` is one opaque node in a compiled graph. The public function of the same name takes
-`LiveRanges`; graphs call the operator with its two vectors.
+`rewriter::live_range_attention` is one node in a captured graph. On a GPU it is a `torch.library.triton_op`: Inductor and
+AOTInductor see through it to the schedule and the Triton kernels. On a CPU it becomes one opaque operator. The public
+function of the same name takes `LiveRanges`; graphs call the operator with its two vectors.
 """
 
 from __future__ import annotations
@@ -10,12 +11,20 @@ import math
 from typing import Any
 
 import torch
-from rewriter.kernels import cpu
+from rewriter.kernels.cpu import attention as cpu
+from rewriter.kernels.cpu import key_scores as cpu_key_scores
+from rewriter.kernels.gpu import backward as gpu_backward
+from rewriter.kernels.gpu import decode as gpu_decode
+from rewriter.kernels.gpu import forward as gpu_forward
+from rewriter.kernels.gpu import key_scores as gpu_key_scores
+from rewriter.kernels.gpu.arguments import Arguments
+from rewriter.kernels.gpu.launch import runs_triton
 from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
+GROUPS = ("mean", "max", "per_query_head")
 
 
 class AttentionInputError(ValueError):
@@ -90,6 +99,53 @@ def live_range_attention(
     return (output, lse) if return_lse else output
 
 
+def key_scores(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    live: LiveRanges,
+    *,
+    key_index: Tensor | None = None,
+    query_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    group: str = "mean",
+) -> Tensor:
+    """The attention mass of each key: its weights summed over some query rows, usually the last ones of a prompt.
+
+        score[j] = sum over rows i of exp(logit[i, j] - lse[i]),   0 where i does not see j
+
+    No array of the size rows x keys is made, and there is no gradient.
+
+    Args:
+        query: `[B, Hq, w, D]`, the rows that count.
+        key: `[B, Hkv, K, D]`.
+        lse: `[B, Hq, w]`, the log-sum-exp of these rows, as `live_range_attention` returns it.
+        live, key_index, query_index, bias, scale, softcap, alibi_slopes: as given to `live_range_attention`.
+        group: what becomes of the query heads of a KV head: their `"mean"`, their `"max"`, or `"per_query_head"`, each
+            its own score.
+
+    Returns:
+        fp32 `[B, Hkv, K]`; `[B, Hq, K]` for `"per_query_head"`.
+
+    Raises:
+        AttentionInputError: an input has the wrong shape, dtype or device, or `group` is not one of the three.
+    """
+    if not isinstance(live, LiveRanges):
+        raise AttentionInputError(
+            f"live must be LiveRanges, got {type(live).__name__}; build it with a constructor such as LiveRanges.causal(K)"
+        )
+    if softcap is not None and not softcap > 0:
+        raise AttentionInputError(f"softcap must be positive, got {softcap}; leave it out for none")
+    if group not in GROUPS:
+        raise AttentionInputError(f"group must be one of {', '.join(GROUPS)}, got {group!r}")
+    return torch.ops.rewriter.key_scores(
+        query, key, lse, live.start, live.end, query_index, key_index, bias, alibi_slopes, scale, softcap, group
+    )
+
+
 def _check(
     query: Tensor,
     key: Tensor,
@@ -108,6 +164,10 @@ def _check(
             raise AttentionInputError(f"{name} must be [B, H, S, D], got shape {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:
             raise AttentionInputError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
+        if tensor.dtype == torch.float64 and runs_triton(tensor):
+            raise AttentionInputError(
+                f"{name} is fp64, which the Triton kernels do not take; use fp32, or move it to the CPU"
+            )
         if tensor.dtype != query.dtype:
             raise AttentionInputError(f"query is {query.dtype} and {name} {tensor.dtype}; cast them to one dtype")
     (num_batch, num_heads, num_queries, head_dim) = query.shape
@@ -147,6 +207,8 @@ def _check(
                 f"bias must be a float tensor [B|1, Hkv|1, {num_keys}], got {bias.dtype} {list(bias.shape)}"
             )
         _check_broadcast("bias", bias, (num_batch, num_kv_heads))
+    if isinstance(num_keys, int) and num_keys >= 2**31:
+        raise AttentionInputError(f"{num_keys} keys do not have int32 indices; the limit is 2^31 - 1")
     for name, vector in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if vector is not None and (vector.dim() != 1 or vector.size(0) != num_heads):
             raise AttentionInputError(f"{name} must be [{num_heads}] (one per query head), got {list(vector.shape)}")
@@ -157,6 +219,9 @@ def _check(
             raise AttentionInputError(
                 f"query is on {query.device}, another input on {other.device}; move them together"
             )
+
+    if query.device.type not in ("cpu", "cuda", "meta"):
+        raise AttentionInputError(f"there is no kernel for device {query.device}; move the inputs to the CPU or a GPU")
 
 
 def _check_broadcast(name: str, tensor: Tensor, expected: tuple[int, int]) -> None:
@@ -181,8 +246,8 @@ def _logits(
     if key_index is None:
         key_index = torch.arange(num_keys, dtype=torch.int32)
     return cpu.Logits(
-        query_index=query_index.to(torch.int32).reshape(-1, num_queries),
-        key_index=key_index.to(torch.int32).reshape(-1, num_keys),
+        query_index=_rows(query_index),
+        key_index=_rows(key_index),
         bias=bias,
         alibi_slopes=alibi_slopes,
         scale=1 / math.sqrt(query.size(3)) if scale is None else scale,
@@ -190,8 +255,16 @@ def _logits(
     )
 
 
-@torch.library.custom_op("rewriter::live_range_attention", mutates_args=(), device_types="cpu")
-def _attention(
+def _rows(index: Tensor) -> Tensor:
+    """int32 `[B|1, size]`."""
+    return index.to(torch.int32)[None] if index.dim() == 1 else index.to(torch.int32)
+
+
+def _is_empty(query: Tensor, key: Tensor) -> bool:
+    return 0 in (*query.shape[:3], key.size(2))
+
+
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -206,12 +279,18 @@ def _attention(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     _check(query, key, value, start, end, query_index, key_index, bias, sinks, alibi_slopes)
-    logits = _logits(query, key, query_index, key_index, bias, alibi_slopes, scale, softcap)
-    return cpu.forward(query, key, value, start, end, sinks, logits)
+    if not runs_triton(query) or _is_empty(query, key):
+        return torch.ops.rewriter.live_range_attention_cpu(
+            query, key, value, start, end, query_index, key_index, bias, sinks, alibi_slopes, scale, softcap
+        )
+    few = query.size(2) <= gpu_decode.MAX_QUERIES
+    arguments = Arguments.make(
+        query, key, value, start, end, query_index, key_index, bias, sinks, alibi_slopes, scale, softcap, sort=not few
+    )
+    return gpu_decode.decode(arguments) if few else gpu_forward.forward(arguments)
 
 
-@_attention.register_fake
-def _(
+def _forward_fake(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -231,8 +310,77 @@ def _(
     return output, query.new_empty(num_batch, num_heads, num_queries, dtype=cpu.compute_dtype(query))
 
 
-@torch.library.custom_op("rewriter::live_range_attention_backward", mutates_args=(), device_types="cpu")
-def _attention_backward(
+def _forward_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor,
+    end: Tensor,
+    query_index: Tensor | None,
+    key_index: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    logits = _logits(query, key, query_index, key_index, bias, alibi_slopes, scale, softcap)
+    return cpu.forward(query, key, value, start, end, sinks, logits)
+
+
+def _backward(
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    start: Tensor,
+    end: Tensor,
+    query_index: Tensor | None,
+    key_index: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not runs_triton(query) or _is_empty(query, key):
+        return torch.ops.rewriter.live_range_attention_backward_cpu(
+            grad_output, grad_lse, query, key, value, output, lse, start, end, query_index, key_index, bias, sinks,
+            alibi_slopes, scale, softcap,
+        )  # fmt: skip
+    arguments = Arguments.make(
+        query, key, value, start, end, query_index, key_index, bias, sinks, alibi_slopes, scale, softcap, sort=True
+    )
+    return _present(query, gpu_backward.backward(arguments, output, lse, grad_output, grad_lse))
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    start: Tensor,
+    end: Tensor,
+    query_index: Tensor | None,
+    key_index: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (query, key, value, bias, sinks)
+    grads = tuple(None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
+    return _present(query, grads)
+
+
+def _backward_cpu(
     grad_output: Tensor,
     grad_lse: Tensor,
     query: Tensor,
@@ -252,33 +400,12 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = _logits(query, key, query_index, key_index, bias, alibi_slopes, scale, softcap)
     grads = cpu.backward(grad_output, grad_lse, query, key, value, output, lse, start, end, sinks, logits)
-    # An operator cannot return None: an absent gradient is an empty tensor.
+    return _present(query, grads)
+
+
+def _present(query: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """An operator cannot return None: an absent gradient is an empty tensor."""
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
-
-
-@_attention_backward.register_fake
-def _(
-    grad_output: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    start: Tensor,
-    end: Tensor,
-    query_index: Tensor | None,
-    key_index: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(  # type: ignore[return-value]
-        query.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in (query, key, value, bias, sinks)
-    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -286,40 +413,93 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, start, end, query_index, key_index, bias, sinks, alibi_slopes, output, lse = ctx.saved_tensors
     grad_query, grad_key, grad_value, grad_bias, grad_sinks = torch.ops.rewriter.live_range_attention_backward(
-        grad_output,
-        grad_lse,
-        query,
-        key,
-        value,
-        output,
-        lse,
-        start,
-        end,
-        query_index,
-        key_index,
-        bias,
-        sinks,
-        alibi_slopes,
-        ctx.scale,
-        ctx.softcap,
-    )
-    return (
-        grad_query,
-        grad_key,
-        grad_value,
-        None,
-        None,
-        None,
-        None,
-        None if bias is None else grad_bias,
-        None if sinks is None else grad_sinks,
-        None,
-        None,
-        None,
-    )
+        grad_output, grad_lse, query, key, value, output, lse, start, end, query_index, key_index, bias, sinks,
+        alibi_slopes, ctx.scale, ctx.softcap,
+    )  # fmt: skip
+    no_grad = (None, None, None, None)
+    bias_and_sinks = (None if bias is None else grad_bias, None if sinks is None else grad_sinks)
+    return grad_query, grad_key, grad_value, *no_grad, *bias_and_sinks, None, None, None
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
+def _scores(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    start: Tensor,
+    end: Tensor,
+    query_index: Tensor | None,
+    key_index: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    group: str,
+) -> Tensor:
+    _check(query, key, key, start, end, query_index, key_index, bias, None, alibi_slopes)
+    if lse.shape != query.shape[:3]:
+        raise AttentionInputError(f"lse must be {list(query.shape[:3])}, one per query row, got {list(lse.shape)}")
+    if not runs_triton(query) or _is_empty(query, key):
+        return torch.ops.rewriter.key_scores_cpu(
+            query, key, lse, start, end, query_index, key_index, bias, alibi_slopes, scale, softcap, group
+        )
+    arguments = Arguments.make(
+        query, key, key, start, end, query_index, key_index, bias, None, alibi_slopes, scale, softcap, sort=False
+    )
+    return gpu_key_scores.key_scores(arguments, lse, group)
+
+
+def _scores_fake(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    start: Tensor,
+    end: Tensor,
+    query_index: Tensor | None,
+    key_index: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    group: str,
+) -> Tensor:
+    heads = query.size(1) if group == "per_query_head" else key.size(1)
+    return query.new_empty(query.size(0), heads, key.size(2), dtype=torch.float32)
+
+
+def _scores_cpu(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    start: Tensor,
+    end: Tensor,
+    query_index: Tensor | None,
+    key_index: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    group: str,
+) -> Tensor:
+    logits = _logits(query, key, query_index, key_index, bias, alibi_slopes, scale, softcap)
+    return cpu_key_scores.key_scores(query, key, lse, start, end, logits, group)
+
+
+for _name, _function, _fake in (
+    ("live_range_attention_cpu", _forward_cpu, _forward_fake),
+    ("live_range_attention_backward_cpu", _backward_cpu, _backward_fake),
+    ("key_scores_cpu", _scores_cpu, _scores_fake),
+):
+    torch.library.custom_op(
+        f"rewriter::{_name}", _function, mutates_args=(), device_types=("cpu", "cuda")
+    ).register_fake(_fake)
+
+_attention = torch.library.triton_op("rewriter::live_range_attention", _forward, mutates_args=())
+_attention.register_fake(_forward_fake)
+_attention.register_autograd(_autograd, setup_context=_setup_context)
+torch.library.triton_op("rewriter::live_range_attention_backward", _backward, mutates_args=()).register_fake(
+    _backward_fake
+)
+torch.library.triton_op("rewriter::key_scores", _scores, mutates_args=()).register_fake(_scores_fake)

@@ -6,6 +6,7 @@ Same signatures and semantics as the operators; sizes are limited by the dense `
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from rewriter.kernels.live_ranges import FOREVER
@@ -27,10 +28,13 @@ def live_range_attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
+    operands: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Dense form of `rewriter.kernels.live_range_attention`; see there for the arguments.
 
-    fp16 and bf16 inputs are computed in fp32 and the output is cast back; fp64 stays fp64.
+    fp16 and bf16 inputs are computed in fp32 and the output is cast back; fp64 stays fp64. With `operands`, what enters a
+    matrix product is rounded to that dtype first, and the backward starts from the rounded output: the precision that
+    tensor cores leave a kernel.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     num_queries, num_keys = query.size(2), key.size(2)
@@ -41,7 +45,10 @@ def live_range_attention(
         key_index = torch.arange(num_keys, device=query.device)
     q, k, v = (t.to(dtype) for t in (query, key, value))
     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-    logits = q @ k.transpose(2, 3) * (1 / math.sqrt(query.size(3)) if scale is None else scale)
+    products = q @ k.transpose(2, 3)
+    if operands is not None:
+        products = _RoundedGradient.apply(products, operands)
+    logits = products * (1 / math.sqrt(query.size(3)) if scale is None else scale)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:
@@ -51,13 +58,56 @@ def live_range_attention(
         logits = logits - alibi_slopes.to(dtype)[:, None, None] * distance.abs()
     visible = _per_query_head(live.visible(query_index), group)
     logits = logits.masked_fill(~visible, -math.inf)
-    lse = torch.logsumexp(logits, dim=-1)
     if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(dtype)[:, None].expand_as(lse))
+        # A sink is a key with a value of 0 that every row sees.
+        logits = torch.cat((logits, sinks.to(dtype)[:, None, None].expand(*logits.shape[:3], 1)), dim=3)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 1))
+    lse = torch.logsumexp(logits, dim=-1)
+    if operands is not None:
+        output = _RoundedAttention.apply(logits, v, operands)
+        return (output.to(query.dtype), lse) if return_lse else output.to(query.dtype)
     # A row without keys has no maximum to subtract: its weights are 0, and so are its gradients.
     weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0)[..., None])
     output = (weights @ v).to(query.dtype)
     return (output, lse) if return_lse else output
+
+
+def key_scores(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    live: LiveRanges,
+    *,
+    key_index: Tensor | None = None,
+    query_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    group: str = "mean",
+) -> Tensor:
+    """Dense form of `rewriter.kernels.key_scores`: the weights are attention's output for values that are unit vectors."""
+    identity = torch.eye(key.size(2), dtype=query.dtype, device=query.device).expand(*key.shape[:3], -1)
+    weights, own_lse = live_range_attention(
+        query,
+        key,
+        identity,
+        live,
+        key_index=key_index,
+        query_index=query_index,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_lse=True,
+    )
+    # The given log-sum-exp may count more keys, or a sink.
+    factor = torch.exp(own_lse - lse.to(own_lse.dtype)).masked_fill(own_lse == -math.inf, 0)
+    mass = (weights.to(own_lse.dtype) * factor[..., None]).sum(dim=2)  # [B, Hq, K]
+    if group == "per_query_head":
+        return mass
+    mass = mass.unflatten(1, (key.size(1), -1))
+    return mass.mean(dim=2) if group == "mean" else mass.amax(dim=2)
 
 
 def running_topk_ranges(score: Tensor, keep: int) -> LiveRanges:
@@ -72,6 +122,39 @@ def running_topk_ranges(score: Tensor, keep: int) -> LiveRanges:
         out = (better.cumsum(dim=2) >= keep) & (index >= j)
         end[:, :, j] = torch.where(out.any(dim=2), out.int().argmax(dim=2), FOREVER)
     return LiveRanges(index[None, None, :].to(torch.int32), end)
+
+
+class _RoundedAttention(torch.autograd.Function):
+    """`softmax(logits) @ value` and its gradients, with products of rounded weights and delta from the rounded output."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, value: Tensor, operands: torch.dtype) -> Tensor:
+        lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+        weights = torch.exp(logits - lse.masked_fill(lse == -math.inf, 0))
+        output = (weights.to(operands).to(weights.dtype) @ value).to(operands).to(weights.dtype)
+        ctx.save_for_backward(weights, value, output)
+        ctx.operands = operands
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        weights, value, output = ctx.saved_tensors
+        delta = (grad * output).sum(dim=-1, keepdim=True)
+        grad_logits = weights * (grad @ value.transpose(2, 3) - delta)
+        return grad_logits, weights.to(ctx.operands).to(weights.dtype).transpose(2, 3) @ grad, None
+
+
+class _RoundedGradient(torch.autograd.Function):
+    """Passes its input on, and its gradient rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, operands: torch.dtype) -> Tensor:
+        ctx.operands = operands
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.operands).to(grad.dtype), None
 
 
 def _per_query_head(tensor: Tensor, group: int) -> Tensor:

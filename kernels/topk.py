@@ -1,10 +1,10 @@
 """Live ranges of a running top-w: causal selection of the w best keys of every prefix, as one interval per key.
 
 A key's score does not depend on the query, so a key that has left the top w never returns: w better keys exist, in
-every longer prefix too. Key j dies at the first query whose prefix holds w keys that beat it. The w-th best score of
-each prefix, `tau`, is non-decreasing, so that query is found by binary search once `tau` is known for all prefixes.
-`tau` is an order statistic of every prefix: a wavelet matrix answers all prefixes at once, one stable partition and
-one cumulative sum per bit of the rank.
+every longer prefix too. Key j dies at the first query whose prefix holds w keys that beat it. In the order from the best
+key to the worst, the keys that beat the r-th are those before it, so that query is the w-th smallest of the first r
+indices: an order statistic of every prefix of that order. A wavelet matrix answers all prefixes at once, one stable
+partition and one cumulative sum per bit of the index.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 
 import torch
+from rewriter.kernels.gpu import running_topk as gpu
+from rewriter.kernels.gpu.launch import runs_triton
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor
@@ -34,45 +36,66 @@ def running_topk_ranges(score: Tensor, keep: int) -> LiveRanges:
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     with torch.no_grad():
-        num_keys = score.size(2)
-        index = torch.arange(num_keys, device=score.device)
-        flat = torch.nan_to_num(score.detach().float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-        # Rank 0 is the best key. A stable descending sort puts the older of equals first.
-        order = flat.flatten(0, 1).argsort(dim=1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(1, order, index.expand_as(order))
-        end = torch.full_like(rank, FOREVER)
-        if num_keys > keep:
-            # worst_kept[i] is the rank of the keep-th best key among 0..i; it falls, so its negation is sorted.
-            worst_kept = _prefix_order_statistic(rank, keep - 1)
-            dies = torch.searchsorted(-worst_kept, -rank, right=True) + (keep - 1)
-            end = torch.where(dies < num_keys, torch.maximum(dies, index), FOREVER)
-        start = index.to(torch.int32)[None, None, :]
-        return LiveRanges(start, end.to(torch.int32).view(score.shape))
+        end = torch.ops.rewriter.running_topk_end(score.detach(), keep)
+        start = torch.arange(score.size(2), dtype=torch.int32, device=score.device)[None, None, :]
+        return LiveRanges(start, end)
 
 
-def _prefix_order_statistic(rank: Tensor, position: int) -> Tensor:
-    """The `position`-th smallest of `rank[:, : i + 1]` for every `i >= position`. `[R, K]` -> `[R, K - position]`."""
-    num_keys = rank.size(1)
-    prefix = torch.arange(position + 1, num_keys + 1, device=rank.device).expand(rank.size(0), -1)
-    wanted = torch.full_like(prefix, position)
+def _end(score: Tensor, keep: int) -> Tensor:
+    num_keys = score.size(2)
+    flat = torch.nan_to_num(score.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf).flatten(0, 1)
+    # The best key first; a stable descending sort puts the older of equals first.
+    order = flat.argsort(dim=1, descending=True, stable=True)
+    end = torch.full_like(order, FOREVER)
+    if num_keys > keep:
+        # The r-th best key dies where the prefix holds `keep` of the r better ones: at the `keep`-th oldest of them.
+        dies = torch.maximum(_prefix_order_statistic(order, keep), order[:, keep:])
+        end[:, keep:] = dies
+    return torch.empty_like(end).scatter_(1, order, end).to(torch.int32).view(score.shape)
+
+
+def _end_fake(score: Tensor, keep: int) -> Tensor:
+    return score.new_empty(score.shape, dtype=torch.int32)
+
+
+torch.library.triton_op("rewriter::running_topk_end", _end, mutates_args=()).register_fake(_end_fake)
+
+
+def _prefix_order_statistic(values: Tensor, count: int) -> Tensor:
+    """The `count`-th smallest of the first p of `values`, for every p from `count` on but the last.
+
+    Args:
+        values: int64 `[R, K]`, each row a permutation of 0 .. K - 1.
+
+    Returns:
+        int64 `[R, K - count]`; column i is for the first `count + i` values.
+    """
+    num_rows, num_keys = values.shape
+    prefix = torch.arange(count, num_keys, device=values.device, dtype=torch.int32).expand(num_rows, -1)
+    # The first and the last place of each prefix in this level's order.
+    bounds = torch.stack((torch.zeros_like(prefix), prefix))
+    wanted = torch.full_like(prefix, count - 1)
     answer = torch.zeros_like(wanted)
-    # The first and the last place of each prefix in this level's order, side by side.
-    bounds = torch.stack((torch.zeros_like(prefix), prefix), dim=1)
-    values = rank
-    place = torch.arange(num_keys, device=rank.device)
+    values = values.to(torch.int32)
+    descend = gpu.descend if runs_triton(values) else _descend
     for bit in reversed(range(max(1, (num_keys - 1).bit_length()))):
-        ones = (values >> bit) & 1
-        ones_before = torch.nn.functional.pad(ones.cumsum(dim=1), (1, 0))
-        num_zeros = num_keys - ones_before[:, -1:]
-        ones_at = ones_before[:, None, :].expand(-1, 2, -1).gather(2, bounds)
-        zeros_at = bounds - ones_at
-        zeros = zeros_at[:, 1] - zeros_at[:, 0]
-        # Sums of products with 0 and 1: for int64 they take a third of the time of torch.where.
-        go_right = (wanted >= zeros).long()
-        answer += go_right << bit
-        wanted = wanted - zeros * go_right
-        bounds = zeros_at + (num_zeros[:, None] + ones_at - zeros_at) * go_right[:, None]
-        zeros_before = place - ones_before[:, :-1]
-        moved = zeros_before + (num_zeros + ones_before[:, :-1] - zeros_before) * ones
-        values = torch.empty_like(values).scatter_(1, moved, values)
-    return answer
+        ones_before = torch.nn.functional.pad(((values >> bit) & 1).cumsum(dim=1, dtype=torch.int32), (1, 0))
+        values = descend(values, ones_before, bounds, wanted, answer, bit)
+    return answer.long()
+
+
+def _descend(values: Tensor, ones_before: Tensor, bounds: Tensor, wanted: Tensor, answer: Tensor, bit: int) -> Tensor:
+    """As `rewriter.kernels.gpu.running_topk.descend`, in torch."""
+    num_zeros = values.size(1) - ones_before[:, -1:]
+    ones_at = torch.stack([ones_before.gather(1, bound.long()) for bound in bounds])
+    zeros_at = bounds - ones_at
+    zeros = zeros_at[1] - zeros_at[0]
+    # Sums of products with 0 and 1 take a third of the time of torch.where.
+    go_right = (wanted >= zeros).to(torch.int32)
+    answer += go_right << bit
+    wanted -= zeros * go_right
+    bounds.copy_(zeros_at + (num_zeros + ones_at - zeros_at) * go_right)
+    ones = (values >> bit) & 1
+    zeros_before = torch.arange(values.size(1), device=values.device, dtype=torch.int32) - ones_before[:, :-1]
+    moved = zeros_before + (num_zeros + ones_before[:, :-1] - zeros_before) * ones
+    return torch.empty_like(values).scatter_(1, moved.long(), values)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from rewriter.kernels import LiveRanges
-from rewriter.kernels import cpu
 from rewriter.kernels import live_range_attention
 from rewriter.kernels import reference
+from rewriter.kernels.cpu import attention as cpu
 from rewriter.passes import check_masks
 from rewriter.passes import pipeline
 from torch import Tensor

@@ -25,7 +25,7 @@ from torch import nn
 
 from rewriter.demo.corpus import held_out_text
 from rewriter.kernels import LiveRanges
-from rewriter.kernels.schedule import computed_pairs
+from rewriter.kernels.cpu.schedule import computed_pairs
 from rewriter.optimize import OptimizedModel
 from rewriter.optimize import optimize
 from rewriter.policies import Exact

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import running_topk_ranges
-from rewriter.kernels import schedule
-from rewriter.kernels.schedule import computed_pairs
-from rewriter.kernels.schedule import tile_rows
-from rewriter.kernels.schedule import tiles
+from rewriter.kernels.cpu import schedule
+from rewriter.kernels.cpu.schedule import computed_pairs
+from rewriter.kernels.cpu.schedule import tile_rows
+from rewriter.kernels.cpu.schedule import tiles
 
 
 @settings(max_examples=60)

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from rewriter.kernels.schedule import Tile
-from rewriter.kernels.schedule import tile_rows
-from rewriter.kernels.schedule import tiles
+from rewriter.kernels.cpu.schedule import Tile
+from rewriter.kernels.cpu.schedule import tile_rows
+from rewriter.kernels.cpu.schedule import tiles
 from torch import Tensor
 
 BLOCK = 1024

@@ -1,0 +1,1 @@
+"""Live-range attention on the CPU: the schedule of tiles, and the kernel that follows it."""

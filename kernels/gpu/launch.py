@@ -1,0 +1,128 @@
+"""Launching a kernel, and its launch parameters: a table by architecture, kernel, element size and head dim.
+
+`launch_table.json` is written by `bench/tune.py` on a GPU and read here. Sizes that can change at run time never choose an
+entry and are never compile-time constants.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+TABLE = Path(__file__).with_name("launch_table.json")
+HEAD_DIMS = (64, 128, 256)
+"""Head dims of the table; others take the next larger one's entry."""
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether this process runs kernels in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1`)."""
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether the Triton kernels are the ones for this tensor."""
+    return tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Rows of a query tile, keys of a block, warps of a program, stages of the software pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
+"""Architecture, kernel, bits of an element, head dim: block_m, block_n, num_warps, num_stages."""
+
+
+@functools.cache
+def table() -> Table:
+    return json.loads(TABLE.read_text())
+
+
+_override: Table | None = None
+
+
+@contextmanager
+def use_table(entries: Table) -> Iterator[None]:
+    """Inside, launches take their parameters from `entries` instead of the file: for tuning and for tests."""
+    global _override
+    _override = entries
+    try:
+        yield
+    finally:
+        _override = None
+
+
+def launch_config(architecture: str, kernel: str, element_size: int, head_dim: int) -> LaunchConfig:
+    """The table's entry for a head dim (the larger of key's and value's) and an element size in bytes."""
+    if architecture == "interpreter":
+        return LaunchConfig(16, 16, 1, 1)
+    entries = table() if _override is None else _override
+    size = next(size for size in HEAD_DIMS if head_dim <= size)
+    return LaunchConfig(*entries[architecture][kernel][str(8 * element_size)][str(size)])
+
+
+def architecture(device: torch.device) -> str:
+    """The part of the table for a device."""
+    if _recording is not None:
+        return _recording.architecture
+    return "interpreter" if INTERPRETED else _architecture(device)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    # The other GPUs (8.6, 8.9, 12.0) have about 100 KiB of shared memory: they take gfx942's tiles, made for 64 KiB.
+    return {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get((major, minor), "gfx942")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was recorded instead of done: kernel, positional arguments, compile-time constants and parameters."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+@dataclass
+class _Recording:
+    architecture: str
+    launches: list[Launch]
+
+
+_recording: _Recording | None = None
+
+
+@contextmanager
+def record_launches(architecture: str) -> Iterator[list[Launch]]:
+    """Inside, nothing is launched: the launches that an architecture would see are listed. Tensors can be on any device."""
+    global _recording
+    _recording = _Recording(architecture, [])
+    try:
+        yield _recording.launches
+    finally:
+        _recording = None
+
+
+def launch(kernel: Any, grid: tuple[Any, ...]) -> Callable[..., None]:
+    """`launch(kernel, grid)(*arguments, **constants)`; becomes a node of the graph while one is traced."""
+    if _recording is not None:
+        launches = _recording.launches
+        return lambda *arguments, **constants: launches.append(Launch(kernel, arguments, constants))
+    if INTERPRETED:
+        return kernel[grid]
+    return torch.library.wrap_triton(kernel)[grid]
