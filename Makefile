@@ -21,7 +21,8 @@ lint: $(INSTALLED)
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --package rewriter
 
 bench: $(INSTALLED)
-	$(BIN)/python bench/attention.py --out bench/results/attention-cpu.json
+	$(BIN)/python bench/attention.py
+	$(BIN)/python bench/work_ratio.py
 	$(BIN)/python bench/passes.py --out bench/results/passes.json
 
 # torch first and pinned: a looser range would pull a build with CUDA's libraries.

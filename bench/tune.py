@@ -33,7 +33,7 @@ CANDIDATES = {
     16: {
         "forward": [
             *[[128, 64, 8, 3], [128, 64, 8, 2], [128, 64, 4, 3], [128, 64, 4, 2], [128, 32, 8, 2], [64, 64, 4, 3]],
-            *[[64, 64, 4, 2], [64, 64, 8, 2], [64, 32, 4, 2], [64, 32, 8, 2], [32, 32, 4, 2], [16, 16, 4, 1]],
+            *[[64, 64, 4, 2], [64, 64, 8, 2], [64, 32, 4, 2], [64, 32, 8, 2], [64, 16, 8, 2], [32, 32, 4, 2], [16, 16, 4, 1]],
         ],
         "backward_query": [
             *[[64, 64, 4, 2], [64, 64, 8, 2], [64, 32, 4, 2], [64, 32, 8, 2], [64, 16, 8, 1]],
@@ -64,6 +64,7 @@ def main(
     compile_only: Annotated[
         bool, typer.Option("--compile-only", help="Choose by compiling alone, for all GPUs.")
     ] = False,
+    element_bits: Annotated[str, typer.Option("--bits", help="Sizes of elements.")] = "16,32",
     architectures: Annotated[str, typer.Option(help="With --compile-only: which ones.")] = ",".join(SHARED_MEMORY),
 ) -> None:
     table: Table = json.loads(TABLE.read_text())
@@ -83,14 +84,14 @@ def best(name: str, bits: int, head_dim: int, *, timed: bool) -> Iterator[tuple[
         fitting = ({kernel: entry} for entry in candidates[kernel])
         yield kernel, choose(name, bits, head_dim, fitting, timed)[kernel]
     # The two backward kernels share their tiles of query rows.
-    pairs = (
+    pairs = [
         {"backward_query": query, "backward_key": key}
-        for rows in (64, 32, 16)
         for query in candidates["backward_query"]
         for key in candidates["backward_key"]
-        if query[0] == rows == key[0]
-    )
-    yield from choose(name, bits, head_dim, pairs, timed).items()
+        if query[0] == key[0]
+    ]
+    pairs.sort(key=lambda pair: [-rows * keys for rows, keys, _, _ in (pair["backward_key"], pair["backward_query"])])
+    yield from choose(name, bits, head_dim, iter(pairs), timed).items()
 
 
 def choose(

@@ -18,6 +18,7 @@ from rewriter.kernels.gpu import decode as gpu_decode
 from rewriter.kernels.gpu import forward as gpu_forward
 from rewriter.kernels.gpu import key_scores as gpu_key_scores
 from rewriter.kernels.gpu.arguments import Arguments
+from rewriter.kernels.gpu.launch import register
 from rewriter.kernels.gpu.launch import runs_triton
 from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor
@@ -496,10 +497,8 @@ for _name, _function, _fake in (
         f"rewriter::{_name}", _function, mutates_args=(), device_types=("cpu", "cuda")
     ).register_fake(_fake)
 
-_attention = torch.library.triton_op("rewriter::live_range_attention", _forward, mutates_args=())
+_attention = register("rewriter::live_range_attention", _forward)
 _attention.register_fake(_forward_fake)
 _attention.register_autograd(_autograd, setup_context=_setup_context)
-torch.library.triton_op("rewriter::live_range_attention_backward", _backward, mutates_args=()).register_fake(
-    _backward_fake
-)
-torch.library.triton_op("rewriter::key_scores", _scores, mutates_args=()).register_fake(_scores_fake)
+register("rewriter::live_range_attention_backward", _backward).register_fake(_backward_fake)
+register("rewriter::key_scores", _scores).register_fake(_scores_fake)

@@ -13,10 +13,14 @@ import math
 
 import torch
 from rewriter.kernels.gpu import running_topk as gpu
+from rewriter.kernels.gpu.launch import register
 from rewriter.kernels.gpu.launch import runs_triton
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor
+
+
+MAX_TRACED_KEYS = 2**20
 
 
 def running_topk_ranges(score: Tensor, keep: int) -> LiveRanges:
@@ -58,7 +62,7 @@ def _end_fake(score: Tensor, keep: int) -> Tensor:
     return score.new_empty(score.shape, dtype=torch.int32)
 
 
-torch.library.triton_op("rewriter::running_topk_end", _end, mutates_args=()).register_fake(_end_fake)
+register("rewriter::running_topk_end", _end).register_fake(_end_fake)
 
 
 def _prefix_order_statistic(values: Tensor, count: int) -> Tensor:
@@ -78,10 +82,18 @@ def _prefix_order_statistic(values: Tensor, count: int) -> Tensor:
     answer = torch.zeros_like(wanted)
     values = values.to(torch.int32)
     descend = gpu.descend if runs_triton(values) else _descend
-    for bit in reversed(range(max(1, (num_keys - 1).bit_length()))):
+    for bit in reversed(range(_num_bits(num_keys))):
         ones_before = torch.nn.functional.pad(((values >> bit) & 1).cumsum(dim=1, dtype=torch.int32), (1, 0))
         values = descend(values, ones_before, bounds, wanted, answer, bit)
     return answer.long()
+
+
+def _num_bits(num_keys: int) -> int:
+    """Bits of an index. While a graph is traced for any length: of a million keys, so that no length is fixed."""
+    if isinstance(num_keys, int):
+        return max(1, (num_keys - 1).bit_length())
+    torch._check(num_keys <= MAX_TRACED_KEYS, lambda: f"a traced running top-k takes at most {MAX_TRACED_KEYS} keys")
+    return (MAX_TRACED_KEYS - 1).bit_length()
 
 
 def _descend(values: Tensor, ones_before: Tensor, bounds: Tensor, wanted: Tensor, answer: Tensor, bit: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line: `rewriter demo` and `rewriter explain`."""
+"""The command line: `rewriter demo`, `rewriter explain` and `rewriter verify`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,69 @@ def explain(
     _console().print(report)
     if html is not None:
         report.to_html(html)
+
+
+@app.command()
+def verify(
+    kernel: Annotated[
+        str | None, typer.Option(help="package.module:function, instead of the built-in kernels.", show_default=False)
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda. TRITON_INTERPRET=1 runs Triton kernels on the CPU.")
+    ] = "cpu",
+    examples: Annotated[
+        int | None,
+        typer.Option(help="Random cases for each dtype; 100, in the interpreter 10.", min=1, show_default=False),
+    ] = None,
+    dtypes: Annotated[str, typer.Option(help="What the kernel takes.")] = "float32,bfloat16,float16",
+    gradients: Annotated[bool, typer.Option(help="Whether the kernel has a backward.")] = True,
+    only: Annotated[
+        str | None, typer.Option(help="Checks whose names match, as pytest's -k.", show_default=False)
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(help="File for the outcomes, JUnit's XML.", show_default=False)] = None,
+    compile_only: Annotated[
+        bool,
+        typer.Option("--compile-only", help="Compile the Triton kernels at every entry of the launch table instead."),
+    ] = False,
+    architectures: Annotated[str, typer.Option(help="With --compile-only: for which GPUs.")] = "sm80,sm90,sm100,gfx942",
+) -> None:
+    """Test a kernel against the dense reference: outputs and gradients, random and adversarial cases."""
+    from rewriter import verify as verification
+
+    console = _console()
+    try:
+        if compile_only:
+            names = tuple(architectures.split(","))
+            unknown = [name for name in names if name not in verification.compiled.TARGETS]
+            if unknown:
+                raise verification.VerifyError(
+                    f"--architectures {architectures}: no such GPU as {unknown[0]}; "
+                    f"there are {', '.join(verification.compiled.TARGETS)}"
+                )
+            entries = list(verification.compile_table(names))
+            console.print(verification.compiled_table(entries))
+            failures = [
+                f"{e.architecture}, {e.bits} bits, head_dim {e.head_dim}: {e.failure}" for e in entries if e.failure
+            ]
+        else:
+            asked = tuple(dtypes.split(","))
+            unknown = [name for name in asked if name not in ("float32", "bfloat16", "float16")]
+            if unknown:
+                raise verification.VerifyError(
+                    f"--dtypes {dtypes}: {unknown[0]} is not one of float32, bfloat16, float16"
+                )
+            chosen = verification.live_range_attention if kernel is None else verification.load_kernel(kernel)
+            outcomes = verification.run_suite(
+                chosen, device=device, examples=examples, dtypes=asked, gradients=gradients, junit=junit, only=only
+            )
+            console.print(verification.outcome_table(outcomes))
+            failures = [f"{outcome.name}: {outcome.failure}" for outcome in outcomes if outcome.failure]
+    except verification.VerifyError as error:
+        raise typer.BadParameter(str(error)) from None
+    for failure in failures:
+        console.print(failure, markup=False, highlight=False, soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
 
 
 def _console() -> Console:

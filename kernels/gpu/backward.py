@@ -11,7 +11,7 @@
 Nothing is added to an output by two programs, so results are bitwise equal from run to run. Grouping the keys of a segment
 computes 1.07 to 1.2 times the visible pairs of a dynamic mask; neighbours or keys of like lifetimes over the whole length
 compute 1.4 to 4.8 times, and slots assigned by linear scan 1.01 to 1.03 times, but a group of 64 slots changes occupants
-every few tiles and each change costs a reload of its keys (`bench/grouping.py`).
+every few tiles and each change costs a reload of its keys (`bench/work_ratio.py`).
 """
 
 from __future__ import annotations
@@ -462,7 +462,8 @@ def _add_key_gradients(
 ):
     """Adds what one tile of query rows contributes to a group's gradients, the key's without the scale.
 
-    Logits are keys by rows here, so that the weights enter the products from registers.
+    Logits are keys by rows here, so that the weights enter the products from registers. Its loops are without loop-invariant
+    code motion, which would keep addresses in registers that the sums need (208 bytes spilled on sm_90, without it none).
     """
     # A row of the tile that is none repeats another; its log-sum-exp of inf makes all its weights 0.
     o_rows = tl.minimum(i_tile * tile_rows + o_tile_rows, num_queries - 1)
@@ -650,7 +651,7 @@ def _list_gradients(
     o_tile_rows = tl.where(o_packed < tile_rows * tile_heads, o_packed // tile_heads, 0)
     for i_chunk in range(num_chunks):
         o_tile_heads = tl.minimum(i_chunk * tile_heads + o_packed % tile_heads, group - 1)
-        for i_tile in range(first_tile, full_end):
+        for i_tile in tl.range(first_tile, full_end, disable_licm=True):
             b_grad_key, b_grad_value, b_grad_bias = _add_key_gradients(
                 b_key, b_value, b_grad_key, b_grad_value, b_grad_bias, o_keys, m_keys, b_start, b_end, b_bias, b_key_index,
                 i_tile, i_chunk, o_tile_rows, o_tile_heads, query_ptr, grad_ptr, packed_lse_ptr, packed_delta_ptr,
@@ -659,7 +660,7 @@ def _list_gradients(
                 False, True, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_ORDER, BLOCK_M, BLOCK_D, BLOCK_DV, EVEN,
                 PRECISION,
             )  # fmt: skip
-        for i_tile in range(full_end, last_tile):
+        for i_tile in tl.range(full_end, last_tile, disable_licm=True):
             b_grad_key, b_grad_value, b_grad_bias = _add_key_gradients(
                 b_key, b_value, b_grad_key, b_grad_value, b_grad_bias, o_keys, m_keys, b_start, b_end, b_bias, b_key_index,
                 i_tile, i_chunk, o_tile_rows, o_tile_heads, query_ptr, grad_ptr, packed_lse_ptr, packed_delta_ptr,
@@ -674,9 +675,12 @@ def _list_gradients(
     o_keys = tl.load(list_keys_ptr + i_row * num_partial + list_begin + o_list, mask=m_keys, other=0)
     partial_begin_ptr += i_row * num_keys
     first_segment_ptr += i_row * num_keys
-    o_partial = tl.load(partial_begin_ptr + o_keys, mask=m_keys, other=0).to(tl.int64)
+    o_partial = tl.load(partial_begin_ptr + o_keys, mask=m_keys, other=0)
     o_partial += i_segment - tl.load(first_segment_ptr + o_keys, mask=m_keys, other=0)
-    o_partial = (i_batch * tl.num_programs(1) + i_kv_head) * num_partial + o_partial
+    p_partial = (i_batch * tl.num_programs(1) + i_kv_head) * num_partial
+    partial_key_ptr += p_partial * head_dim
+    partial_value_ptr += p_partial * value_dim
+    partial_bias_ptr += p_partial
     p_key = partial_key_ptr + o_partial[:, None] * head_dim + o_dims[None, :]
     tl.store(p_key, b_grad_key, mask=m_keys[:, None] & (o_dims < head_dim)[None, :])
     p_value = partial_value_ptr + o_partial[:, None] * value_dim + o_value_dims[None, :]
@@ -794,9 +798,13 @@ def _key_gradients(
     b_partial = tl.load(partial_begin_ptr + o_keys, mask=m_keys, other=0)
     b_count = tl.load(last_segment_ptr + o_keys, mask=m_keys, other=0)
     b_count -= tl.load(first_segment_ptr + o_keys, mask=m_keys, other=0)
+    p_partial = (i_batch * tl.num_programs(1) + i_kv_head) * num_partial
+    partial_key_ptr += p_partial * head_dim
+    partial_value_ptr += p_partial * value_dim
+    partial_bias_ptr += p_partial
     for i in range(tl.max(b_count, 0)):
         m_partial = i < b_count
-        o_partial = (i_batch * tl.num_programs(1) + i_kv_head) * num_partial + b_partial + i
+        o_partial = b_partial + i
         p_key = partial_key_ptr + o_partial[:, None] * head_dim + o_dims[None, :]
         b_grad_key += tl.load(p_key, mask=m_partial[:, None] & m_key, other=0.0)
         p_value = partial_value_ptr + o_partial[:, None] * value_dim + o_value_dims[None, :]
@@ -832,7 +840,7 @@ def _key_gradients(
     o_tile_rows = tl.where(o_packed < tile_rows * tile_heads, o_packed // tile_heads, 0)
     for i_chunk in range(num_chunks):
         o_tile_heads = tl.minimum(i_chunk * tile_heads + o_packed % tile_heads, group - 1)
-        for i_tile in range(full_first, full_last):
+        for i_tile in tl.range(full_first, full_last, disable_licm=True):
             b_grad_key, b_grad_value, b_grad_bias = _add_key_gradients(
                 b_key, b_value, b_grad_key, b_grad_value, b_grad_bias, o_keys, m_keys, b_start, b_end, b_bias, b_key_index,
                 i_tile, i_chunk, o_tile_rows, o_tile_heads, query_ptr, grad_ptr, packed_lse_ptr, packed_delta_ptr,
@@ -842,7 +850,7 @@ def _key_gradients(
                 PRECISION,
             )  # fmt: skip
         before = full_first - first_tile
-        for i in range(before + last_tile - full_last):
+        for i in tl.range(before + last_tile - full_last, disable_licm=True):
             i_tile = tl.where(i < before, first_tile + i, full_last + i - before)
             b_grad_key, b_grad_value, b_grad_bias = _add_key_gradients(
                 b_key, b_value, b_grad_key, b_grad_value, b_grad_bias, o_keys, m_keys, b_start, b_end, b_bias, b_key_index,

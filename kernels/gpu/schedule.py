@@ -10,7 +10,7 @@ A tile sees two kinds of keys, and each visible pair belongs to exactly one of t
 Shapes depend on sizes alone, so nothing waits for the device: all lists of a row together have room for `capacity` times
 its keys, and a row whose lists would not fit takes longer segments. Time and memory are O(K + Q) for a fixed capacity,
 where a list for each tile would take O(Q / T * live keys). Segments cost little because few keys are born or die in one:
-on random scores the keys computed are 1.07 to 1.2 times those visible (`bench/grouping.py`).
+on random scores the keys computed are 1.07 to 1.2 times those visible (`bench/work_ratio.py`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from rewriter.kernels.gpu.launch import launch
 from torch import Tensor
 
 MAX_SEGMENTS = 64
-
-MIN_RUN = 128
-"""Mean length below which the runs of a segment are not worth their partly filled blocks; the list takes their keys."""
 
 FORWARD_CAPACITY = 8
 """Room for indices is cheap: 32 bytes per key and KV head."""
@@ -121,13 +118,13 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
 
     full_first, full_last = _search(full_end, key, right=True), _search(full_begin, key, right=True)
 
-    # Runs are used or not by chunks, the shortest segments that there can be.
+    # Runs are used or not by chunks, the shortest segments that there can be. A mask without holes has runs of at least a
+    # tile's rows; shorter ones are what scattered keys leave at the diagonal, not worth their partly filled blocks.
     chunk = -(-num_tiles // MAX_SEGMENTS)
-    padding = MAX_SEGMENTS * chunk - num_tiles
-    length = torch.nn.functional.pad(run_end - run_begin, (0, padding)).view(*rows, MAX_SEGMENTS, chunk)
-    tiles_of_chunk = torch.nn.functional.pad(torch.ones_like(tile), (0, padding)).view(MAX_SEGMENTS, chunk)
-    used = length.sum(dim=3) >= MIN_RUN * tiles_of_chunk.sum(dim=1)
-    used = used[:, :, :, None].expand(*rows, MAX_SEGMENTS, chunk).flatten(2)[:, :, :num_tiles]
+    border = (torch.arange(MAX_SEGMENTS + 1, device=device) * chunk).clamp(max=num_tiles)
+    length = torch.nn.functional.pad((run_end - run_begin).cumsum(dim=2), (1, 0))[:, :, border].diff(dim=2)
+    used = (length > 0) & (2 * length >= tile_rows * border.diff())
+    used = used[:, :, tile // chunk]
     whole_blocks = (full_end - full_begin).clamp(min=0) // block * block
     full_begin = torch.where(used, torch.where(whole_blocks > 0, full_begin, run_end), 0)
     run_begin, run_end = torch.where(used, run_begin, 0), torch.where(used, run_end, 0)
@@ -220,6 +217,42 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
         num_warps=4,
     )
     return schedule
+
+
+def forward_keys(schedule: Schedule, block: int) -> Tensor:
+    """Keys that the forward, or the query's gradient, computes for each row of each tile. int64 `[Rb, Rh, tiles]`.
+
+    Times the rows of the tiles, over the live pairs, this is the work ratio.
+    """
+    s = schedule
+    run_blocks = (s.full_end - s.full_begin) // block
+    run_blocks = run_blocks + _blocks(s.full_begin - s.run_begin, block) + _blocks(s.run_end - s.full_end, block)
+    list_blocks = _blocks(s.list_begin.diff(dim=2), block)
+    segment = torch.arange(s.num_tiles, device=s.start.device) // s.segment_tiles[:, :, None]
+    return (run_blocks + list_blocks.gather(2, segment)).long() * block
+
+
+def backward_pairs(schedule: Schedule, block: int) -> int:
+    """(query row, key) pairs that the gradients of key and value compute, over all rows of live ranges."""
+    s = schedule
+    tiles = 0
+    for row in range(s.start.size(0)):
+        for head in range(s.start.size(1)):
+            at = (row, head)
+            begin, segment_tiles = s.list_begin[at].tolist(), int(s.segment_tiles[at])
+            for segment in range(MAX_SEGMENTS):
+                keys = s.list_keys[at][begin[segment] : begin[segment + 1]].long()
+                for group in keys.split(block) if keys.numel() else ():
+                    first = max(segment * segment_tiles, int(s.first_tile[at][group].min()))
+                    last = min((segment + 1) * segment_tiles, int(s.last_tile[at][group].max()))
+                    tiles += max(0, last - first)
+            for first, last in zip(s.run_first[at].split(block), s.run_last[at].split(block), strict=True):
+                tiles += max(0, int(last.max()) - int(first.min()))
+    return tiles * block * s.tile_rows
+
+
+def _blocks(keys: Tensor, block: int) -> Tensor:
+    return (keys + (block - 1)) // block
 
 
 def _search(sorted_values: Tensor, wanted: Tensor, *, right: bool = False) -> Tensor:

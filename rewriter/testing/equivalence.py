@@ -64,9 +64,10 @@ def assert_equivalent(
             Python that repeats this case.
     """
     features = features or Features.of(kernel)
-    exact = _evaluate(reference.live_range_attention, case, torch.float64, "cpu", Features())
-    dense = _evaluate(_dense, case, case.torch_dtype, "cpu", Features())
-    sums, squares = _magnitudes(case)
+    asked = Features(return_lse=features.return_lse, gradients=features.gradients)
+    exact = _evaluate(reference.live_range_attention, case, torch.float64, "cpu", asked)
+    dense = _evaluate(_dense, case, case.torch_dtype, "cpu", asked)
+    sums, squares = _magnitudes(case, asked)
     try:
         actual = _evaluate(kernel, case, case.torch_dtype, device, features)
         for name in actual:
@@ -103,7 +104,7 @@ def _evaluate(
     else:
         output, lse = kernel(leaves["query"], leaves["key"], leaves["value"], live, **options), None
     results = {"output": output.detach()}
-    grad_output, grad_lse = _gradients(case)
+    grad_output, grad_lse = _gradients(case, features)
     loss = (output * grad_output.to(device, output.dtype)).sum()
     if lse is not None:
         # A row without keys has a log-sum-exp of -inf, which must be told from a large one and has no gradient.
@@ -116,15 +117,15 @@ def _evaluate(
     return {name: result.detach().cpu() for name, result in results.items()}
 
 
-def _gradients(case: Case) -> tuple[Tensor, Tensor]:
-    """Random gradients of the output and of the log-sum-exp, fp64, exact in the case's dtype."""
+def _gradients(case: Case, features: Features) -> tuple[Tensor, Tensor]:
+    """Random gradients of the output, exact in the case's dtype, and of the log-sum-exp (0 without one); fp64."""
     random = torch.Generator().manual_seed(case.seed)
     rows = (case.batch, case.kv_heads * case.group, case.queries)
     grad = torch.randn(*rows, case.value_dim, generator=random).to(case.torch_dtype).double()
-    return grad, torch.randn(rows, generator=random).double()
+    return grad, torch.randn(rows, generator=random).double() * features.return_lse
 
 
-def _magnitudes(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _magnitudes(case: Case, features: Features) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """For each result, in fp64: the sum behind it with its terms in absolute value, with which the errors of fp32 sums
     scale; and the root of the sum of their squares, with which those of rounding its operands to 16 bits do."""
     tensors, options = case.tensors(), case.options()
@@ -134,7 +135,8 @@ def _magnitudes(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     rest = {name: t for name, t in tensors.items() if name in ("bias", "sinks")}
     exact, lse = reference.live_range_attention(query, key, identity, case.live(), **rest, **options, return_lse=True)
     wide_key, wide_value = (t.repeat_interleave(group, dim=1) for t in (key, value))
-    grad, grad_lse = (t.abs() for t in _gradients(case))
+    signed_grad, signed_grad_lse = _gradients(case, features)
+    grad, grad_lse = signed_grad.abs(), signed_grad_lse.abs()
     # A weight is exp(logit - lse): the rounding of the two is a relative error of the weight.
     lse_size = lse.abs().nan_to_num(posinf=0)[..., None]
     weights = exact * (1 + 2 * lse_size - exact.clamp(min=1e-300).log())
@@ -153,8 +155,7 @@ def _magnitudes(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     }
     # What is rounded: the weights, the gradients of the logits, and the output, from which delta is computed.
     output = exact @ wide_value
-    signed_grad = _gradients(case)[0]
-    signed_delta = (signed_grad * output).sum(dim=-1) - _gradients(case)[1]
+    signed_delta = (signed_grad * output).sum(dim=-1) - signed_grad_lse
     logit_grads = exact * (signed_grad @ wide_value.transpose(2, 3) - signed_delta[..., None])
     delta_error = (grad * output).norm(dim=-1)
     shared = exact * delta_error[..., None]

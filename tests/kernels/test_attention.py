@@ -22,7 +22,6 @@ from rewriter.kernels import running_topk_ranges
 from rewriter.kernels.cpu import attention as cpu
 from rewriter.kernels.cpu import schedule
 from rewriter.kernels.gpu import decode as gpu_decode
-from rewriter.kernels.gpu import schedule as gpu_schedule
 from rewriter.kernels.gpu.launch import INTERPRETED
 
 from rewriter.testing import ADVERSARIAL_RANGES
@@ -40,20 +39,13 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @contextmanager
 def small_blocks() -> Iterator[None]:
     """Several blocks per tile, dense runs and tiles of few rows: the online softmax and the run path on small inputs."""
-    saved = cpu.BLOCK, schedule.MIN_RUN, cpu.tile_rows, gpu_schedule.MIN_RUN, gpu_decode.MAX_QUERIES, gpu_decode.SPLIT
+    saved = cpu.BLOCK, schedule.MIN_RUN, cpu.tile_rows, gpu_decode.MAX_QUERIES, gpu_decode.SPLIT
     cpu.BLOCK, schedule.MIN_RUN, cpu.tile_rows = 5, 4, lambda group, queries, shared: 7
-    gpu_schedule.MIN_RUN, gpu_decode.MAX_QUERIES, gpu_decode.SPLIT = 4, 1, 16
+    gpu_decode.MAX_QUERIES, gpu_decode.SPLIT = 1, 16
     try:
         yield
     finally:
-        (
-            cpu.BLOCK,
-            schedule.MIN_RUN,
-            cpu.tile_rows,
-            gpu_schedule.MIN_RUN,
-            gpu_decode.MAX_QUERIES,
-            gpu_decode.SPLIT,
-        ) = saved
+        cpu.BLOCK, schedule.MIN_RUN, cpu.tile_rows, gpu_decode.MAX_QUERIES, gpu_decode.SPLIT = saved
 
 
 @settings(patient, max_examples=EXAMPLES)

@@ -9,6 +9,7 @@ import torch
 from rewriter.kernels import AttentionInputError
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import live_range_attention
+from rewriter.kernels.gpu.launch import INTERPRETED
 
 
 def inputs(**changes: Any) -> dict[str, Any]:
@@ -114,3 +115,30 @@ def test_bad_input_is_named(name: str) -> None:
     changes, message = ERRORS[name]
     with pytest.raises(AttentionInputError, match=message):
         live_range_attention(**inputs(**changes))
+
+
+def test_ends_that_are_not_int32_are_named() -> None:
+    arguments = inputs()
+    live = arguments.pop("live")
+    with pytest.raises(AttentionInputError, match=r"end must be int32, got torch.int64; convert with .to\(torch.int32\)"):
+        torch.ops.rewriter.live_range_attention(*arguments.values(), live.start, live.end.long(), *[None] * 7)
+
+
+def test_more_keys_than_int32_counts_are_named() -> None:
+    key = torch.empty(1, 1, 2**31, 1, device="meta")
+    end = torch.empty(1, 1, 2**31, dtype=torch.int32, device="meta")
+    with pytest.raises(AttentionInputError, match="2147483648 keys do not have int32 indices"):
+        live_range_attention(key[:, :, :4], key, key, LiveRanges(end, end))
+
+
+def test_inputs_on_different_devices_are_named() -> None:
+    with pytest.raises(AttentionInputError, match="query is on cpu, another input on meta; move them together"):
+        live_range_attention(**inputs(key=torch.empty(2, 2, 6, 8, device="meta")))
+
+
+@pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="the CPU kernel takes fp64")
+def test_the_triton_kernels_refuse_fp64() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    query, key, value = (torch.randn(1, 2, 4, 8, dtype=torch.float64, device=device) for _ in range(3))
+    with pytest.raises(AttentionInputError, match="query is fp64, which the Triton kernels do not take; use fp32"):
+        live_range_attention(query, key, value, LiveRanges.causal(4, device=device))

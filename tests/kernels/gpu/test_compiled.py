@@ -1,0 +1,48 @@
+"""Every kernel at every entry of the launch table, compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rewriter.kernels.gpu.compiled import TARGETS
+from rewriter.kernels.gpu.compiled import compile_launch
+from rewriter.kernels.gpu.compiled import launches
+from rewriter.kernels.gpu.launch import HEAD_DIMS
+from rewriter.kernels.gpu.launch import INTERPRETED
+from rewriter.kernels.gpu.launch import use_table
+
+from rewriter.verify import compile_entries
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_nothing_spills_and_all_fits(architecture: str, bits: int, head_dim: int) -> None:
+    entries = compile_entries((architecture, bits, head_dim))
+    assert {e.failure for e in entries} == {None}
+    compiled = {e.compiled.kernel: e.compiled for e in entries if e.compiled is not None}
+    assert {
+        "_forward",
+        "_query_gradient",
+        "_list_gradients",
+        "_key_gradients",
+        "_decode",
+        "_merge",
+        "_key_scores",
+    } <= set(compiled)
+    # Outputs are not accumulated by atomics, which would make results depend on the order of programs.
+    assert not [kernel for kernel, c in compiled.items() if "atomic" in c.instructions]
+    if architecture.startswith("sm") and bits == 16:
+        assert all("cp.async" in compiled[kernel].instructions for kernel in ("_forward", "_query_gradient"))
+    if bits == 16:
+        units = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05", "gfx942": "mma"}[architecture]
+        assert units in compiled["_forward"].instructions
+
+
+def test_a_tile_that_is_too_large_spills() -> None:
+    """The check can fail: twice the largest tile of the candidates."""
+    with use_table({"sm90": {"forward": {"16": {"128": [128, 128, 4, 2]}}}}):
+        (launch,) = launches("sm90", ("forward",), torch.bfloat16, 128)
+        assert compile_launch(launch, "sm90").spilled > 0
