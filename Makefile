@@ -12,6 +12,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -19,7 +19,6 @@ from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor
 
-
 MAX_TRACED_KEYS = 2**20
 
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -78,7 +79,10 @@ class Verification:
             result.skipped = report.longrepr[2].removeprefix("Skipped: ")  # type: ignore[attr-defined]
         elif outcome == "failed":
             crash = getattr(report.longrepr, "reprcrash", None)  # type: ignore[attr-defined]
-            result.failure = str(crash.message if crash else report.longrepr)  # type: ignore[attr-defined]
+            message = str(crash.message if crash else report.longrepr)  # type: ignore[attr-defined]
+            # Hypothesis adds its own account of the failing case, which the last line of ours says in one line.
+            repeat = re.search(r"repeat it with: .*", message)
+            result.failure = message[: repeat.end()] if repeat else message
         self.outcomes.append(result)
 
 

@@ -79,7 +79,9 @@ class Arguments:
         else:
             key_index = key_index.to(torch.int32).reshape(-1, num_keys).contiguous()
         return cls(
-            *(_with_rows(t) for t in (query, key, value)),
+            _with_rows(query),
+            _with_rows(key),
+            _with_rows(value),
             start,
             end,
             query_index,
@@ -163,7 +165,8 @@ class Arguments:
         )
 
     def order(self) -> tuple[Tensor, int]:
-        return (self.query, 0) if self.row_order is None else (self.row_order, *shared_strides(self.row_order, 1))
+        """The row order and its stride of the batch; another tensor, never read, stands for it where there is none."""
+        return (self.query, 0) if self.row_order is None else (self.row_order, shared_strides(self.row_order, 1)[0])
 
 
 def padded(dim: int) -> int:

@@ -382,22 +382,26 @@ def _query_gradient(
     list_keys_ptr += i_row * list_size
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # Without matrix units a thread would keep whole rows of its operands in registers through the loops.
+    IS_FP32: tl.constexpr = PRECISION == "ieee"
     o_block = tl.arange(0, BLOCK_N)
-    for first in range(full_begin, full_end, BLOCK_N):
+    for first in tl.range(full_begin, full_end, BLOCK_N, disable_licm=IS_FP32):
         o_keys = first + o_block
         b_acc = _add_query_gradient(
             b_query, b_grad, b_acc, b_lse, b_delta, o_keys, o_keys < num_keys, key_ptr, value_ptr, bias_ptr,
             key_index_ptr, start_ptr, end_ptr, b_slopes, b_query_index, stride_key, stride_value, head_dim, value_dim,
             scale, softcap, False, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, BLOCK_D, BLOCK_DV, EVEN, PRECISION,
         )  # fmt: skip
-    for first in range(list_begin, masked_begin, BLOCK_N):
+    for first in tl.range(list_begin, masked_begin, BLOCK_N, disable_licm=IS_FP32):
         o_keys = tl.load(list_keys_ptr + first + o_block)
         b_acc = _add_query_gradient(
             b_query, b_grad, b_acc, b_lse, b_delta, o_keys, o_keys < num_keys, key_ptr, value_ptr, bias_ptr,
             key_index_ptr, start_ptr, end_ptr, b_slopes, b_query_index, stride_key, stride_value, head_dim, value_dim,
             scale, softcap, False, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, BLOCK_D, BLOCK_DV, EVEN, PRECISION,
         )  # fmt: skip
-    for i in range(masked_blocks(run_begin, full_begin, full_end, run_end, masked_begin, list_end, BLOCK_N)):
+    for i in tl.range(
+        masked_blocks(run_begin, full_begin, full_end, run_end, masked_begin, list_end, BLOCK_N), disable_licm=IS_FP32
+    ):
         o_keys, m_keys = masked_block(
             i, run_begin, full_begin, full_end, run_end, masked_begin, list_end, list_keys_ptr, BLOCK_N
         )

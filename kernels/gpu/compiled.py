@@ -117,9 +117,7 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
     compiled = triton.compile(source, target=TARGETS[architecture], options=options)
     if architecture.startswith("gfx"):
         text = compiled.asm["amdgcn"]
-        registers, spilled = (
-            int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")
-        )  # type: ignore[index]
+        registers, spilled = _metadata(text, "vgpr_count"), _metadata(text, "vgpr_spill_count")
     else:
         text = compiled.asm["ptx"]
         registers, spilled = _resource_usage(compiled.asm["cubin"])
@@ -150,6 +148,13 @@ def _source(launch: Launch) -> Any:
         if aligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _metadata(assembly: str, name: str) -> int:
+    """A number that AMD's assembler file states about the kernel."""
+    match = re.search(rf"\.{name}:\s*(\d+)", assembly)
+    assert match is not None, f"the assembly does not state its {name}"
+    return int(match[1])
 
 
 def _resource_usage(cubin: bytes) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,4 +134,11 @@ def launch(kernel: Any, grid: tuple[Any, ...]) -> Callable[..., None]:
         return lambda *arguments, **constants: launches.append(Launch(kernel, arguments, constants))
     if INTERPRETED:
         return kernel[grid]
-    return torch.library.wrap_triton(kernel)[grid]
+
+    def start(*arguments: Any, **constants: Any) -> None:
+        # Triton launches on the current device, which need not be the tensors'; a compiler sees to that itself.
+        elsewhere = arguments[0].is_cuda and not torch.compiler.is_compiling()
+        with torch.cuda.device(arguments[0].device) if elsewhere else nullcontext():
+            torch.library.wrap_triton(kernel)[grid](*arguments, **constants)
+
+    return start

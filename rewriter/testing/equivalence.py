@@ -54,14 +54,14 @@ def assert_equivalent(
     gradients of query, key, value, bias and sinks for random gradients of output and log-sum-exp.
 
     Args:
-        kernel: takes `(query, key, value, live, **options)`; only options that its signature names are passed.
-        case: the inputs.
+        kernel: takes `(query, key, value, live, **options)` with the options that the case has.
+        case: the inputs; draw them with `attention_cases(features=Features.of(kernel))` if the kernel lacks some options.
         device: where the kernel runs.
         features: what the kernel supports; read from its signature when left out.
 
     Raises:
-        AssertionError: a result is too far off, not finite, or has the wrong shape; the message ends with the line of
-            Python that repeats this case.
+        AssertionError: a result is too far off, not finite, or has the wrong shape, or the kernel raised an error; the
+            message ends with the line of Python that repeats this case.
     """
     features = features or Features.of(kernel)
     asked = Features(return_lse=features.return_lse, gradients=features.gradients)
@@ -74,10 +74,12 @@ def assert_equivalent(
             assert_within_budget(
                 actual[name], dense[name], exact[name], name, magnitude=sums.get(name), spread=squares.get(name)
             )
-    except AssertionError as error:
+    except Exception as error:
+        what = str(error) if isinstance(error, AssertionError) else f"the kernel raised {type(error).__name__}: {error}"
         name = getattr(kernel, "__name__", "kernel")
         arguments = "" if str(device) == "cpu" else f", device={str(device)!r}"
-        raise AssertionError(f"{error}\nrepeat it with: assert_equivalent({name}, {case!r}{arguments})") from None
+        cause = None if isinstance(error, AssertionError) else error
+        raise AssertionError(f"{what}\nrepeat it with: assert_equivalent({name}, {case!r}{arguments})") from cause
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, live: Any, **options: Any) -> Any:
@@ -132,7 +134,7 @@ def _magnitudes(case: Case, features: Features) -> tuple[dict[str, Tensor], dict
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
     group, scale = case.group, case.scale or case.head_dim**-0.5
     identity = torch.eye(case.keys, dtype=torch.float64).expand(*key.shape[:3], -1)
-    rest = {name: t for name, t in tensors.items() if name in ("bias", "sinks")}
+    rest: dict[str, Any] = {name: t for name, t in tensors.items() if name in ("bias", "sinks")}
     exact, lse = reference.live_range_attention(query, key, identity, case.live(), **rest, **options, return_lse=True)
     wide_key, wide_value = (t.repeat_interleave(group, dim=1) for t in (key, value))
     signed_grad, signed_grad_lse = _gradients(case, features)

@@ -5,8 +5,10 @@ Run through `rewriter.verify.run_suite`, which passes the kernel and the device 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 import torch
@@ -86,9 +88,9 @@ def test_sizes_around_tile_borders(verification: Verification, size: int) -> Non
 
 @pytest.mark.parametrize("head_dim", [16, 40, 64, 96, 128, 256])
 def test_head_dims(verification: Verification, head_dim: int) -> None:
-    sizes = {"keys": 33, "queries": 33, "group": 2}
+    case = Case(keys=33, queries=33, group=2, head_dim=head_dim, value_dim=head_dim, ranges="separators")
     for dtype in verification.dtypes:
-        verification.check(Case(dtype=dtype, head_dim=head_dim, value_dim=head_dim, ranges="separators", **sizes))
+        verification.check(replace(case, dtype=dtype))
 
 
 @pytest.mark.parametrize("kind", RANGE_KINDS)
@@ -136,9 +138,10 @@ def test_long_inputs(verification: Verification, length: int) -> None:
     live = running_topk_ranges(torch.randn(1, 2, length, device="cuda"), 512)
     output = v.kernel(query, key, value, live)
     for rows in torch.arange(length, device="cuda").split(2048)[:: max(1, length // 16384)]:
-        wide = {"query_index": rows}
-        exact = reference.live_range_attention(query[:, :, rows].double(), key.double(), value.double(), live, **wide)
-        dense = reference.live_range_attention(query[:, :, rows], key, value, live, operands=torch.bfloat16, **wide)
+        part = query[:, :, rows]
+        exact = reference.live_range_attention(part.double(), key.double(), value.double(), live, query_index=rows)
+        dense = reference.live_range_attention(part, key, value, live, query_index=rows, operands=torch.bfloat16)
+        assert isinstance(exact, torch.Tensor) and isinstance(dense, torch.Tensor)
         assert_within_budget(output[:, :, rows].cpu(), dense.cpu(), exact.cpu(), f"rows {int(rows[0])} on")
         v.count += 1
 
@@ -152,30 +155,27 @@ def test_key_scores(verification: Verification, group: str) -> None:
     @patient(v, v.examples // 2 + 1)
     @given(case=attention_cases(max_keys=v.max_keys))
     def check(case: Case) -> None:
-        tensors, options, live = case.tensors(), case.options(), case.live()
-        rest = {"bias": tensors["bias"]} if "bias" in tensors else {}
-        tensors.setdefault("sinks", torch.full((case.kv_heads * case.group,), -torch.inf, dtype=torch.float64))
-        query, key, value, sinks = (tensors[name] for name in ("query", "key", "value", "sinks"))
-        lse = reference.live_range_attention(query, key, value, live, sinks=sinks, return_lse=True, **rest, **options)[
-            1
-        ]
-        results = []
-        for run, dtype, device in (
-            (key_scores, case.torch_dtype, v.device),
-            (reference.key_scores, torch.float32, "cpu"),
-            (reference.key_scores, torch.float64, "cpu"),
-        ):
+        tensors, live = case.tensors(), case.live()
+        options: dict[str, Any] = case.options()
+        if "bias" in tensors:
+            options["bias"] = tensors["bias"]
+        query, key, value = (tensors[name] for name in ("query", "key", "value"))
+        _, lse = reference.live_range_attention(
+            query, key, value, live, sinks=tensors.get("sinks"), return_lse=True, **options
+        )
 
-            def move(t: object, dtype: torch.dtype = dtype, device: str = device) -> object:
-                if not isinstance(t, torch.Tensor):
-                    return t
-                return t.to(device, dtype if t.is_floating_point() else t.dtype)
-
+        def run(scores: Callable[..., Any], dtype: torch.dtype, device: str) -> torch.Tensor:
+            moved = {
+                name: t.to(device, dtype if t.is_floating_point() else t.dtype) if isinstance(t, torch.Tensor) else t
+                for name, t in options.items()
+            }
             own_live = LiveRanges(live.start.to(device), live.end.to(device))
-            arguments = {name: move(t) for name, t in {**rest, **options}.items()}
             own_lse = lse.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-            results.append(run(move(query), move(key), own_lse, own_live, group=group, **arguments).cpu())
-        actual, dense, exact = results
+            return scores(query.to(device, dtype), key.to(device, dtype), own_lse, own_live, group=group, **moved).cpu()
+
+        actual = run(key_scores, case.torch_dtype, v.device)
+        dense = run(reference.key_scores, torch.float32, "cpu")
+        exact = run(reference.key_scores, torch.float64, "cpu")
         # A weight is exp(logit - lse): the rounding of the two is a relative error of the weight.
         size = 1 + lse.abs().nan_to_num(posinf=0).max()
         assert_within_budget(actual, dense, exact, f"key scores of {case!r}", magnitude=exact * size * 2)

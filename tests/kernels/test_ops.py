@@ -120,7 +120,9 @@ def test_bad_input_is_named(name: str) -> None:
 def test_ends_that_are_not_int32_are_named() -> None:
     arguments = inputs()
     live = arguments.pop("live")
-    with pytest.raises(AttentionInputError, match=r"end must be int32, got torch.int64; convert with .to\(torch.int32\)"):
+    with pytest.raises(
+        AttentionInputError, match=r"end must be int32, got torch.int64; convert with .to\(torch.int32\)"
+    ):
         torch.ops.rewriter.live_range_attention(*arguments.values(), live.start, live.end.long(), *[None] * 7)
 
 

@@ -122,6 +122,16 @@ def test_faults_are_found(change: str) -> None:
         assert_equivalent(faulty(change), case)
 
 
+def test_an_error_of_the_kernel_says_how_to_repeat_it() -> None:
+    def without_bias(query: Tensor, key: Tensor, value: Tensor, live: LiveRanges, *, return_lse: bool) -> None: ...
+
+    with pytest.raises(
+        AssertionError,
+        match=r"raised TypeError: .*'bias'\nrepeat it with: assert_equivalent\(without_bias, Case\(bias='all'",
+    ):
+        assert_equivalent(without_bias, Case(bias="all"))
+
+
 def test_features_are_what_the_signature_names() -> None:
     def few(query: Tensor, key: Tensor, value: Tensor, live: LiveRanges, *, scale: float | None = None) -> None: ...
 
