@@ -18,8 +18,10 @@ from rewriter.kernels.gpu import decode as gpu_decode
 from rewriter.kernels.gpu import forward as gpu_forward
 from rewriter.kernels.gpu import key_scores as gpu_key_scores
 from rewriter.kernels.gpu.arguments import Arguments
+from rewriter.kernels.gpu.arguments import as_int32
 from rewriter.kernels.gpu.launch import register
 from rewriter.kernels.gpu.launch import runs_triton
+from rewriter.kernels.gpu.schedule import FORWARD_CAPACITY
 from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor
 
@@ -208,8 +210,11 @@ def _check(
                 f"bias must be a float tensor [B|1, Hkv|1, {num_keys}], got {bias.dtype} {list(bias.shape)}"
             )
         _check_broadcast("bias", bias, (num_batch, num_kv_heads))
-    if isinstance(num_keys, int) and num_keys >= 2**31:
-        raise AttentionInputError(f"{num_keys} keys do not have int32 indices; the limit is 2^31 - 1")
+    limit = 2**31 // FORWARD_CAPACITY if runs_triton(query) else 2**31
+    if isinstance(num_keys, int) and num_keys >= limit:
+        raise AttentionInputError(f"{num_keys} keys do not have int32 indices in a schedule; give fewer than {limit}")
+    if runs_triton(query) and isinstance(num_batch, int) and num_batch >= 2**16:
+        raise AttentionInputError(f"a grid of a GPU has at most 65,535 batch rows, got {num_batch}; split the batch")
     for name, vector in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if vector is not None and (vector.dim() != 1 or vector.size(0) != num_heads):
             raise AttentionInputError(f"{name} must be [{num_heads}] (one per query head), got {list(vector.shape)}")
@@ -258,11 +263,17 @@ def _logits(
 
 def _rows(index: Tensor) -> Tensor:
     """int32 `[B|1, size]`."""
-    return index.to(torch.int32)[None] if index.dim() == 1 else index.to(torch.int32)
+    return as_int32(index)[None] if index.dim() == 1 else as_int32(index)
 
 
 def _is_empty(query: Tensor, key: Tensor) -> bool:
     return 0 in (*query.shape[:3], key.size(2))
+
+
+def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    num_batch, num_heads, num_queries, _ = query.shape
+    output = query.new_empty(num_batch, num_queries, num_heads, value.size(3)).transpose(1, 2)
+    return output, query.new_empty(num_batch, num_heads, num_queries, dtype=cpu.compute_dtype(query))
 
 
 def _forward(
@@ -280,7 +291,11 @@ def _forward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     _check(query, key, value, start, end, query_index, key_index, bias, sinks, alibi_slopes)
-    if not runs_triton(query) or _is_empty(query, key):
+    if _is_empty(query, key):
+        # No row sees a key: only the sinks are left of the denominator.
+        output, lse = _empty_outputs(query, value)
+        return output.zero_(), lse.fill_(-math.inf) if sinks is None else lse.copy_(sinks[:, None].expand_as(lse))
+    if not runs_triton(query):
         return torch.ops.rewriter.live_range_attention_cpu(
             query, key, value, start, end, query_index, key_index, bias, sinks, alibi_slopes, scale, softcap
         )
@@ -306,9 +321,7 @@ def _forward_fake(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     _check(query, key, value, start, end, query_index, key_index, bias, sinks, alibi_slopes)
-    num_batch, num_heads, num_queries, _ = query.shape
-    output = query.new_empty(num_batch, num_queries, num_heads, value.size(3)).transpose(1, 2)
-    return output, query.new_empty(num_batch, num_heads, num_queries, dtype=cpu.compute_dtype(query))
+    return _empty_outputs(query, value)
 
 
 def _forward_cpu(
@@ -347,7 +360,11 @@ def _backward(
     scale: float | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if not runs_triton(query) or _is_empty(query, key):
+    if _is_empty(query, key):
+        inputs = (query, key, value, bias)
+        grads = [None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs]
+        return _present(query, (*grads, None if sinks is None else grad_lse.sum(dim=(0, 2)).to(sinks.dtype)))
+    if not runs_triton(query):
         return torch.ops.rewriter.live_range_attention_backward_cpu(
             grad_output, grad_lse, query, key, value, output, lse, start, end, query_index, key_index, bias, sinks,
             alibi_slopes, scale, softcap,
@@ -442,7 +459,11 @@ def _scores(
     _check(query, key, key, start, end, query_index, key_index, bias, None, alibi_slopes)
     if lse.shape != query.shape[:3]:
         raise AttentionInputError(f"lse must be {list(query.shape[:3])}, one per query row, got {list(lse.shape)}")
-    if not runs_triton(query) or _is_empty(query, key):
+    if lse.device != query.device:
+        raise AttentionInputError(f"query is on {query.device}, lse on {lse.device}; move them together")
+    if _is_empty(query, key):
+        return _scores_fake(query, key, lse, start, end, None, None, None, None, None, None, group).zero_()
+    if not runs_triton(query):
         return torch.ops.rewriter.key_scores_cpu(
             query, key, lse, start, end, query_index, key_index, bias, alibi_slopes, scale, softcap, group
         )

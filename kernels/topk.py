@@ -46,7 +46,7 @@ def running_topk_ranges(score: Tensor, keep: int) -> LiveRanges:
 
 def _end(score: Tensor, keep: int) -> Tensor:
     num_keys = score.size(2)
-    flat = torch.nan_to_num(score.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf).flatten(0, 1)
+    flat = torch.nan_to_num(score.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf).flatten(0, 1).contiguous()
     # The best key first; a stable descending sort puts the older of equals first.
     order = flat.argsort(dim=1, descending=True, stable=True)
     end = torch.full_like(order, FOREVER)

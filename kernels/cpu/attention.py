@@ -241,6 +241,8 @@ def backward(
     group = query.size(1) // key.size(1)
     # d logits = p * (dp - delta), where delta also carries the gradient that reaches the log-sum-exp.
     delta = (grad_output.to(dtype) * output.to(dtype)).sum(dim=-1) - grad_lse.to(dtype)
+    # The gradient of a log-sum-exp of -inf may be anything, NaN too; nothing depends on it.
+    delta.masked_fill_(lse == -math.inf, 0)
     finite_lse = lse.masked_fill(lse == -math.inf, 0)
     grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
     grad_key = torch.zeros(key.shape, dtype=dtype)

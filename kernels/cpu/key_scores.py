@@ -17,7 +17,7 @@ def key_scores(
     num_batch, num_heads, num_queries, _ = query.shape
     num_kv_heads, num_keys = key.shape[1:3]
     shape = (num_batch, num_kv_heads, num_heads // num_kv_heads)
-    grouped = query.to(dtype).view(*shape, num_queries, -1)
+    grouped = query.to(dtype).view(*shape, num_queries, query.size(3))
     # exp(logit - inf) = 0: a row without keys has no weights.
     row_lse = lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf).view(*shape, num_queries, 1)
     query_index = logits.query_index[:, None, :, None]

@@ -67,17 +67,17 @@ class Arguments:
         if query_index is None:
             query_index = torch.arange(num_keys - num_queries, num_keys, dtype=torch.int32, device=query.device)[None]
         else:
-            query_index = query_index.to(torch.int32).reshape(-1, num_queries)
+            query_index = as_int32(query_index).reshape(-1, num_queries)
             if sort:
                 query_index, row_order = query_index.sort(dim=1, stable=True)
-                row_order = row_order.to(torch.int32)
+                row_order = row_order.to(torch.int32).contiguous()
         query_index, start, end = query_index.contiguous(), _with_rows(start), _with_rows(end)
         if alibi_slopes is None:
             key_index = None
         elif key_index is None:
             key_index = torch.arange(num_keys, dtype=torch.int32, device=query.device)[None]
         else:
-            key_index = key_index.to(torch.int32).reshape(-1, num_keys).contiguous()
+            key_index = as_int32(key_index).reshape(-1, num_keys).contiguous()
         return cls(
             _with_rows(query),
             _with_rows(key),
@@ -88,8 +88,8 @@ class Arguments:
             row_order,
             key_index,
             None if bias is None else _with_rows(bias),
-            alibi_slopes,
-            sinks,
+            None if alibi_slopes is None else _with_rows(alibi_slopes),
+            None if sinks is None else _with_rows(sinks),
             1 / math.sqrt(query.size(3)) if scale is None else scale,
             softcap or 0.0,
         )
@@ -167,6 +167,11 @@ class Arguments:
     def order(self) -> tuple[Tensor, int]:
         """The row order and its stride of the batch; another tensor, never read, stands for it where there is none."""
         return (self.query, 0) if self.row_order is None else (self.row_order, shared_strides(self.row_order, 1)[0])
+
+
+def as_int32(index: Tensor) -> Tensor:
+    """Indices beyond int32 stand for its ends: no range begins or ends between."""
+    return index if index.dtype == torch.int32 else index.clamp(-(2**31), 2**31 - 2).to(torch.int32)
 
 
 def padded(dim: int) -> int:

@@ -352,6 +352,8 @@ def _query_gradient(
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
     b_delta = tl.sum(b_output.to(tl.float32) * b_grad.to(tl.float32), 1)
     b_delta -= tl.load(grad_lse_ptr + p_lse, mask=m_rows, other=0.0)
+    # The gradient of a log-sum-exp of -inf may be anything, NaN too; nothing depends on it.
+    b_delta = tl.where(b_lse == float("inf"), 0.0, b_delta)
     tl.store(delta_ptr + p_lse, b_delta, mask=m_rows)
     p_packed = (i_batch * tl.num_programs(1) + i_kv_head) * tl.num_programs(0) + i_chunk * num_tiles + i_tile
     p_packed = p_packed * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -476,8 +478,13 @@ def _add_key_gradients(
     o_rows = o_rows.to(tl.int64)
     o_dims = tl.arange(0, BLOCK_D)
     o_value_dims = tl.arange(0, BLOCK_DV)
-    p_query = (query_ptr + o_tile_heads * stride_query_h + o_rows * stride_query)[:, None] + o_dims[None, :]
-    p_grad = (grad_ptr + o_tile_heads * stride_grad_h + o_rows * stride_grad)[:, None] + o_value_dims[None, :]
+    # A head's stride may take more than 31 bits once multiplied by a head of a large group.
+    p_query = (query_ptr + o_tile_heads.to(tl.int64) * stride_query_h + o_rows * stride_query)[:, None] + o_dims[
+        None, :
+    ]
+    p_grad = (grad_ptr + o_tile_heads.to(tl.int64) * stride_grad_h + o_rows * stride_grad)[:, None] + o_value_dims[
+        None, :
+    ]
     if EVEN:
         b_query = tl.load(p_query)  # [BM, D]
         b_grad = tl.load(p_grad)  # [BM, DV]
@@ -679,7 +686,7 @@ def _list_gradients(
     o_keys = tl.load(list_keys_ptr + i_row * num_partial + list_begin + o_list, mask=m_keys, other=0)
     partial_begin_ptr += i_row * num_keys
     first_segment_ptr += i_row * num_keys
-    o_partial = tl.load(partial_begin_ptr + o_keys, mask=m_keys, other=0)
+    o_partial = tl.load(partial_begin_ptr + o_keys, mask=m_keys, other=0).to(tl.int64)
     o_partial += i_segment - tl.load(first_segment_ptr + o_keys, mask=m_keys, other=0)
     p_partial = (i_batch * tl.num_programs(1) + i_kv_head) * num_partial
     partial_key_ptr += p_partial * head_dim
@@ -808,7 +815,7 @@ def _key_gradients(
     partial_bias_ptr += p_partial
     for i in range(tl.max(b_count, 0)):
         m_partial = i < b_count
-        o_partial = b_partial + i
+        o_partial = b_partial.to(tl.int64) + i
         p_key = partial_key_ptr + o_partial[:, None] * head_dim + o_dims[None, :]
         b_grad_key += tl.load(p_key, mask=m_partial[:, None] & m_key, other=0.0)
         p_value = partial_value_ptr + o_partial[:, None] * value_dim + o_value_dims[None, :]

@@ -26,7 +26,7 @@ def descend(values: Tensor, ones_before: Tensor, bounds: Tensor, wanted: Tensor,
     """
     moved = torch.empty_like(values)
     num_rows, num_values = values.shape
-    launch(_descend, (-(-num_values // BLOCK), num_rows))(
+    launch(_descend, (num_rows, -(-num_values // BLOCK)))(
         values, ones_before, bounds, wanted, answer, moved, num_values, wanted.size(1), bit, BLOCK=BLOCK, num_warps=4
     )
     return moved
@@ -45,8 +45,8 @@ def _descend(
     bit,
     BLOCK: tl.constexpr,
 ):
-    i_row = tl.program_id(1).to(tl.int64)
-    o_places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i_row = tl.program_id(0).to(tl.int64)
+    o_places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_values = o_places < num_values
     p_ones = ones_before_ptr + i_row * (num_values + 1)
     num_zeros = num_values - tl.load(p_ones + num_values)
@@ -57,7 +57,7 @@ def _descend(
 
     m_prefixes = o_places < num_prefixes
     p_prefixes = i_row * num_prefixes + o_places
-    p_upper = bounds_ptr + tl.num_programs(1).to(tl.int64) * num_prefixes + p_prefixes
+    p_upper = bounds_ptr + tl.num_programs(0).to(tl.int64) * num_prefixes + p_prefixes
     lower = tl.load(bounds_ptr + p_prefixes, mask=m_prefixes, other=0)
     upper = tl.load(p_upper, mask=m_prefixes, other=0)
     wanted = tl.load(wanted_ptr + p_prefixes, mask=m_prefixes, other=0)

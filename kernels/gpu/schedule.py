@@ -195,7 +195,7 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
         full_last,
         used_before.contiguous(),
     )
-    launch(_fill_lists, (MAX_SEGMENTS, rows[0] * rows[1]))(
+    launch(_fill_lists, (rows[0] * rows[1], MAX_SEGMENTS))(
         start,
         end,
         low,
@@ -300,8 +300,8 @@ def _fill_lists(
     MAX_SEGMENTS: tl.constexpr,
 ):
     """One program writes the list of one segment: keys for all rows from the front, keys that need a mask from the back."""
-    i_segment = tl.program_id(0)
-    i_row = tl.program_id(1).to(tl.int64)
+    i_segment = tl.program_id(1)
+    i_row = tl.program_id(0).to(tl.int64)
     segment_tiles = tl.load(segment_tiles_ptr + i_row)
     begin = tl.load(list_begin_ptr + i_row * (MAX_SEGMENTS + 1) + i_segment)
     stop = tl.load(list_begin_ptr + i_row * (MAX_SEGMENTS + 1) + i_segment + 1)

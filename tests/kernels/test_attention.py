@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import settings
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
+from rewriter.kernels import key_scores
 from rewriter.kernels import live_range_attention
 from rewriter.kernels import running_topk_ranges
 from rewriter.kernels.cpu import attention as cpu
@@ -98,12 +99,51 @@ def test_empty_inputs(empty: str) -> None:
     batch, queries, keys = (0 if empty == name else 2 for name in ("batch", "queries", "keys"))
     query = torch.randn(batch, 2, queries, 4, device=DEVICE, requires_grad=True)
     key, value = (torch.randn(batch, 2, keys, 4, device=DEVICE, requires_grad=True) for _ in range(2))
-    output = live_range_attention(query, key, value, LiveRanges.causal(keys, device=DEVICE))
-    grads = torch.autograd.grad(output.sum(), (query, key, value))
+    sinks = torch.randn(2, device=DEVICE, requires_grad=True)
+    live = LiveRanges.causal(keys, device=DEVICE)
+    output, lse = live_range_attention(query, key, value, live, sinks=sinks, return_lse=True)
+    *grads, grad_sinks = torch.autograd.grad(output.sum() + lse.sum(), (query, key, value, sinks))
     assert output.shape == (batch, 2, queries, 4)
     assert (output == 0).all()
+    assert torch.equal(lse, sinks.detach()[:, None].expand(batch, 2, queries))
     assert [g.shape for g in grads] == [t.shape for t in (query, key, value)]
     assert all((g == 0).all() for g in grads)
+    # Every row that there is has its sink for log-sum-exp.
+    assert (grad_sinks == batch * queries).all()
+    scores = key_scores(query.detach(), key.detach(), lse.detach(), live)
+    assert scores.shape == (batch, 2, keys)
+    assert (scores == 0).all()
+
+
+def test_strided_vectors_and_indices() -> None:
+    """Every other sink and slope, a transposed index: read by their strides."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, h, 20, 8, device=DEVICE) for h in (4, 2, 2))
+    live = LiveRanges.sliding_window(20, 6, device=DEVICE)
+    index = torch.randint(0, 20, (20, 3), device=DEVICE).t()
+    wide = torch.rand(8, device=DEVICE)
+    for options in (
+        {"sinks": wide[::2], "alibi_slopes": wide[1::2], "query_index": index},
+        {"sinks": wide[:1].expand(4)},
+    ):
+        for few in (20, 3):
+            own = {k: v[:, :few] if k == "query_index" else v for k, v in options.items()}
+            dense = {k: v.contiguous() for k, v in own.items()}
+            actual = live_range_attention(query[:, :, :few], key, value, live, **own)
+            expected = live_range_attention(query[:, :, :few].contiguous(), key, value, live, **dense)
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_the_gradient_of_an_infinite_lse_may_be_nan() -> None:
+    """Merging two states with logaddexp gives such gradients for rows without keys; nothing depends on them."""
+    query, key, value = (torch.randn(1, 1, 6, 4, device=DEVICE, requires_grad=True) for _ in range(3))
+    start = torch.full((1, 1, 6), 3, dtype=torch.int32, device=DEVICE)
+    live = LiveRanges(start, torch.full_like(start, FOREVER))
+    output, lse = live_range_attention(query, key, value, live, return_lse=True)
+    grad_lse = torch.where(lse == -torch.inf, torch.nan, 1.0)
+    grads = torch.autograd.grad((output, lse), (query, key, value), (torch.ones_like(output), grad_lse))
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert (grads[0][:, :, :3] == 0).all()
 
 
 def test_runs_are_bitwise_equal() -> None:

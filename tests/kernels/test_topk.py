@@ -47,3 +47,10 @@ def test_of_equal_scores_the_older_key_wins() -> None:
 def test_bad_input_is_named(score: torch.Tensor, keep: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         running_topk_ranges(score, keep)
+
+
+def test_a_transposed_score_has_the_same_ranges() -> None:
+    """A projection to one score per head gives such a layout."""
+    score = torch.randn(1, 50, 3)
+    ours = running_topk_ranges(score.transpose(1, 2), 7)
+    assert torch.equal(ours.end, running_topk_ranges(score.transpose(1, 2).contiguous(), 7).end)

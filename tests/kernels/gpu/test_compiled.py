@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rewriter.kernels import LiveRanges
+from rewriter.kernels.gpu.arguments import Arguments
+from rewriter.kernels.gpu.backward import backward
 from rewriter.kernels.gpu.compiled import TARGETS
 from rewriter.kernels.gpu.compiled import compile_launch
 from rewriter.kernels.gpu.compiled import launches
+from rewriter.kernels.gpu.decode import decode
+from rewriter.kernels.gpu.forward import forward
+from rewriter.kernels.gpu.key_scores import key_scores
 from rewriter.kernels.gpu.launch import HEAD_DIMS
 from rewriter.kernels.gpu.launch import INTERPRETED
+from rewriter.kernels.gpu.launch import record_launches
 from rewriter.kernels.gpu.launch import use_table
 
 from rewriter.verify import compile_entries
@@ -46,3 +53,24 @@ def test_a_tile_that_is_too_large_spills() -> None:
     with use_table({"sm90": {"forward": {"16": {"128": [128, 128, 4, 2]}}}}):
         (launch,) = launches("sm90", ("forward",), torch.bfloat16, 128)
         assert compile_launch(launch, "sm90").spilled > 0
+
+
+@pytest.mark.parametrize("architecture", ["sm90", "gfx942"])
+def test_every_option_compiles(architecture: str) -> None:
+    """Softcap, ALiBi, sinks, indices in any order, head dims that are no powers of two, a group larger than a tile."""
+    query = torch.empty(2, 130, 70, 40, dtype=torch.float16)
+    key, value = torch.empty(2, 1, 70, 40, dtype=torch.float16), torch.empty(2, 1, 70, 24, dtype=torch.float16)
+    live = LiveRanges.causal(70)
+    index, slopes = torch.arange(70)[None].expand(2, -1), torch.empty(130)
+    options = (live.start, live.end, index, index, None, slopes, slopes, None, 30.0)
+    arguments = Arguments.make(query, key, value, *options, sort=True)
+    lse = torch.empty(2, 130, 70)
+    with record_launches(architecture) as recorded:
+        forward(arguments)
+        backward(arguments, arguments.empty_output(), lse, arguments.empty_output(), lse)
+        decode(Arguments.make(query[:, :, :2], key, value, *options[:2], index[:, :2], *options[3:], sort=False))
+        for group in ("max", "per_query_head"):
+            key_scores(Arguments.make(query, key, key, *options, sort=False), lse, group)
+    kernels = [compile_launch(launch, architecture).kernel for launch in recorded]
+    assert kernels.count("_key_scores") == 2
+    assert {"_forward", "_query_gradient", "_list_gradients", "_key_gradients", "_decode", "_merge"} <= set(kernels)
