@@ -91,15 +91,22 @@ def best(name: str, bits: int, head_dim: int, *, timed: bool) -> Iterator[tuple[
     for kernel in ("forward", "decode", "key_scores"):
         fitting = ({kernel: entry} for entry in candidates[kernel])
         yield kernel, choose(name, bits, head_dim, fitting, timed)[kernel]
-    # The two backward kernels share their tiles of query rows.
+    # A tile of rows of the query's kernel is a whole number of those of the keys' kernels. Many keys to a block are worth
+    # more than many rows: keys are the rows of these kernels' matrix products.
     pairs = [
         {"backward_query": query, "backward_key": key}
         for query in candidates["backward_query"]
         for key in candidates["backward_key"]
-        if query[0] == key[0]
+        if query[0] % key[0] == 0
     ]
-    pairs.sort(key=lambda pair: [-rows * keys for rows, keys, _, _ in (pair["backward_key"], pair["backward_query"])])
+    pairs.sort(key=lambda pair: rank(**pair))
     yield from choose(name, bits, head_dim, iter(pairs), timed).items()
+
+
+def rank(backward_query: list[int], backward_key: list[int]) -> tuple[int, ...]:
+    """The keys' kernels first: the larger tile, then more keys, then the query's larger tile."""
+    rows, keys, *_ = backward_key
+    return -rows * keys, -keys, -backward_query[0] * backward_query[1]
 
 
 def choose(

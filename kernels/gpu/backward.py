@@ -134,7 +134,9 @@ def backward(
         *range_strides(schedule),
         order_stride,
     )
-    constants = {"HAS_ORDER": a.row_order is not None, **a.constants(key_config), "BLOCK_M": query_config.block_m}
+    # A tile of the query's kernel is a whole number of tiles of these.
+    parts = query_config.block_m // key_config.block_m
+    constants = {"HAS_ORDER": a.row_order is not None, "PARTS": parts, **a.constants(key_config)}
     # A list of n keys has fewer than n / block + 1 groups.
     max_groups = -(-num_partial // block) + MAX_SEGMENTS
     launch(_list_gradients, (max_groups, a.num_kv_heads, a.num_batch))(
@@ -430,10 +432,8 @@ def _add_key_gradients(
     b_end,
     b_bias,
     b_key_index,
-    i_tile,
+    i_part,
     i_chunk,
-    o_tile_rows,
-    o_tile_heads,
     query_ptr,
     grad_ptr,
     packed_lse_ptr,
@@ -449,7 +449,9 @@ def _add_key_gradients(
     stride_grad,
     num_queries,
     num_tiles,
+    group,
     tile_rows,
+    tile_heads,
     head_dim,
     value_dim,
     scale,
@@ -460,18 +462,23 @@ def _add_key_gradients(
     HAS_ALIBI: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ORDER: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds what one tile of query rows contributes to a group's gradients, the key's without the scale.
+    """Adds what one part of a tile of query rows contributes to a group's gradients, the key's without the scale.
 
-    Logits are keys by rows here, so that the weights enter the products from registers. Its loops are without loop-invariant
+    Logits are keys by rows here, so that the weights enter the products from registers. The loops around it go without
     code motion, which would keep addresses in registers that the sums need (208 bytes spilled on sm_90, without it none).
     """
+    i_tile = i_part // PARTS
     # A row of the tile that is none repeats another; its log-sum-exp of inf makes all its weights 0.
+    o_packed = i_part % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_tile_rows = tl.where(o_packed < tile_rows * tile_heads, o_packed // tile_heads, 0)
+    o_tile_heads = tl.minimum(i_chunk * tile_heads + o_packed % tile_heads, group - 1)
     o_rows = tl.minimum(i_tile * tile_rows + o_tile_rows, num_queries - 1)
     if HAS_ORDER:
         o_rows = tl.load(order_ptr + o_rows)
@@ -479,19 +486,18 @@ def _add_key_gradients(
     o_dims = tl.arange(0, BLOCK_D)
     o_value_dims = tl.arange(0, BLOCK_DV)
     # A head's stride may take more than 31 bits once multiplied by a head of a large group.
-    p_query = (query_ptr + o_tile_heads.to(tl.int64) * stride_query_h + o_rows * stride_query)[:, None] + o_dims[
-        None, :
-    ]
-    p_grad = (grad_ptr + o_tile_heads.to(tl.int64) * stride_grad_h + o_rows * stride_grad)[:, None] + o_value_dims[
-        None, :
-    ]
+    o_tile_heads = o_tile_heads.to(tl.int64)
+    p_query = query_ptr + o_tile_heads * stride_query_h + o_rows * stride_query
+    p_query = p_query[:, None] + o_dims[None, :]
+    p_grad = grad_ptr + o_tile_heads * stride_grad_h + o_rows * stride_grad
+    p_grad = p_grad[:, None] + o_value_dims[None, :]
     if EVEN:
         b_query = tl.load(p_query)  # [BM, D]
         b_grad = tl.load(p_grad)  # [BM, DV]
     else:
         b_query = tl.load(p_query, mask=(o_dims < head_dim)[None, :], other=0.0)
         b_grad = tl.load(p_grad, mask=(o_value_dims < value_dim)[None, :], other=0.0)
-    o_packed = (i_chunk * num_tiles + i_tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_packed = (i_chunk * num_tiles * PARTS + i_part) * BLOCK_M + tl.arange(0, BLOCK_M)
     b_query_index = tl.load(packed_index_ptr + o_packed)
     b_lse = tl.load(packed_lse_ptr + o_packed)
     b_delta = tl.load(packed_delta_ptr + o_packed)
@@ -593,6 +599,7 @@ def _list_gradients(
     HAS_ALIBI: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ORDER: tl.constexpr,
+    PARTS: tl.constexpr,
     MAX_SEGMENTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -626,7 +633,7 @@ def _list_gradients(
     grad_ptr += i_batch * stride_grad_b + i_kv_head * group * stride_grad_h
     slopes_ptr += i_kv_head * group
     order_ptr += i_batch * stride_order_b
-    o_packed = (i_batch * tl.num_programs(1) + i_kv_head) * num_chunks * num_tiles * BLOCK_M
+    o_packed = (i_batch * tl.num_programs(1) + i_kv_head) * num_chunks * num_tiles * PARTS * BLOCK_M
     packed_lse_ptr += o_packed
     packed_delta_ptr += o_packed
     packed_index_ptr += o_packed
@@ -658,27 +665,22 @@ def _list_gradients(
     b_grad_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_grad_value = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     b_grad_bias = tl.zeros([BLOCK_N], tl.float32)
-    o_packed = tl.arange(0, BLOCK_M)
-    o_tile_rows = tl.where(o_packed < tile_rows * tile_heads, o_packed // tile_heads, 0)
     for i_chunk in range(num_chunks):
-        o_tile_heads = tl.minimum(i_chunk * tile_heads + o_packed % tile_heads, group - 1)
-        for i_tile in tl.range(first_tile, full_end, disable_licm=True):
+        for i_part in tl.range(first_tile * PARTS, full_end * PARTS, disable_licm=True):
             b_grad_key, b_grad_value, b_grad_bias = _add_key_gradients(
                 b_key, b_value, b_grad_key, b_grad_value, b_grad_bias, o_keys, m_keys, b_start, b_end, b_bias, b_key_index,
-                i_tile, i_chunk, o_tile_rows, o_tile_heads, query_ptr, grad_ptr, packed_lse_ptr, packed_delta_ptr,
-                packed_index_ptr, slopes_ptr, order_ptr, run_begin_ptr, run_end_ptr, stride_query_h, stride_query,
-                stride_grad_h, stride_grad, num_queries, num_tiles, tile_rows, head_dim, value_dim, scale, softcap,
-                False, True, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_ORDER, BLOCK_M, BLOCK_D, BLOCK_DV, EVEN,
-                PRECISION,
+                i_part, i_chunk, query_ptr, grad_ptr, packed_lse_ptr, packed_delta_ptr, packed_index_ptr, slopes_ptr,
+                order_ptr, run_begin_ptr, run_end_ptr, stride_query_h, stride_query, stride_grad_h, stride_grad,
+                num_queries, num_tiles, group, tile_rows, tile_heads, head_dim, value_dim, scale, softcap, False, True,
+                HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_ORDER, PARTS, BLOCK_M, BLOCK_D, BLOCK_DV, EVEN, PRECISION,
             )  # fmt: skip
-        for i_tile in tl.range(full_end, last_tile, disable_licm=True):
+        for i_part in tl.range(full_end * PARTS, last_tile * PARTS, disable_licm=True):
             b_grad_key, b_grad_value, b_grad_bias = _add_key_gradients(
                 b_key, b_value, b_grad_key, b_grad_value, b_grad_bias, o_keys, m_keys, b_start, b_end, b_bias, b_key_index,
-                i_tile, i_chunk, o_tile_rows, o_tile_heads, query_ptr, grad_ptr, packed_lse_ptr, packed_delta_ptr,
-                packed_index_ptr, slopes_ptr, order_ptr, run_begin_ptr, run_end_ptr, stride_query_h, stride_query,
-                stride_grad_h, stride_grad, num_queries, num_tiles, tile_rows, head_dim, value_dim, scale, softcap,
-                True, True, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_ORDER, BLOCK_M, BLOCK_D, BLOCK_DV, EVEN,
-                PRECISION,
+                i_part, i_chunk, query_ptr, grad_ptr, packed_lse_ptr, packed_delta_ptr, packed_index_ptr, slopes_ptr,
+                order_ptr, run_begin_ptr, run_end_ptr, stride_query_h, stride_query, stride_grad_h, stride_grad,
+                num_queries, num_tiles, group, tile_rows, tile_heads, head_dim, value_dim, scale, softcap, True, True,
+                HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_ORDER, PARTS, BLOCK_M, BLOCK_D, BLOCK_DV, EVEN, PRECISION,
             )  # fmt: skip
     # Loaded again: held through the loops, the keys would take registers from the sums.
     o_list = place + tl.arange(0, BLOCK_N)
@@ -765,6 +767,7 @@ def _key_gradients(
     HAS_ALIBI: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ORDER: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -791,7 +794,7 @@ def _key_gradients(
     grad_ptr += i_batch * stride_grad_b + i_kv_head * group * stride_grad_h
     slopes_ptr += i_kv_head * group
     order_ptr += i_batch * stride_order_b
-    o_packed = (i_batch * tl.num_programs(1) + i_kv_head) * num_chunks * num_tiles * BLOCK_M
+    o_packed = (i_batch * tl.num_programs(1) + i_kv_head) * num_chunks * num_tiles * PARTS * BLOCK_M
     packed_lse_ptr += o_packed
     packed_delta_ptr += o_packed
     packed_index_ptr += o_packed
@@ -847,29 +850,24 @@ def _key_gradients(
     if full_last > last_tile or tl.load(p_used + full_last) - tl.load(p_used + full_first) < full_last - full_first:
         full_first = first_tile
         full_last = first_tile
-    o_packed = tl.arange(0, BLOCK_M)
-    o_tile_rows = tl.where(o_packed < tile_rows * tile_heads, o_packed // tile_heads, 0)
     for i_chunk in range(num_chunks):
-        o_tile_heads = tl.minimum(i_chunk * tile_heads + o_packed % tile_heads, group - 1)
-        for i_tile in tl.range(full_first, full_last, disable_licm=True):
+        for i_part in tl.range(full_first * PARTS, full_last * PARTS, disable_licm=True):
             b_grad_key, b_grad_value, b_grad_bias = _add_key_gradients(
                 b_key, b_value, b_grad_key, b_grad_value, b_grad_bias, o_keys, m_keys, b_start, b_end, b_bias, b_key_index,
-                i_tile, i_chunk, o_tile_rows, o_tile_heads, query_ptr, grad_ptr, packed_lse_ptr, packed_delta_ptr,
-                packed_index_ptr, slopes_ptr, order_ptr, run_begin_ptr, run_end_ptr, stride_query_h, stride_query,
-                stride_grad_h, stride_grad, num_queries, num_tiles, tile_rows, head_dim, value_dim, scale, softcap,
-                False, False, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_ORDER, BLOCK_M, BLOCK_D, BLOCK_DV, EVEN,
-                PRECISION,
+                i_part, i_chunk, query_ptr, grad_ptr, packed_lse_ptr, packed_delta_ptr, packed_index_ptr, slopes_ptr,
+                order_ptr, run_begin_ptr, run_end_ptr, stride_query_h, stride_query, stride_grad_h, stride_grad,
+                num_queries, num_tiles, group, tile_rows, tile_heads, head_dim, value_dim, scale, softcap, False, False,
+                HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_ORDER, PARTS, BLOCK_M, BLOCK_D, BLOCK_DV, EVEN, PRECISION,
             )  # fmt: skip
-        before = full_first - first_tile
-        for i in tl.range(before + last_tile - full_last, disable_licm=True):
-            i_tile = tl.where(i < before, first_tile + i, full_last + i - before)
+        before = (full_first - first_tile) * PARTS
+        for i in tl.range(before + (last_tile - full_last) * PARTS, disable_licm=True):
+            i_part = tl.where(i < before, first_tile * PARTS + i, full_last * PARTS + i - before)
             b_grad_key, b_grad_value, b_grad_bias = _add_key_gradients(
                 b_key, b_value, b_grad_key, b_grad_value, b_grad_bias, o_keys, m_keys, b_start, b_end, b_bias, b_key_index,
-                i_tile, i_chunk, o_tile_rows, o_tile_heads, query_ptr, grad_ptr, packed_lse_ptr, packed_delta_ptr,
-                packed_index_ptr, slopes_ptr, order_ptr, run_begin_ptr, run_end_ptr, stride_query_h, stride_query,
-                stride_grad_h, stride_grad, num_queries, num_tiles, tile_rows, head_dim, value_dim, scale, softcap,
-                True, False, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_ORDER, BLOCK_M, BLOCK_D, BLOCK_DV, EVEN,
-                PRECISION,
+                i_part, i_chunk, query_ptr, grad_ptr, packed_lse_ptr, packed_delta_ptr, packed_index_ptr, slopes_ptr,
+                order_ptr, run_begin_ptr, run_end_ptr, stride_query_h, stride_query, stride_grad_h, stride_grad,
+                num_queries, num_tiles, group, tile_rows, tile_heads, head_dim, value_dim, scale, softcap, True, False,
+                HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, HAS_ORDER, PARTS, BLOCK_M, BLOCK_D, BLOCK_DV, EVEN, PRECISION,
             )  # fmt: skip
     o_outputs = (i_batch * tl.num_programs(1) + i_kv_head) * num_keys + o_keys
     b_grad_key = (b_grad_key * scale).to(grad_key_ptr.dtype.element_ty)

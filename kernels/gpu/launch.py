@@ -76,7 +76,7 @@ def use_table(entries: Table) -> Iterator[None]:
 def launch_config(architecture: str, kernel: str, element_size: int, head_dim: int) -> LaunchConfig:
     """The table's entry for a head dim (the larger of key's and value's) and an element size in bytes."""
     if architecture == "interpreter":
-        return LaunchConfig(16, 16, 1, 1)
+        return LaunchConfig(32 if kernel == "backward_query" else 16, 16, 1, 1)
     entries = table() if _override is None else _override
     size = next(size for size in HEAD_DIMS if head_dim <= size)
     return LaunchConfig(*entries[architecture][kernel][str(8 * element_size)][str(size)])
