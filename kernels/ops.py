@@ -21,7 +21,7 @@ from rewriter.kernels.gpu.arguments import Arguments
 from rewriter.kernels.gpu.arguments import as_int32
 from rewriter.kernels.gpu.launch import register
 from rewriter.kernels.gpu.launch import runs_triton
-from rewriter.kernels.gpu.schedule import FORWARD_CAPACITY
+from rewriter.kernels.gpu.schedule import MAX_KEYS
 from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor
 
@@ -210,9 +210,9 @@ def _check(
                 f"bias must be a float tensor [B|1, Hkv|1, {num_keys}], got {bias.dtype} {list(bias.shape)}"
             )
         _check_broadcast("bias", bias, (num_batch, num_kv_heads))
-    limit = 2**31 // FORWARD_CAPACITY if runs_triton(query) else 2**31
+    limit = MAX_KEYS if runs_triton(query) else 2**31
     if isinstance(num_keys, int) and num_keys >= limit:
-        raise AttentionInputError(f"{num_keys} keys do not have int32 indices in a schedule; give fewer than {limit}")
+        raise AttentionInputError(f"{num_keys} keys are too many for int32 indices; give fewer than {limit}")
     if runs_triton(query) and isinstance(num_batch, int) and num_batch >= 2**16:
         raise AttentionInputError(f"a grid of a GPU has at most 65,535 batch rows, got {num_batch}; split the batch")
     for name, vector in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):

@@ -688,7 +688,7 @@ def _list_gradients(
     o_keys = tl.load(list_keys_ptr + i_row * num_partial + list_begin + o_list, mask=m_keys, other=0)
     partial_begin_ptr += i_row * num_keys
     first_segment_ptr += i_row * num_keys
-    o_partial = tl.load(partial_begin_ptr + o_keys, mask=m_keys, other=0).to(tl.int64)
+    o_partial = tl.load(partial_begin_ptr + o_keys, mask=m_keys, other=0)
     o_partial += i_segment - tl.load(first_segment_ptr + o_keys, mask=m_keys, other=0)
     p_partial = (i_batch * tl.num_programs(1) + i_kv_head) * num_partial
     partial_key_ptr += p_partial * head_dim
@@ -818,7 +818,7 @@ def _key_gradients(
     partial_bias_ptr += p_partial
     for i in range(tl.max(b_count, 0)):
         m_partial = i < b_count
-        o_partial = b_partial.to(tl.int64) + i
+        o_partial = b_partial + i
         p_key = partial_key_ptr + o_partial[:, None] * head_dim + o_dims[None, :]
         b_grad_key += tl.load(p_key, mask=m_partial[:, None] & m_key, other=0.0)
         p_value = partial_value_ptr + o_partial[:, None] * value_dim + o_value_dims[None, :]

@@ -129,7 +129,9 @@ def test_ends_that_are_not_int32_are_named() -> None:
 def test_more_keys_than_int32_counts_are_named() -> None:
     key = torch.empty(1, 1, 2**31, 1, device="meta")
     end = torch.empty(1, 1, 2**31, dtype=torch.int32, device="meta")
-    with pytest.raises(AttentionInputError, match="2147483648 keys do not have int32 indices"):
+    with pytest.raises(
+        AttentionInputError, match="2147483648 keys are too many for int32 indices; give fewer than 2147483648"
+    ):
         live_range_attention(key[:, :, :4], key, key, LiveRanges(end, end))
 
 
