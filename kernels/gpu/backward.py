@@ -9,8 +9,8 @@
    segments, goes over the tiles that have them in their run, and writes the gradients.
 
 Nothing is added to an output by two programs, so results are bitwise equal from run to run. Grouping the keys of a segment
-computes 1.07 to 1.2 times the visible pairs of a dynamic mask; neighbours or keys of like lifetimes over the whole length
-compute 1.4 to 4.8 times, and slots assigned by linear scan 1.01 to 1.03 times, but a group of 64 slots changes occupants
+computes 1.06 to 1.19 times the visible pairs of a dynamic mask; neighbours or keys of like lifetimes over the whole length
+compute 1.4 to 4.8 times, and slots assigned by linear scan 1.00 to 1.04 times, but a group of 64 slots changes occupants
 every few tiles and each change costs a reload of its keys (`bench/work_ratio.py`).
 """
 

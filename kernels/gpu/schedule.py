@@ -10,7 +10,7 @@ A tile sees two kinds of keys, and each visible pair belongs to exactly one of t
 Shapes depend on sizes alone, so nothing waits for the device: all lists of a row together have room for `capacity` times
 its keys, and a row whose lists would not fit takes longer segments. Time and memory are O(K + Q) for a fixed capacity,
 where a list for each tile would take O(Q / T * live keys). Segments cost little because few keys are born or die in one:
-on random scores the keys computed are 1.07 to 1.2 times those visible (`bench/work_ratio.py`).
+on random scores the pairs computed are 1.06 to 1.2 times those visible (`bench/work_ratio.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ FORWARD_CAPACITY = 8
 
 BACKWARD_CAPACITY = 2
 """Each entry of a backward list has a row of partial gradients, of a key's size in fp32."""
-
 
 MAX_KEYS = 2**22
 """So that a place among the partial gradients, `BACKWARD_CAPACITY * keys * head_dim`, is an int32: an int64 for each row of a
