@@ -79,12 +79,7 @@ def live_range_attention(
     Raises:
         AttentionInputError: an input has the wrong shape, dtype or device; the message says which and what is expected.
     """
-    if not isinstance(live, LiveRanges):
-        raise AttentionInputError(
-            f"live must be LiveRanges, got {type(live).__name__}; build it with a constructor such as LiveRanges.causal(K)"
-        )
-    if softcap is not None and not softcap > 0:
-        raise AttentionInputError(f"softcap must be positive, got {softcap}; leave it out for none")
+    _check_live_and_softcap(live, softcap)
     output, lse = torch.ops.rewriter.live_range_attention(
         query,
         key,
@@ -136,17 +131,21 @@ def key_scores(
     Raises:
         AttentionInputError: an input has the wrong shape, dtype or device, or `group` is not one of the three.
     """
+    _check_live_and_softcap(live, softcap)
+    if group not in GROUPS:
+        raise AttentionInputError(f"group must be one of {', '.join(GROUPS)}, got {group!r}")
+    return torch.ops.rewriter.key_scores(
+        query, key, lse, live.start, live.end, query_index, key_index, bias, alibi_slopes, scale, softcap, group
+    )
+
+
+def _check_live_and_softcap(live: LiveRanges, softcap: float | None) -> None:
     if not isinstance(live, LiveRanges):
         raise AttentionInputError(
             f"live must be LiveRanges, got {type(live).__name__}; build it with a constructor such as LiveRanges.causal(K)"
         )
     if softcap is not None and not softcap > 0:
         raise AttentionInputError(f"softcap must be positive, got {softcap}; leave it out for none")
-    if group not in GROUPS:
-        raise AttentionInputError(f"group must be one of {', '.join(GROUPS)}, got {group!r}")
-    return torch.ops.rewriter.key_scores(
-        query, key, lse, live.start, live.end, query_index, key_index, bias, alibi_slopes, scale, softcap, group
-    )
 
 
 def _check(

@@ -8,7 +8,6 @@ import io
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -191,7 +190,6 @@ class CompiledEntry:
     config: str
     compiled: compiled.Compiled | None
     failure: str | None
-    seconds: float
 
 
 def compile_table(
@@ -222,7 +220,7 @@ def compile_entries(work: tuple[str, int, int]) -> list[CompiledEntry]:
         constants = item.constants
         sizes = "x".join(str(constants[name]) for name in ("BLOCK_M", "BLOCK_N") if name in constants)
         config = f"{sizes or '-'}, {constants['num_warps']} warps, {constants.get('num_stages', '-')} stages"
-        begin, result, failure = time.perf_counter(), None, None
+        result, failure = None, None
         try:
             result = compiled.compile_launch(item, architecture)
         except Exception as error:
@@ -231,8 +229,7 @@ def compile_entries(work: tuple[str, int, int]) -> list[CompiledEntry]:
             failure = f"{result.spilled} bytes of registers spilled"
         if result is not None and result.shared > compiled.SHARED_MEMORY[architecture]:
             failure = f"{result.shared} bytes of shared memory, more than {compiled.SHARED_MEMORY[architecture]}"
-        seconds = time.perf_counter() - begin
-        results.append(CompiledEntry(architecture, bits, head_dim, config, result, failure, seconds))
+        results.append(CompiledEntry(architecture, bits, head_dim, config, result, failure))
     return results
 
 

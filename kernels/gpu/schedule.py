@@ -115,10 +115,11 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
     # The run ends where a key has not started yet and begins after the last key that is dead: both ascend with the tile.
     latest_start = start.cummax(dim=2).values
     run_end = _search(latest_start, high, right=True)
-    run_begin = _last_killed(dead_from, run_end, key, num_tiles)
+    enters_run = _search(run_end, key, right=True)
+    run_begin = _last_killed(torch.maximum(dead_from, enters_run), key, num_tiles)
     full_end = _search(latest_start, low, right=True)
-    full_begin = _last_killed(partly_dead_from, run_end, key, num_tiles)
-    enters_run, leaves_run = _search(run_end, key, right=True), _search(run_begin, key, right=True)
+    full_begin = _last_killed(torch.maximum(partly_dead_from, enters_run), key, num_tiles)
+    leaves_run = _search(run_begin, key, right=True)
 
     full_first, full_last = _search(full_end, key, right=True), _search(full_begin, key, right=True)
 
@@ -155,17 +156,13 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
     )
     listed = alive & (outside_begin < outside_end)
 
-    # The shortest segments whose lists fit.
-    fits = None
+    # The shortest segments whose lists fit; one segment for all tiles always does.
     segment_tiles = torch.zeros(rows, dtype=torch.int32, device=device)
-    doublings = MAX_SEGMENTS.bit_length() - 1
-    for doubling in range(doublings + 1):
+    for doubling in reversed(range(MAX_SEGMENTS.bit_length())):
         tiles_of_segment = chunk << doubling
         entries = (outside_end - 1) // tiles_of_segment - outside_begin // tiles_of_segment + 1
-        fits_now = torch.where(listed, entries, 0).sum(dim=2) <= capacity * num_keys
-        chosen = fits_now if fits is None else fits_now & ~fits
-        segment_tiles = torch.where(chosen, tiles_of_segment, segment_tiles)
-        fits = fits_now if fits is None else fits | fits_now
+        fits = torch.where(listed, entries, 0).sum(dim=2) <= capacity * num_keys
+        segment_tiles = torch.where(fits, tiles_of_segment, segment_tiles)
     first_segment = torch.where(listed, outside_begin // segment_tiles[:, :, None], 0)
     last_segment = torch.where(listed, (outside_end - 1) // segment_tiles[:, :, None] + 1, 0)
     change = torch.zeros(*rows, MAX_SEGMENTS + 1, dtype=torch.int32, device=device)
@@ -263,9 +260,8 @@ def _search(sorted_values: Tensor, wanted: Tensor, *, right: bool = False) -> Te
     return torch.searchsorted(sorted_values.contiguous(), wanted.contiguous(), right=right, out_int32=True)
 
 
-def _last_killed(dead_from: Tensor, run_end: Tensor, key: Tensor, num_tiles: int) -> Tensor:
-    """For each tile, one more than the last key before the run's end that is dead in it. `[Rb, Rh, tiles]`."""
-    tile = torch.maximum(dead_from, _search(run_end, key, right=True))
+def _last_killed(tile: Tensor, key: Tensor, num_tiles: int) -> Tensor:
+    """For each tile, one more than the last key that ends the run from `tile` on. `[Rb, Rh, tiles]`."""
     killed = torch.zeros(*key.shape[:2], num_tiles + 1, dtype=torch.int32, device=key.device)
     killed = killed.scatter_reduce(2, tile.long(), key + 1, "amax")
     return killed[:, :, :num_tiles].cummax(dim=2).values
