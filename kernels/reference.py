@@ -110,15 +110,17 @@ def key_scores(
     return mass.mean(dim=2) if group == "mean" else mass.amax(dim=2)
 
 
-def running_topk_ranges(score: Tensor, keep: int) -> LiveRanges:
+def running_topk_ranges(score: Tensor, keep: int, *, segment: Tensor | None = None) -> LiveRanges:
     """`rewriter.kernels.running_topk_ranges` by its definition, O(K^2): count the better keys of every prefix."""
     num_keys = score.size(2)
     score = torch.nan_to_num(score.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     index = torch.arange(num_keys, device=score.device)
+    segment = torch.zeros_like(score, dtype=torch.int32) if segment is None else segment.expand(score.shape)
     end = torch.full(score.shape, FOREVER, dtype=torch.int32, device=score.device)
     for j in range(num_keys):
-        own = score[:, :, j : j + 1]
+        own, own_segment = score[:, :, j : j + 1], segment[:, :, j : j + 1]
         better = (score > own) | ((score == own) & (index < j))
+        better = (segment > own_segment) | ((segment == own_segment) & better)
         out = (better.cumsum(dim=2) >= keep) & (index >= j)
         end[:, :, j] = torch.where(out.any(dim=2), out.int().argmax(dim=2), FOREVER)
     return LiveRanges(index[None, None, :].to(torch.int32), end)

@@ -22,7 +22,7 @@ from torch import Tensor
 MAX_TRACED_KEYS = 2**20
 
 
-def running_topk_ranges(score: Tensor, keep: int) -> LiveRanges:
+def running_topk_ranges(score: Tensor, keep: int, *, segment: Tensor | None = None) -> LiveRanges:
     """Ranges under which each query sees the `keep` best keys of its prefix, its own included in the contest.
 
     O(K log K) time, O(K) memory, no gradient (the selection is constant; arXiv 2508.02124, section 3).
@@ -30,25 +30,40 @@ def running_topk_ranges(score: Tensor, keep: int) -> LiveRanges:
     Args:
         score: `[B, H, K]`, any float dtype, ranked in fp32. Of equal scores the older key wins; NaN never wins.
         keep: number of keys that a query sees.
+        segment: int32 `[B|1, H|1, K]`, the ranking's restarts: a key of a larger number beats every key of a smaller
+            one, whatever their scores. For packed documents give numbers that rise from document to document, and
+            intersect the result with the documents' own ranges; keys of padding get the smallest number.
 
     Raises:
-        ValueError: `score` is not rank 3, or `keep` is below 1.
+        ValueError: `score` is not rank 3, `keep` is below 1, or `segment` does not fit.
     """
     if score.dim() != 3 or not score.is_floating_point():
         raise ValueError(f"score must be a float tensor [B, H, K], got {score.dtype} {list(score.shape)}")
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
+    if segment is not None and (segment.dtype != torch.int32 or segment.dim() != 3 or segment.size(2) != score.size(2)):
+        raise ValueError(
+            f"segment must be int32 [B|1, H|1, K] with K = {score.size(2)} keys, got {segment.dtype} {list(segment.shape)}"
+        )
     with torch.no_grad():
-        end = torch.ops.rewriter.running_topk_end(score.detach(), keep)
+        end = torch.ops.rewriter.running_topk_end(score.detach(), keep, segment)
         start = torch.arange(score.size(2), dtype=torch.int32, device=score.device)[None, None, :]
         return LiveRanges(start, end)
 
 
-def _end(score: Tensor, keep: int) -> Tensor:
+def _end(score: Tensor, keep: int, segment: Tensor | None) -> Tensor:
+    if not runs_triton(score):
+        return torch.ops.rewriter.running_topk_end_cpu(score, keep, segment)
+    return _end_by_partition(score, keep, segment)
+
+
+def _end_by_partition(score: Tensor, keep: int, segment: Tensor | None) -> Tensor:
     num_keys = score.size(2)
-    flat = torch.nan_to_num(score.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf).flatten(0, 1).contiguous()
+    rank = torch.nan_to_num(score.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    if segment is not None:
+        rank = (segment.long() << 32) + _ordered_bits(rank)
     # The best key first; a stable descending sort puts the older of equals first.
-    order = flat.argsort(dim=1, descending=True, stable=True)
+    order = rank.expand(score.shape).flatten(0, 1).contiguous().argsort(dim=1, descending=True, stable=True)
     end = torch.full_like(order, FOREVER)
     if num_keys > keep:
         # The r-th best key dies where the prefix holds `keep` of the r better ones: at the `keep`-th oldest of them.
@@ -57,11 +72,19 @@ def _end(score: Tensor, keep: int) -> Tensor:
     return torch.empty_like(end).scatter_(1, order, end).to(torch.int32).view(score.shape)
 
 
-def _end_fake(score: Tensor, keep: int) -> Tensor:
+def _ordered_bits(score: Tensor) -> Tensor:
+    """int64 in the range of int32, in the order of the fp32 scores; the two zeros are equal."""
+    bits = torch.where(score == 0, 0.0, score).view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+
+
+def _end_fake(score: Tensor, keep: int, segment: Tensor | None) -> Tensor:
     return score.new_empty(score.shape, dtype=torch.int32)
 
 
 register("rewriter::running_topk_end", _end).register_fake(_end_fake)
+# One opaque operator on the CPU: a compiler would unroll the partition into C++ for every attention.
+torch.library.custom_op("rewriter::running_topk_end_cpu", _end_by_partition, mutates_args=()).register_fake(_end_fake)
 
 
 def _prefix_order_statistic(values: Tensor, count: int) -> Tensor:

@@ -20,6 +20,28 @@ def test_equals_its_definition(seed: int, length: int, keep: int, kind: str) -> 
     assert torch.equal(live.end, expected.end)
 
 
+@given(st.integers(0, 2**31), st.integers(1, 60), st.integers(1, 20), st.booleans())
+def test_segments_restart_the_ranking(seed: int, length: int, keep: int, tied: bool) -> None:
+    """Packed documents and padding: each document is ranked as if it were alone."""
+    random = torch.Generator().manual_seed(seed)
+    score = torch.randn(2, 3, length, generator=random)
+    score = (score * 2).round() * 0.5 if tied else score  # -0.0 among them
+    steps = (torch.rand(2, 1, length, generator=random) < 0.1).int()
+    documents = 1 + steps.cumsum(dim=2, dtype=torch.int32)
+    padding = torch.rand(2, 1, length, generator=random) < 0.1
+    segment = torch.where(padding, 0, documents)
+    live = running_topk_ranges(score, keep, segment=segment)
+    assert torch.equal(live.end, reference.running_topk_ranges(score, keep, segment=segment).end)
+    row = torch.arange(length)
+    visible = live.visible(row) & (documents[..., None, :] == documents[..., :, None]) & ~padding[..., None, :]
+    for b in range(2):
+        for h in range(3):
+            for i in range(length):
+                allowed = [j for j in range(i + 1) if documents[b, 0, j] == documents[b, 0, i] and not padding[b, 0, j]]
+                best = sorted(allowed, key=lambda j: (-score[b, h, j].item(), j))[:keep]
+                assert visible[b, h, i].nonzero().flatten().tolist() == sorted(best)
+
+
 def test_every_query_sees_exactly_the_best_keys_of_its_prefix() -> None:
     score = torch.rand(1, 1, 50)
     visible = running_topk_ranges(score, 7).visible(torch.arange(50))[0, 0]
@@ -47,6 +69,13 @@ def test_of_equal_scores_the_older_key_wins() -> None:
 def test_bad_input_is_named(score: torch.Tensor, keep: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         running_topk_ranges(score, keep)
+
+
+def test_a_segment_that_does_not_fit_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"segment must be int32 \[B\|1, H\|1, K\] with K = 4 keys, got torch.int64 \[1, 1, 3\]"
+    ):
+        running_topk_ranges(torch.zeros(1, 1, 4), 2, segment=torch.zeros(1, 1, 3, dtype=torch.int64))
 
 
 def test_a_transposed_score_has_the_same_ranges() -> None:

@@ -101,7 +101,7 @@ def test_attention_and_its_gradients(as_on_a_gpu: None) -> None:
 def test_running_topk_ranges(as_on_a_gpu: None) -> None:
     class TopK(torch.nn.Module):
         def forward(self, score: Any) -> tuple[torch.Tensor]:
-            return (torch.ops.rewriter.running_topk_end(score, 16),)
+            return (torch.ops.rewriter.running_topk_end(score, 16, None),)
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     score = symbolic(mode, "s", "d.d", torch.empty(3, 2, 300))
