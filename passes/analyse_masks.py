@@ -3,7 +3,8 @@
 The domain of the abstract interpretation is one interval of query rows for each key. It is closed under `and`; `or` is
 allowed with predicates of the key alone (a prefix). Comparisons linear in the row i and free of it elsewhere bound the
 interval; equality of a non-decreasing function at i and at j makes it a document; a constant buffer is read and must
-hold one interval per column. Additive masks are first split into cases of known value, 0 or a masking one.
+hold one interval per column. Additive masks are first split into cases of known value, 0 or a masking one. A row's top-k of
+a score that depends on the key alone, among the keys of a causal prefix, is a running top-k: one interval, too.
 
 Ranges are in row space: row r of the mask is r, whatever index the query has.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from rewriter.kernels import FOREVER
+from rewriter.kernels import running_topk_ranges
 from rewriter.passes.find_attention import AttentionSite
 from rewriter.passes.find_attention import MaskTerm
 from rewriter.passes.index_functions import FALSE
@@ -41,10 +43,12 @@ from rewriter.passes.index_functions import never_falls
 from rewriter.passes.index_functions import run_positions
 from rewriter.passes.index_functions import shape
 from rewriter.passes.index_functions import substitute
+from rewriter.passes.index_functions import topk_membership
 from torch import Tensor
 from torch.fx import Node
 
 BATCH, HEAD, ROW, KEY = range(4)
+GROUP = 4  # of the query heads of one KV head; HEAD counts KV heads
 
 LARGEST = 2**30
 """Constant offsets are cut to this: no row is that far, and sums stay in int32. A clamp in the graph would do the same,
@@ -54,27 +58,36 @@ MAX_CASES = 16
 """Additive masks with more combinations of values than this are not split."""
 
 
+NEVER_ENDS = Const(FOREVER)
+
+
 class Unproven(Exception):
     """Why a mask has no proof; the message is the reason that a report shows."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Live ranges as expressions over `Axis(BATCH)` and `Axis(KEY)`.
+    """Live ranges as expressions over `Axis(BATCH)`, `Axis(HEAD)` (a KV head) and `Axis(KEY)`.
 
     Attributes:
-        start, end: integer expressions; besides the names of `Apply` they use max, min, document_start, document_end.
+        start, end: integer expressions; besides the names of `Apply` they use max, min, document_start, document_end and
+            `running_topk_end(score, keep, segment)`.
         causal: no row sees a later key.
+        sliding: the distance between query and key bounds the interval in another way than causality does: a window, say.
+        segment: the end without what slides; keys of one document have the same, padding has 0. A causal row that nothing
+            slides for sees every earlier key of its own segment.
         traits: what a report says of the mask.
     """
 
     start: Expression
     end: Expression
     causal: bool = False
+    sliding: bool = False
+    segment: Expression = NEVER_ENDS
     traits: tuple[str, ...] = ()
 
 
-EVERYTHING = Interval(ZERO, Const(FOREVER))
+EVERYTHING = Interval(ZERO, NEVER_ENDS)
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,9 @@ def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mappin
     Raises:
         Unproven: with the reason.
     """
-    analysis = _Analysis(functions, constants)
+    query, key = (shape(node) for node in (site.query, site.key))  # type: ignore[arg-type]
+    group = query[1] // key[1] if len(query) == 4 and isinstance(query[1], int) else 1
+    analysis = _Analysis(functions, constants, group)
     predicates: list[Expression] = []
     biases: list[Expression] = []
     if site.is_causal:
@@ -125,9 +140,10 @@ def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mappin
 
 
 class _Analysis:
-    def __init__(self, functions: IndexFunctions, constants: Mapping[Node, Tensor]) -> None:
+    def __init__(self, functions: IndexFunctions, constants: Mapping[Node, Tensor], group: int) -> None:
         self.functions = functions
         self.constants = constants
+        self.group = group
         self.read: dict[Node, None] = {}
 
     def term(self, term: MaskTerm) -> tuple[Expression, list[Expression]]:
@@ -135,7 +151,9 @@ class _Analysis:
         if len(shape(term.node)) > 4:
             raise Unproven(f"mask {term.node.name} has {len(shape(term.node))} dimensions, expected at most 4")
         element = broadcast(self.functions.element(term.node), shape(term.node), 4)
-        if HEAD in axes_of(element):
+        if self.group > 1:
+            element = substitute(element, {HEAD: apply("join", Axis(HEAD), Axis(GROUP), Const(self.group))})
+        if GROUP in axes_of(element):
             raise Unproven(
                 f"mask {term.node.name} differs between heads, as a relative position bias does{self._origin(element)}"
             )
@@ -143,24 +161,62 @@ class _Analysis:
             if not is_bool(term.node):
                 raise Unproven(f"mask {term.node.name} is {term.node.meta['val'].dtype}, expected bool")
             return (element if term.kind == "keep" else negate(element)), []
-        return self._additive(element)
+        return self._additive(element, torch.finfo(term.node.meta["val"].dtype).min)
 
-    def _additive(self, element: Expression) -> tuple[Expression, list[Expression]]:
-        visible = self._masking(element)
-        if visible is not None:
-            return visible, []
+    def _additive(self, element: Expression, lowest: float) -> tuple[Expression, list[Expression]]:
+        """(when the key is visible, key biases) of a mask that is added to the logits.
+
+        Args:
+            lowest: of the mask's dtype; it hides a key beside any bias.
+        """
+        if isinstance(element, Apply) and element.name == "where":
+            condition, left, right = element.args
+            for hidden, shown, when in ((left, right, negate(condition)), (right, left, condition)):
+                if isinstance(hidden, Const) and is_masking(hidden.value):
+                    visible, biases = self._additive(shown, lowest)
+                    if not biases or hidden.value <= lowest:
+                        return apply("and", when, visible), biases
+        known = self._masking(element)
+        if known is not None:
+            return known, []
         if isinstance(element, Apply) and element.name == "add":
-            parts = [self._additive(argument) for argument in element.args]
+            parts = [self._additive(argument, lowest) for argument in element.args]
             return apply("and", parts[0][0], parts[1][0]), parts[0][1] + parts[1][1]
         if ROW in axes_of(element):
             values = _cases(element)
             if values is not None:
-                shown = ", ".join(sorted({str(v) for _, v in values}))
+                listed = ", ".join(sorted({str(v) for _, v in values}))
                 raise Unproven(
-                    f"an additive mask takes the values {shown}; only 0 and values of at most -1e4 are masks"
+                    f"an additive mask takes the values {listed}; only 0 and values of at most -1e4 are masks"
                 )
-            raise Unproven(f"an additive mask is computed from data{self._origin(element)}")
+            known_kind = ", as a relative position bias is" if HEAD in axes_of(element) else ""
+            raise Unproven(f"an additive mask is computed from data{known_kind}{self._origin(element)}")
         return TRUE, [element]
+
+    def _topk(self, predicate: Expression) -> Interval | None:
+        """`is among the keep largest of its row`, as an interval; None where the predicate is something else."""
+        if not isinstance(predicate, Apply) or predicate.name != "not":
+            return None
+        equal = predicate.args[0]
+        if not isinstance(equal, Apply) or equal.name != "eq" or not isinstance(member := equal.args[0], Element):
+            return None
+        topk = topk_membership(member.node)
+        if topk is None or equal.args[1] != ZERO:
+            return None
+        # Every index must be the row's or key's own: a shifted or permuted membership is another one.
+        sizes = shape(member.node)
+        own = [ZERO if type(size) is int and size == 1 else Axis(d) for d, size in enumerate(sizes)]
+        if len(sizes) != 4 or list(member.indices) != own:
+            raise Unproven(f"a top-k is not read at its own row and key{self._origin(predicate)}")
+        lowest = torch.finfo(topk.source.meta["val"].dtype).min
+        visible, scores = self._additive(self.functions.element(topk.source), lowest)
+        among = self.conjunction([visible])
+        if not among.causal or among.sliding:
+            raise Unproven(f"a top-k is not over the keys of a causal prefix ({', '.join(among.traits) or 'no mask'})")
+        if len(scores) != 1:
+            raise Unproven(f"a top-k of {len(scores)} added scores is not understood")
+        end = Apply("running_topk_end", (scores[0], Const(topk.keep), among.segment))
+        return Interval(ZERO, end, sliding=True, traits=(f"dynamic mask {topk.keep}",))
 
     @staticmethod
     def _masking(element: Expression) -> Expression | None:
@@ -188,6 +244,8 @@ class _Analysis:
                 _maximum(result.start, own.start),
                 _minimum(result.end, own.end),
                 result.causal or own.causal,
+                result.sliding or own.sliding,
+                _minimum(result.segment, own.segment),
                 result.traits + own.traits,
             )
         return result
@@ -195,10 +253,15 @@ class _Analysis:
     def _interval(self, predicate: Expression, positions: list[Expression]) -> Interval:
         if predicate == TRUE:
             return EVERYTHING
+        if (running := self._topk(predicate)) is not None:
+            return running
+        if HEAD in axes_of(predicate):
+            raise Unproven(f"a mask differs between heads{self._origin(predicate)}")
         if predicate == FALSE:
-            return Interval(ZERO, ZERO, traits=("nothing",))
+            return Interval(ZERO, ZERO, segment=ZERO, traits=("nothing",))
         if ROW not in axes_of(predicate):
-            return Interval(ZERO, apply("where", predicate, Const(FOREVER), ZERO), traits=("padding",))
+            end = apply("where", predicate, NEVER_ENDS, ZERO)
+            return Interval(ZERO, end, segment=end, traits=("padding",))
         if all(e.node in self.constants for e in elements_of(predicate)) and elements_of(predicate):
             return self._table(predicate)
         if isinstance(predicate, Apply):
@@ -226,7 +289,8 @@ class _Analysis:
         inner = self._interval(ranged[0], positions)
         return Interval(
             apply("where", always, ZERO, inner.start),
-            apply("where", always, Const(FOREVER), inner.end),
+            apply("where", always, NEVER_ENDS, inner.end),
+            sliding=True,
             traits=(*inner.traits, "prefix"),
         )
 
@@ -248,11 +312,14 @@ class _Analysis:
         strict = predicate.name == "lt"
         if factor == 1:  # i + bound < 0  or  i + bound <= 0
             end = apply("add", apply("mul", bound, Const(-1)), Const(0 if strict else 1))
-            return Interval(ZERO, end, traits=(_bound_trait("window", end),))
+            traits = (_bound_trait("window", end),)
+            if KEY in axes_of(end):
+                return Interval(ZERO, end, sliding=True, traits=traits)
+            return Interval(ZERO, end, segment=end, traits=traits)
         start = apply("add", bound, Const(1 if strict else 0))
         offset = linear_terms(start)
         causal = offset is not None and offset.pop(Axis(KEY), 0) == 1 and _is_not_negative(offset)
-        return Interval(start, Const(FOREVER), causal, (_bound_trait("causal", start),))
+        return Interval(start, NEVER_ENDS, causal, start != Axis(KEY), traits=(_bound_trait("causal", start),))
 
     def _difference(self, left: Expression, right: Expression, positions: list[Expression]) -> dict[Expression, int]:
         """`left - right` as terms times factors; positions within a document count as the indices themselves."""
@@ -286,9 +353,8 @@ class _Analysis:
                 and ROW not in {a for i in indices[:-1] for a in axes_of(i)}
             ):
                 document = substitute(left, {ROW: Axis(KEY)})
-                return Interval(
-                    Apply("document_start", (document,)), Apply("document_end", (document,)), traits=("documents",)
-                )
+                after = Apply("document_end", (document,))
+                return Interval(Apply("document_start", (document,)), after, segment=after, traits=("documents",))
             raise Unproven(f"document ids are not known to be non-decreasing{self._origin(left)}")
         if isinstance(left, Apply) and left.name == "floordiv" and isinstance(chunk := left.args[1], Const):
             offset = linear_terms(left.args[0])
@@ -301,7 +367,8 @@ class _Analysis:
                 shift = _sum(offset)
                 if not axes_of(shift):
                     start = apply("add", apply("mul", right, chunk), apply("mul", shift, Const(-1)))
-                    return Interval(start, apply("add", start, chunk), traits=(f"chunks of {chunk.value}",))
+                    end = apply("add", start, chunk)
+                    return Interval(start, end, segment=end, traits=(f"chunks of {chunk.value}",))
         raise Unproven(f"a mask compares a function of the query with the same of the key{self._origin(predicate)}")
 
     def _document_positions(self, predicate: Expression) -> Expression | None:
@@ -475,10 +542,9 @@ def _maximum(left: Expression, right: Expression) -> Expression:
 
 
 def _minimum(left: Expression, right: Expression) -> Expression:
-    forever = Const(FOREVER)
-    if left in (forever, right):
+    if left in (NEVER_ENDS, right):
         return right
-    return left if right == forever else Apply("min", (left, right))
+    return left if right == NEVER_ENDS else Apply("min", (left, right))
 
 
 def _column_intervals(visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -515,6 +581,13 @@ def materialize(expression: Expression, env: Mapping[Node, object], axes: Mappin
         assert isinstance(e, Apply)
         if e.name in ("document_start", "document_end"):
             return _document_bound(e.args[0], env, right=e.name == "document_end")
+        if e.name == "running_topk_end":
+            score, keep, segment = e.args
+            assert isinstance(keep, Const)
+            num_keys = axes[KEY].size(-1)
+            scores = value(score)
+            segments = _vector(value(segment), num_keys, scores.device).to(torch.int32)
+            return running_topk_ranges(_vector(scores, num_keys, scores.device), int(keep.value), segment=segments).end
         return _OPERATIONS[e.name](*(value(a) for a in e.args))
 
     return value(expression)
@@ -552,46 +625,54 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def live_range_tensors(
-    interval: Interval, env: Mapping[Node, object], num_batch: int, num_keys: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Start and end, int32 `[B|1, 1, K]`, in row space."""
-    axes = _key_grid(num_batch, num_keys, device)
-    bounds = []
-    for expression in (interval.start, interval.end):
-        value = _vector(materialize(expression, env, axes), num_keys, device)
-        if _is_data(expression):
-            value = torch.where(value > LARGEST, FOREVER, torch.where(value < -LARGEST, -LARGEST, value))
-        bounds.append(value.to(torch.int32))
-    return bounds[0], bounds[1]
+def key_bounds(
+    expression: Expression,
+    env: Mapping[Node, object],
+    num_batch: int,
+    num_heads: int,
+    num_keys: int,
+    device: torch.device,
+) -> Tensor:
+    """A start, end or segment of an `Interval`: int32 `[B|1, Hkv|1, K]`, in row space."""
+    value = _vector(materialize(expression, env, _key_grid(num_batch, num_heads, num_keys, device)), num_keys, device)
+    if _is_data(expression):
+        value = torch.where(value > LARGEST, FOREVER, torch.where(value < -LARGEST, -LARGEST, value))
+    return value.to(torch.int32)
 
 
 def _is_data(expression: Expression) -> bool:
     """Whether an integer's value, and not only the choice between values, is data."""
     if isinstance(expression, Apply):
         values = expression.args[1:] if expression.name == "where" else expression.args
-        return not expression.name.startswith("document") and any(_is_data(a) for a in values)
+        return expression.name not in _BOUNDED and any(_is_data(a) for a in values)
     return isinstance(expression, Element)
 
 
+_BOUNDED = ("document_start", "document_end", "running_topk_end")
+
+
 def bias_tensor(
-    bias: Expression, env: Mapping[Node, object], num_batch: int, num_keys: int, device: torch.device
+    bias: Expression,
+    env: Mapping[Node, object],
+    num_batch: int,
+    num_heads: int,
+    num_keys: int,
+    device: torch.device,
 ) -> Tensor:
-    """The key bias `[B|1, 1, K]`."""
-    return _vector(materialize(bias, env, _key_grid(num_batch, num_keys, device)), num_keys, device)
+    """The key bias `[B|1, Hkv|1, K]`."""
+    return _vector(materialize(bias, env, _key_grid(num_batch, num_heads, num_keys, device)), num_keys, device)
 
 
-def _key_grid(num_batch: int, num_keys: int, device: torch.device) -> dict[int, Tensor]:
+def _key_grid(num_batch: int, num_heads: int, num_keys: int, device: torch.device) -> dict[int, Tensor]:
     return {
         BATCH: torch.arange(num_batch, device=device)[:, None, None],
+        HEAD: torch.arange(num_heads, device=device)[None, :, None],
         KEY: torch.arange(num_keys, device=device)[None, None, :],
     }
 
 
 def _vector(value: Tensor, num_keys: int, device: torch.device) -> Tensor:
+    """`[B|1, Hkv|1, K]` of what was computed over a key grid."""
     value = value.to(device)
-    return (
-        value.expand(*value.shape[:-1], num_keys).reshape(-1, 1, num_keys)
-        if value.dim()
-        else value.expand(1, 1, num_keys)
-    )
+    value = value[(None,) * (3 - value.dim())]
+    return value.expand(*value.shape[:2], num_keys)

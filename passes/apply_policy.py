@@ -6,7 +6,10 @@ intersected with the policy's. The pass decides and refuses; `lower` emits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 from typing import Any
 from typing import Protocol
 
@@ -27,17 +30,22 @@ class SiteTensors:
 
     Attributes:
         live: the model's own live ranges, from its proven mask.
+        segment: int32 `[B|1, 1, K]`, the same for all keys of a document (of the row, where there are none) and rising
+            from document to document; 0 for keys of padding.
         input_ids: `[B, K]`, or None where the policy does not ask for them.
         query: `[B, Hq, Q, D]`.
         key: `[B, Hkv, K, D]`.
         value: `[B, Hkv, K, Dv]`.
+        parameters: the policy's own trainable parameters at this site, by name.
     """
 
     live: LiveRanges
+    segment: Tensor
     input_ids: Tensor | None
     query: Tensor
     key: Tensor
     value: Tensor
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Policy(Protocol):
@@ -52,11 +60,19 @@ class Policy(Protocol):
         """Whether `SiteTensors.input_ids` must be there."""
 
     @property
+    def needs_whole_segments(self) -> bool:
+        """Whether each query must see all earlier keys of its document: no window of the model's."""
+
+    @property
+    def adds_parameters(self) -> bool:
+        """Whether the policy has trainable parameters at each site, `SiteTensors.parameters`."""
+
+    @property
     def reads_site(self) -> bool:
         """Whether the ranges depend on query, key or value, and so cannot be shared by several sites."""
 
-    def live_ranges(self, site: SiteTensors) -> LiveRanges | None:
-        """The policy's own ranges, or None to keep the model's."""
+    def live_ranges(self, site: SiteTensors) -> LiveRanges | tuple[LiveRanges, Tensor] | None:
+        """The policy's own ranges, and with a bias per key if it has one; None to keep the model's ranges."""
 
     def for_layer(self, layer: int) -> Policy:
         """The policy of one attention site, counted from 0 in the order of the graph."""
@@ -75,6 +91,17 @@ class PlannedSite:
     policy: Any
     proof: MaskProof | None = None
     input_ids: Node | None = None
+    parameters: dict[str, Node] = field(default_factory=dict)
+
+    @property
+    def num_kv_heads(self) -> int:
+        assert self.site.key is not None
+        return int(shape(self.site.key)[1])
+
+    @property
+    def value_dim(self) -> int:
+        assert self.site.value is not None
+        return int(shape(self.site.value)[-1])
 
 
 def apply_policy(
@@ -89,6 +116,7 @@ def apply_policy(
         PolicyError: the policy needs token ids and the graph has none.
     """
     planned = []
+    parameters = _policy_parameters(module)
     for layer, site in enumerate(sites):
         own = policy.for_layer(layer)
         plan = PlannedSite(site, layer, own, proofs.get(layer))
@@ -102,9 +130,50 @@ def apply_policy(
             )
         elif own.needs_causal and not plan.proof.interval.causal:
             site.reason = f"{type(own).__name__} is defined for causal attention, the mask is: {plan.proof.name}"
-        elif own.needs_input_ids:
-            plan.input_ids = _input_ids(module, site, type(own).__name__)
+        elif own.needs_whole_segments and plan.proof.interval.sliding:
+            site.reason = (
+                f"{type(own).__name__} ranks all earlier keys, and the model's mask hides some of them "
+                f"({plan.proof.name}): a key could leave and come back, which is not one live range"
+            )
+        elif own.adds_parameters and len(shape(site.key)) != 4:  # type: ignore[arg-type]
+            site.reason = (
+                f"{type(own).__name__} has parameters for each KV head, and here heads are folded into the batch"
+            )
+        else:
+            plan.parameters = parameters.get(layer, {})
+            if own.needs_input_ids:
+                plan.input_ids = _input_ids(module, site, type(own).__name__)
     return planned
+
+
+@torch.library.custom_op("rewriter::policy_parameters", mutates_args=())
+def policy_parameters(parameters: Sequence[Tensor], names: str) -> None:
+    """Marks the policies' parameters among a graph's inputs; erased when they are found.
+
+    Args:
+        names: of each, the number of its site and what the policy calls it, in one string: `0.W 0.A 1.W 1.A`.
+    """
+
+
+@policy_parameters.register_fake
+def _(parameters: Sequence[Tensor], names: str) -> None:
+    pass
+
+
+torch.fx.node.has_side_effect(torch.ops.rewriter.policy_parameters.default)  # it has no result, and is not dead
+
+
+def _policy_parameters(module: GraphModule) -> dict[int, dict[str, Node]]:
+    """The parameters by site and name; their markers are erased."""
+    found: dict[int, dict[str, Node]] = {}
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.rewriter.policy_parameters.default:
+            nodes, names = node.args
+            for parameter, name in zip(nodes, names.split(), strict=True):
+                layer, _, own = name.partition(".")
+                found.setdefault(int(layer), {})[own] = parameter
+            module.graph.erase_node(node)
+    return found
 
 
 def _rows_and_keys_differ(site: AttentionSite) -> bool:

@@ -1,4 +1,4 @@
-"""Capture: a Dynamo graph becomes pre-dispatch ATen, with module paths and source lines kept.
+"""Capture: a Dynamo graph becomes pre-dispatch ATen, with module paths and source lines kept, checkpoints inlined.
 
 Parameters and buffers stay inputs of the graph, as Dynamo made them; what they are called and what they hold is
 recorded, since a mask may be a constant buffer.
@@ -6,6 +6,7 @@ recorded, since a mask may be a constant buffer.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.wrap import TagActivationCheckpoint
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
 
     def run(*inputs: Any) -> Any:
         with torch.fx.traceback.preserve_node_meta():
-            return torch.fx.Interpreter(dynamo_graph).run(*inputs)
+            return _Inlined(dynamo_graph).run(*inputs)
 
     with fake_mode, torch._dynamo.config.patch(specialize_float=True):
         module = make_fx(run, pre_dispatch=True)(*fakes)
@@ -61,6 +64,26 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
         if isinstance(value, Tensor) and "._buffers[" in str(path):
             buffers[node] = (node.meta["source"], value)
     return CapturedGraph(module, buffers)
+
+
+class _Inlined(torch.fx.Interpreter):
+    """Runs a graph, its checkpointed regions as part of it.
+
+    Their nodes are tagged as the partitioner of AOTAutograd expects: what it may recompute in the backward.
+    """
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is not torch.ops.higher_order.tag_activation_checkpoint:
+            return super().call_function(target, args, kwargs)
+        region, *inputs = args
+        number = next(_regions)
+        for node in region.graph.nodes:
+            node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=number)
+        _, named = TagActivationCheckpoint.divide_kwargs(kwargs)
+        return _Inlined(region).run(*inputs, *named.values())
+
+
+_regions = itertools.count()
 
 
 def readable_source(path: str) -> str:

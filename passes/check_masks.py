@@ -8,6 +8,7 @@ is refused.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
@@ -16,16 +17,23 @@ import sympy
 import torch
 from rewriter.passes.analyse_masks import MaskProof
 from rewriter.passes.analyse_masks import bias_tensor
-from rewriter.passes.analyse_masks import live_range_tensors
+from rewriter.passes.analyse_masks import key_bounds
 from rewriter.passes.find_attention import AttentionSite
+from rewriter.passes.index_functions import Apply
+from rewriter.passes.index_functions import Const
+from rewriter.passes.index_functions import Expression
 from rewriter.passes.index_functions import IndexFunctions
 from rewriter.passes.index_functions import constants_of
+from rewriter.passes.index_functions import elements_of
 from rewriter.passes.index_functions import shape
 from torch import Tensor
 from torch.fx import Node
 
 LONGEST = 1024
 """Lengths beyond this are not tried; a window wider than this is checked by its proof alone."""
+
+TRIAL_KEEP = 3
+"""Trials of a top-k keep at most so many keys."""
 
 PATTERNS = ("ones", "left padding", "right padding", "random bits", "small integers", "packed positions")
 
@@ -36,12 +44,13 @@ def check_mask(
     """None where every trial agrees, else the reason for refusal."""
     assert site.query is not None and site.key is not None
     symbols = _symbols([site.query, site.key, *(term.node for term in site.masks)])
+    ranked = _ranked(proof.interval.end)
     traced = sorted(set(symbols.values()), key=str)
     for sizes in _sizes(len(traced), proof, constants):
         chosen = dict(zip(traced, sizes, strict=True))
         for pattern in PATTERNS:
             try:
-                trial = _Trial(functions, constants, {s: chosen[t] for s, t in symbols.items()}, pattern)
+                trial = _Trial(functions, constants, {s: chosen[t] for s, t in symbols.items()}, pattern, ranked)
                 difference = _compare(site, proof, trial)
             except Exception as error:  # whatever the model's own operators raise on these shapes
                 return f"the mask could not be evaluated at sizes {sizes}: {type(error).__name__}: {error}"
@@ -52,12 +61,15 @@ def check_mask(
 
 def _compare(site: AttentionSite, proof: MaskProof, trial: _Trial) -> str | None:
     query, key = (trial.sizes(node) for node in (site.query, site.key))  # type: ignore[arg-type]
-    num_batch, num_queries, num_keys = query[0], query[-2], key[-2]
-    cpu = torch.device("cpu")
+    num_batch, num_heads, num_queries, num_keys = query[0], key[1] if len(key) == 4 else 1, query[-2], key[-2]
+    group = query[1] // num_heads if len(query) == 4 else 1
+    grid = (num_batch, num_heads, num_keys, torch.device("cpu"))
     index = torch.arange(num_queries)[:, None]
-    start, end = live_range_tensors(proof.interval, trial, num_batch, num_keys, cpu)
+    start, end = (key_bounds(_scaled_down(e), trial, *grid) for e in (proof.interval.start, proof.interval.end))
     proven = (start[:, :, None, :] <= index) & (index < end[:, :, None, :])
-    logits = torch.zeros(num_batch, 1, num_queries, num_keys, dtype=torch.float64)
+    proven = proven.repeat_interleave(group, dim=1) if proven.size(1) > 1 else proven
+    heads = max([1, *(trial.sizes(term.node)[1] for term in site.masks if len(shape(term.node)) == 4)])
+    logits = torch.zeros(num_batch, heads, num_queries, num_keys, dtype=torch.float64)
     hidden = torch.zeros_like(logits, dtype=torch.bool)
     if site.is_causal:
         hidden |= torch.arange(num_keys) > index
@@ -69,14 +81,16 @@ def _compare(site: AttentionSite, proof: MaskProof, trial: _Trial) -> str | None
         else:
             hidden = hidden | (mask if term.kind == "drop" else ~mask)
     expected = logits
+    hidden = hidden | (logits <= -1e4)
     if proof.bias is None:
-        hidden = hidden | (logits <= -1e4)
         expected = torch.zeros_like(logits)
         if bool(((logits != 0) & (logits > -1e4)).any()):
             return "an additive mask takes a value that is neither 0 nor masking"
     actual = torch.zeros_like(logits)
     if proof.bias is not None:
-        actual = actual + bias_tensor(proof.bias, trial, num_batch, num_keys, cpu)[:, :, None, :]
+        bias = bias_tensor(proof.bias, trial, *grid)
+        bias = bias.repeat_interleave(group, dim=1) if bias.size(1) > 1 else bias
+        actual = actual + bias[:, :, None, :]
     wrong = proven.expand(hidden.shape) == hidden
     if bool(wrong.any()):
         b, h, i, j = wrong.nonzero()[0].tolist()
@@ -88,6 +102,26 @@ def _compare(site: AttentionSite, proof: MaskProof, trial: _Trial) -> str | None
     return None
 
 
+def _scaled_down(expression: Expression) -> Expression:
+    """The expression with a running top-k of at most `TRIAL_KEEP` keys, as trials have it."""
+    if not isinstance(expression, Apply):
+        return expression
+    if expression.name == "running_topk_end":
+        score, keep, segment = expression.args
+        assert isinstance(keep, Const)
+        return Apply(expression.name, (score, Const(min(keep.value, TRIAL_KEEP)), segment))
+    return Apply(expression.name, tuple(_scaled_down(a) for a in expression.args))
+
+
+def _ranked(expression: Expression | None) -> set[Node]:
+    """The data that a running top-k ranks."""
+    if not isinstance(expression, Apply):
+        return set()
+    if expression.name == "running_topk_end":
+        return {e.node for e in elements_of(expression.args[0])}
+    return {node for a in expression.args for node in _ranked(a)}
+
+
 class _Trial(Mapping[Node, Any]):
     """Values of nodes at one choice of sizes and data; computed when asked for."""
 
@@ -97,8 +131,10 @@ class _Trial(Mapping[Node, Any]):
         constants: Mapping[Node, Tensor],
         symbols: dict[sympy.Symbol, int],
         pattern: str,
+        ranked: set[Node],
     ) -> None:
         self.functions, self.constants, self.symbols, self.pattern = functions, constants, symbols, pattern
+        self.ranked = ranked
         self.random = torch.Generator().manual_seed(0)
         self.known: dict[Node, Any] = {}
 
@@ -126,19 +162,26 @@ class _Trial(Mapping[Node, Any]):
         return [self._concrete(size) for size in shape(node)]
 
     def _computed(self, node: Node) -> bool:
-        return isinstance(node.meta.get("val"), Tensor) and self.functions.is_opened(node)
+        return isinstance(node.meta.get("val"), (Tensor, tuple, list)) and self.functions.is_opened(node)
 
     def _value(self, node: Node) -> Any:
         value = node.meta["val"]
-        if not isinstance(value, Tensor):
-            return self._concrete(value)
         if node in self.constants:
             return self.constants[node].detach().cpu()
         if self._computed(node):
             read = lambda n: self.known[n]  # noqa: E731
-            args, kwargs = torch.fx.map_arg(node.args, read), torch.fx.map_arg(node.kwargs, read)
+            args: Any = torch.fx.map_arg(node.args, read)
+            kwargs: Any = torch.fx.map_arg(node.kwargs, read)
             kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
+            if node.target is torch.ops.aten.topk.default:
+                # Scaled down, as the proof is in `_compare`: no score ties with another, and rows are short.
+                args = (args[0], min(args[1], TRIAL_KEEP, args[0].size(-1)), *args[2:])
             return node.target(*args, **kwargs)  # type: ignore[operator]
+        if not isinstance(value, Tensor):
+            return self._concrete(value)
+        if node in self.ranked:
+            sizes = self.sizes(node)
+            return torch.randperm(math.prod(sizes), generator=self.random).view(sizes).float()
         return self._data(self.sizes(node), value.dtype)
 
     def _concrete(self, size: Any) -> Any:

@@ -60,7 +60,7 @@ class Element(Expression):
 
 @dataclass(frozen=True)
 class Apply(Expression):
-    """`name` is one of: add mul floordiv abs lt le eq and or not where number quotient remainder join.
+    """`name` is one of: add mul floordiv abs lt le eq and or not where number quotient remainder join; `Interval` has more.
 
     `join(i, j, n)` is `i * n + j` with `0 <= j < n`: an index along a dimension that two were merged into;
     `quotient(m, n)` and `remainder(m, n)` take it apart.
@@ -637,6 +637,40 @@ def run_positions(node: Node) -> Node | None:
     except (AttributeError, IndexError):
         return None
     return source if matches and isinstance(source, Node) else None
+
+
+@_handles(aten.topk.default, aten.scatter.value, operator.getitem)
+def _membership(_: IndexFunctions, node: Node) -> Expression | None:
+    return None  # data here; `topk_membership` knows what it is, and a check by evaluation computes it
+
+
+@dataclass(frozen=True)
+class Topk:
+    """`scatter(zeros, -1, topk(source, keep).indices, 1)`: 1 where an element is among the largest of its row."""
+
+    source: Node
+    keep: int
+
+
+def topk_membership(node: Node) -> Topk | None:
+    """What a node marks, if it marks the largest elements of each row of a tensor."""
+    if node.target is not aten.scatter.value:
+        return None
+    zeros, dim, indices, one = node.args
+    if not isinstance(zeros, Node) or not isinstance(indices, Node) or one in (0, False):
+        return None
+    if indices.target is not operator.getitem or indices.args[1] != 1:
+        return None
+    topk = indices.args[0]
+    assert isinstance(topk, Node)
+    if topk.target is not aten.topk.default or zeros.target not in (aten.zeros_like.default, aten.zeros.default):
+        return None
+    source, keep, topk_dim, largest, _ = arguments(topk, 5)
+    last = rank(node) - 1
+    if {dim, -1 if topk_dim is None else topk_dim} - {-1, last} or largest is False or type(keep) is not int:
+        return None
+    same = [str(s) for s in shape(source)] == [str(s) for s in shape(node)]
+    return Topk(source, keep) if same else None
 
 
 def is_masking(value: float) -> bool:

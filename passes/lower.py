@@ -7,6 +7,7 @@ and shared by all sites that have the same mask and policy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
 from rewriter.passes.analyse_masks import MaskProof
 from rewriter.passes.analyse_masks import bias_tensor
-from rewriter.passes.analyse_masks import live_range_tensors
+from rewriter.passes.analyse_masks import key_bounds
 from rewriter.passes.apply_policy import PlannedSite
 from rewriter.passes.apply_policy import PolicyError
 from rewriter.passes.apply_policy import SiteTensors
@@ -56,7 +57,8 @@ def _replace(plan: PlannedSite, proof: MaskProof, shared: dict[Any, tuple[Node, 
             tensors = tuple(_emit(graph, lambda x: (x.unsqueeze(1),), [t])[0] for t in tensors)  # type: ignore[assignment]
         query, key, value = tensors
         sizes = (str(query.meta["val"].shape), str(key.meta["val"].shape))
-        sharing = (proof.interval, proof.bias, plan.policy, sizes, tensors if plan.policy.reads_site else None)
+        own = (tensors, *plan.parameters.values()) if plan.policy.reads_site else None
+        sharing = (proof.interval, proof.bias, plan.policy, sizes, own)
         if sharing not in shared:
             shared[sharing] = _emit_ranges(graph, plan, proof, query, key, value)
         ranges = shared[sharing]
@@ -89,10 +91,7 @@ def _replace(plan: PlannedSite, proof: MaskProof, shared: dict[Any, tuple[Node, 
             # A view of the result asks for the layout that the original product had.
             return (output.contiguous() if needs_copy else output,)
 
-        (result,) = _emit(graph, attend, [query, key, value, *ranges])
-    for name in ("nn_module_stack", "stack_trace"):
-        if name in site.node.meta:
-            result.meta[name] = site.node.meta[name]
+        (result,) = _emit(graph, attend, [query, key, value, *ranges], _inherited(site.node))
     site.node.replace_all_uses_with(result)
 
 
@@ -100,17 +99,31 @@ def _emit_ranges(
     graph: Graph, plan: PlannedSite, proof: MaskProof, query: Node, key: Node, value: Node
 ) -> tuple[Node, ...]:
     """Start and end in index space, and the key bias where there is one."""
-    bias = proof.bias
+    interval = proof.interval
+    if plan.policy.adds_parameters and not plan.parameters:
+        raise PolicyError(
+            f"{plan.policy} has no parameters for site {plan.layer} ({plan.site.module_path or '-'}): it was not there, or was "
+            "refused, when they were made; give optimize example_inputs that run the model as it will be used"
+        )
     square = str(shape(query)[2]) == str(shape(key)[2])
-    data = list(dict.fromkeys(n for e in (proof.interval.start, proof.interval.end, bias) for n in _data_nodes(e)))
+    expressions = (interval.start, interval.end, interval.segment, proof.bias)
+    data = list(dict.fromkeys(n for e in expressions for n in _data_nodes(e)))
+    ids = [] if plan.input_ids is None else [plan.input_ids]
 
     def ranges(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        input_ids = rest[-1] if plan.input_ids is not None else None
-        env = dict(zip(data, rest, strict=False))
-        num_batch, num_keys = query.size(0), key.size(2)
-        start, end = live_range_tensors(proof.interval, env, num_batch, num_keys, query.device)
+        given = iter(rest)
+        env = dict(zip(data, given, strict=False))
+        input_ids = next(given) if ids else None
+        parameters = dict(zip(plan.parameters, given, strict=True))
+        num_keys = key.size(2)
+        grid = (key.size(0), key.size(1), num_keys, key.device)
+        start, end, segment = (key_bounds(e, env, *grid) for e in expressions[:3])
         live = LiveRanges(start, end)
-        extra = plan.policy.live_ranges(SiteTensors(live, input_ids, query, key, value))
+        extra = plan.policy.live_ranges(SiteTensors(live, segment, input_ids, query, key, value, parameters))
+        bias = None if proof.bias is None else bias_tensor(proof.bias, env, *grid)
+        if isinstance(extra, tuple):
+            extra, own_bias = extra
+            bias = own_bias if bias is None else bias + own_bias
         if extra is not None:
             live = live & extra
         start, end = live.start, live.end
@@ -118,12 +131,9 @@ def _emit_ranges(
             # The operator aligns rows to the bottom right: row r of the mask has index r + K - Q.
             offset = num_keys - query.size(2)
             start, end = start + offset, torch.where(end == FOREVER, FOREVER, end + offset)
-        if bias is None:
-            return start, end
-        return start, end, bias_tensor(bias, env, num_batch, num_keys, query.device)
+        return (start, end) if bias is None else (start, end, bias)
 
-    extra = [] if plan.input_ids is None else [plan.input_ids]
-    return _emit(graph, ranges, [query, key, value, *data, *extra])
+    return _emit(graph, ranges, [query, key, value, *data, *ids, *plan.parameters.values()])
 
 
 def _data_nodes(expression: Expression | None) -> list[Node]:
@@ -136,8 +146,16 @@ def _data_nodes(expression: Expression | None) -> list[Node]:
     return []
 
 
-def _emit(graph: Graph, function: Callable[..., tuple[Tensor, ...]], inputs: list[Node]) -> tuple[Node, ...]:
-    """Traces `function` on the inputs' fake values and copies its nodes to the insertion point."""
+def _inherited(node: Node) -> dict[str, Any]:
+    """What the nodes that replace a node take over: where it came from, and whether a backward recomputes it."""
+    names = ("nn_module_stack", "stack_trace", "recompute", "ac_graph_id")
+    return {name: node.meta[name] for name in names if name in node.meta}
+
+
+def _emit(
+    graph: Graph, function: Callable[..., tuple[Tensor, ...]], inputs: list[Node], meta: Mapping[str, Any] | None = None
+) -> tuple[Node, ...]:
+    """Traces `function` on the inputs' fake values and copies its nodes, with this metadata, to the insertion point."""
     fakes = [node.meta["val"] for node in inputs]
     fake_mode = next(fake.fake_mode for fake in fakes if isinstance(fake, Tensor))  # type: ignore[attr-defined]
     with fake_mode:
@@ -157,4 +175,5 @@ def _emit(graph: Graph, function: Callable[..., tuple[Tensor, ...]], inputs: lis
             return tuple(copies[n] for n in node.args[0])
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
+            copies[node].meta.update(meta or {})
     raise AssertionError("a traced graph ends with its output")

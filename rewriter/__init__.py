@@ -11,6 +11,7 @@ from rewriter.optimize import explain
 from rewriter.optimize import optimize
 from rewriter.passes import PolicyError
 from rewriter.passes import SiteTensors
+from rewriter.policies import DynamicMask
 from rewriter.policies import Exact
 from rewriter.policies import PerLayer
 from rewriter.policies import Policy
@@ -19,6 +20,7 @@ from rewriter.policies import SlidingWindow
 from rewriter.report import Report
 
 __all__ = [
+    "DynamicMask",
     "Exact",
     "OptimizedModel",
     "PerLayer",

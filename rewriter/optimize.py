@@ -50,12 +50,14 @@ def optimize(
         backend: "inductor" generates code, "eager" runs the rewritten graph as it is.
         strict: raise when any attention site is refused.
         example_inputs: keyword arguments (a mapping) or positional ones to capture the model with now; otherwise it is
-            captured at its first call.
+            captured at its first call. A policy with parameters needs to know the sites now: what is left out is then
+            the model's own `dummy_inputs`, which the models of transformers have.
         dump: folder for the graph before and after each pass.
 
     Raises:
         RewriteError: the model is optimized already, the backend is unknown, or (when captured) no attention is found,
-            a site is refused and `strict` is set, or the model is not one graph.
+            a site is refused and `strict` is set, the model is not one graph, or the policy has parameters and there
+            are no inputs to find the sites with.
         PolicyError: the policy cannot be applied to the inputs.
     """
     _check_model(model)
@@ -66,6 +68,11 @@ def optimize(
     optimized = OptimizedModel(
         model, policy or Exact(), backend=backend, strict=strict, dump=None if dump is None else Path(dump)
     )
+    if optimized.policy.adds_parameters:
+        positional, named = (
+            _dummy_inputs(model, optimized.policy) if example_inputs is None else _arguments(example_inputs)
+        )
+        optimized._add_parameters(positional, named)
     if example_inputs is not None:
         positional, named = _arguments(example_inputs)
         with torch.no_grad():
@@ -77,14 +84,22 @@ def explain(model: nn.Module, *args: Any, policy: Policy | None = None, **kwargs
     """What `optimize` would do to a call `model(*args, **kwargs)`; nothing is changed and no code is generated."""
     _check_model(model)
     report = Report()
+    for result in _analysed(model, policy or Exact(), args, kwargs):
+        report.add(result)
+    return report
+
+
+def _analysed(model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Rewritten]:
+    """What the passes would do to a call; it is run as it is."""
+    results: list[Rewritten] = []
 
     def analyse(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        report.add(rewrite(graph, example_inputs, policy or Exact(), replace=False))
+        results.append(rewrite(graph, example_inputs, policy, replace=False))
         return graph.forward
 
     with torch.no_grad():
-        _guarded(_compiled(model, analyse), args, kwargs)
-    return report
+        _guarded(_compiled(model, analyse), {}, args, kwargs)
+    return results
 
 
 class OptimizedModel(nn.Module):
@@ -93,6 +108,7 @@ class OptimizedModel(nn.Module):
     Attributes:
         model: the original, whose parameters are shared.
         policy: the policy it was built with.
+        policy_parameters: the policy's own parameters, by site number and name; empty for most policies.
         report: every attention site, rewritten or refused, and why; filled at the first call.
     """
 
@@ -104,6 +120,8 @@ class OptimizedModel(nn.Module):
         self.strict = strict
         self.dump = dump
         self.report = Report()
+        self.policy_parameters = nn.ModuleDict()
+        self._parameter_sites: dict[int, str] = {}
         self.training = model.training
         self._constants: dict[str, tuple[Tensor, int]] = {}
         self._call = _compiled(model, self._backend)
@@ -114,11 +132,26 @@ class OptimizedModel(nn.Module):
             # A proof has read this buffer's values; they are others now, so the proof is made anew.
             self._constants.clear()
             self._call = _compiled(self.model, self._backend)
-        return _guarded(self._call, args, kwargs)
+        parameters = dict(self.policy_parameters.named_parameters())
+        return _guarded(self._call, parameters, args, kwargs)
+
+    def _add_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Makes the policy's parameters for the sites of a call, on the model's device, in fp32."""
+        for result in _analysed(self.model, self.policy, args, kwargs):
+            self._check(result)
+            for plan in result.sites:
+                layer = str(plan.layer)
+                if plan.policy.adds_parameters and plan.site.reason is None and layer not in self.policy_parameters:
+                    device = plan.site.node.meta["val"].device
+                    initial = plan.policy.initial_parameters(plan.layer, plan.num_kv_heads, plan.value_dim)
+                    own = {name: nn.Parameter(tensor.to(device)) for name, tensor in initial.items()}
+                    self.policy_parameters[layer] = nn.ParameterDict(own)
+                    self._parameter_sites[plan.layer] = plan.site.module_path
 
     def _backend(self, graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         result = rewrite(graph, example_inputs, self.policy, dump=self.dump)
         self._check(result)
+        self._check_parameter_sites(result)
         self.report.add(result)
         for name in result.constants:
             buffer = self.model.get_buffer(name)
@@ -141,12 +174,24 @@ class OptimizedModel(nn.Module):
             reasons = "; ".join(f"site {p.layer} ({p.site.module_path or '-'}): {p.site.reason}" for p in refused)
             raise RewriteError(f"{len(refused)} of {len(result.sites)} attention sites are refused: {reasons}")
 
+    def _check_parameter_sites(self, result: Rewritten) -> None:
+        """A call that runs other attentions than the one that the parameters were made for would mix them up."""
+        for plan in result.sites:
+            known = self._parameter_sites.get(plan.layer, plan.site.module_path)
+            if plan.parameters and known != plan.site.module_path:
+                raise RewriteError(
+                    f"site {plan.layer} is {plan.site.module_path} in this call, and was {known} when the policy's "
+                    "parameters were made; give optimize example_inputs that run the model as it will be used"
+                )
+
     def extra_repr(self) -> str:
         return f"policy={self.policy}, backend={self.backend!r}"
 
 
 def _compiled(model: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(policy_parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if policy_parameters:
+            torch.ops.rewriter.policy_parameters(list(policy_parameters.values()), " ".join(policy_parameters))
         return model(*args, **kwargs)
 
     # Dynamo keeps what it compiles with the code object and gives up after some entries: each model gets its own.
@@ -154,11 +199,13 @@ def _compiled(model: nn.Module, backend: Callable[..., Any]) -> Callable[..., An
     return torch.compile(own, backend=backend, dynamic=True, fullgraph=True)
 
 
-def _guarded(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _guarded(
+    call: Callable[..., Any], policy_parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Calls a compiled model; errors of the passes come out as they are, those of capture with what to do."""
     try:
         with torch._dynamo.config.patch(specialize_float=True):
-            return call(*args, **kwargs)
+            return call(policy_parameters, *args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if isinstance(error.inner_exception, (RewriteError, PolicyError)):
             raise error.inner_exception from None
@@ -182,6 +229,18 @@ def _check_model(model: object) -> None:
             raise RewriteError(
                 f"{where} is optimized already; optimize the original model (.model) once, with one policy"
             )
+
+
+def _dummy_inputs(model: nn.Module, policy: Policy) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    inputs = getattr(model, "dummy_inputs", None)
+    if not isinstance(inputs, Mapping):
+        raise RewriteError(
+            f"{type(policy).__name__} adds parameters to each attention, and {type(model).__name__} has no dummy_inputs to "
+            "find them with; give example_inputs={...}, the arguments of one call"
+        )
+    device = next((p.device for p in model.parameters()), None)
+    named = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+    return (), {**named, "use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else named
 
 
 def _arguments(example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
+from rewriter.kernels import running_topk_ranges
 from rewriter.kernels.live_ranges import plus_window
 from rewriter.passes import PolicyError
 from rewriter.passes import SiteTensors
@@ -34,20 +35,33 @@ class Policy:
     Attributes:
         needs_causal: refuse sites that are not proven causal.
         needs_input_ids: the ranges depend on token ids.
+        needs_whole_segments: refuse sites whose own mask hides earlier keys of the same document, as a window does.
+        adds_parameters: the policy has trainable parameters at each site, made by `initial_parameters`.
         reads_site: the ranges depend on query, key or value, and are computed for each site.
     """
 
     needs_causal: ClassVar[bool] = True
     needs_input_ids: ClassVar[bool] = False
+    needs_whole_segments: ClassVar[bool] = False
+    adds_parameters: ClassVar[bool] = False
     reads_site: ClassVar[bool] = False
 
-    def live_ranges(self, site: SiteTensors) -> LiveRanges | None:
+    def live_ranges(self, site: SiteTensors) -> LiveRanges | tuple[LiveRanges, Tensor] | None:
         """The policy's ranges, to be intersected with the model's own; None keeps the model's.
 
         Args:
             site: the site's tensors; `site.live` are the model's own ranges.
+
+        Returns:
+            The ranges, or the ranges and a bias `[B|1, Hkv|1, K]` that is added to the scaled logits.
         """
         raise NotImplementedError(f"{type(self).__name__} must define live_ranges(site)")
+
+    def initial_parameters(self, layer: int, num_kv_heads: int, value_dim: int) -> dict[str, Tensor]:
+        """The parameters of site number `layer`, in fp32 on the CPU, by the names that `site.parameters` has."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define initial_parameters(layer, num_kv_heads, value_dim)"
+        )
 
     def for_layer(self, layer: int) -> Policy:
         """The policy of the attention site number `layer`, from 0 in the order of the model."""
@@ -180,6 +194,88 @@ class SeparatorMask(Policy):
 
 
 @dataclass(frozen=True)
+class DynamicMask(Policy):
+    """Each query sees the `keep` best keys of its prefix, by a trained score of each key's value (arXiv 2508.02124).
+
+        u[b, h, j] = softplus(W[h] . v[b, :, j]),   v: the values of all KV heads, before any rotation
+        delta[b, h, j] = exp(A[h] * u)  ("exp"),    A[h] * u  ("log")
+
+    The best by delta are kept, of equals the older; delta is also added to the kept logits, which is how `W` and `A`
+    get gradients. Scores are fp32 whatever the model's dtype. A row that sees at most `keep` keys sees them all. The
+    ranking restarts with each packed document and leaves padding out. A NaN score hides its key; exponents are cut at
+    88, where exp still fits fp32.
+
+    Two parameters per rewritten site. `W` begins as a normal random matrix with a variance of 1 / (Hkv * Dv), so that
+    keys of different values have different scores, and `A` at 0.01, so that the bias, which hardly differs from key to
+    key, leaves a pretrained model's weights among the kept keys as they were. (A = 0 would make all keys equal.)
+
+    Args:
+        keep: keys that a query sees, in each KV head.
+        score: "exp", the paper's, or "log", which is milder: it multiplies a key's unnormalised weight by exp(A * u).
+        seed: of the initial `W`.
+        on_window: what to do with a site whose own mask is a window: "refuse", or "intersect": the best keys of the
+            whole prefix, as far as the window shows them, fewer than `keep` then.
+    """
+
+    needs_whole_segments: ClassVar[bool] = True
+    adds_parameters: ClassVar[bool] = True
+    reads_site: ClassVar[bool] = True
+
+    keep: int = 1024
+    score: str = "exp"
+    seed: int = 0
+    on_window: str = "refuse"
+
+    def __post_init__(self) -> None:
+        _check_int(self, "keep", self.keep, 1)
+        _check_int(self, "seed", self.seed, 0)
+        _check_choice(self, "score", self.score, ("exp", "log"))
+        _check_choice(self, "on_window", self.on_window, ("refuse", "intersect"))
+        object.__setattr__(self, "needs_whole_segments", self.on_window == "refuse")
+
+    def live_ranges(self, site: SiteTensors) -> tuple[LiveRanges, Tensor]:
+        log_delta, is_nan = _log_delta(site.value, site.parameters["W"], site.parameters["A"])
+        best = running_topk_ranges(log_delta, self.keep, segment=torch.where(is_nan, 0, site.segment))
+        if self.score == "exp":
+            bias = log_delta.clamp(max=LARGEST_EXPONENT).exp()
+        else:
+            bias = log_delta.clamp(-LARGEST_SCORE, LARGEST_SCORE)
+        return LiveRanges(best.start, torch.where(is_nan, 0, best.end)), bias
+
+    def initial_parameters(self, layer: int, num_kv_heads: int, value_dim: int) -> dict[str, Tensor]:
+        random = torch.Generator().manual_seed(self.seed + layer)
+        inputs = num_kv_heads * value_dim
+        weight = torch.randn(num_kv_heads, inputs, generator=random) / inputs**0.5
+        return {"W": weight, "A": torch.full((num_kv_heads,), 0.01)}
+
+
+LARGEST_EXPONENT = 88.0
+"""exp of it is 1.7e38: it fits fp32 in natural units, and in the units of log2 that kernels use."""
+
+LARGEST_SCORE = 1e30
+"""Scores are cut to this: sums and products with finite gradients stay finite."""
+
+
+def _log_delta(value: Tensor, weight: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    """`A * softplus(W v)`, finite, and where it would have been NaN. Both `[B, Hkv, K]`.
+
+    Args:
+        value: `[B, Hkv, K, Dv]`.
+        weight: `[Hkv, Hkv * Dv]`.
+        rate: A, `[Hkv]`.
+    """
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    with torch.autocast(value.device.type, enabled=False):
+        flat = value.to(dtype).transpose(1, 2).flatten(2)
+        z = torch.nn.functional.linear(flat, weight.to(dtype)).transpose(1, 2)
+    rate = rate.to(dtype)[:, None]
+    is_nan = z.isnan() | rate.isnan()
+    # Where a score is cut, its gradient is 0: what is not finite stays out of both directions.
+    u = torch.nn.functional.softplus(z.nan_to_num(0.0, LARGEST_SCORE, -LARGEST_SCORE))
+    return rate.nan_to_num(0.0, LARGEST_SCORE, -LARGEST_SCORE) * u, is_nan
+
+
+@dataclass(frozen=True)
 class PerLayer(Policy):
     """A policy for each attention site, numbered from 0 in the order of the model.
 
@@ -206,6 +302,7 @@ class PerLayer(Policy):
                 if layer in by_layer:
                     raise PolicyError(f"PerLayer: layer {layer} is named twice")
                 by_layer[layer] = policy
+        object.__setattr__(self, "adds_parameters", any(p.adds_parameters for p in self.layers.values()))
         object.__setattr__(self, "_by_layer", by_layer)
         object.__setattr__(self, "_default", default)
 
@@ -238,8 +335,10 @@ def policy_ranges(policy: Policy, input_ids: Tensor) -> LiveRanges:
     if policy.reads_site:
         raise PolicyError(f"{type(policy).__name__} depends on a site's query, key and value; there is no site here")
     nothing = torch.empty(input_ids.size(0), 1, input_ids.size(1), 1, device=input_ids.device)
-    extra = policy.live_ranges(SiteTensors(causal, input_ids, nothing, nothing, nothing))
-    return causal if extra is None else causal & extra
+    extra = policy.live_ranges(SiteTensors(causal, torch.ones_like(causal.end), input_ids, nothing, nothing, nothing))
+    if extra is None:
+        return causal
+    return causal & (extra[0] if isinstance(extra, tuple) else extra)
 
 
 def _windowed(site: SiteTensors, window: int, first: int, forever: Tensor | None) -> LiveRanges:
@@ -287,6 +386,11 @@ def _layer_numbers(key: int | str) -> Iterable[int]:
 def _check_int(policy: Policy, name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise PolicyError(f"{type(policy).__name__}: {name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_choice(policy: Policy, name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise PolicyError(f"{type(policy).__name__}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _subclasses(cls: type[Policy]) -> list[type[Policy]]:

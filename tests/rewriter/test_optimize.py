@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Callable
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +16,6 @@ from rewriter import Exact
 from rewriter import PerLayer
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
-from rewriter.testing import assert_within_budget
 
 MODELS = [
     ("llama", "sdpa"),
@@ -42,89 +38,16 @@ POLICIES = [SeparatorMask((3, 4, 5), initial=2, window=4), SlidingWindow(5, sink
 WINDOWS = {"mistral": (8, 8), "gemma2": (8, None)}  # by layer
 
 
-def batch(batch_size: int, length: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Token ids and a padding mask whose rows are padded differently."""
-    ids = torch.randint(0, 64, (batch_size, length))
-    mask = torch.ones(batch_size, length, dtype=torch.long)
-    for row in range(batch_size):
-        cut = row * length // (2 * batch_size)
-        if cut:
-            mask[row, :cut] = 0 if left else mask[row, :cut]
-            mask[row, length - cut :] = mask[row, length - cut :] if left else 0
-    return ids, mask
-
-
-def call(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    inner = getattr(model, "model", model)
-    keywords = {"use_cache": False} if hasattr(getattr(inner, "config", None), "use_cache") else {}
-    if type(inner).__name__.startswith("Bert"):
-        keywords = {}
-    output = model(input_ids=ids, attention_mask=mask, **keywords)
-    return output if isinstance(output, Tensor) else output.logits
-
-
-def output_and_gradients(run: Callable[[], Tensor], model: nn.Module, weight: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    logits = run()
-    real = weight.abs().sum(-1) > 0
-    (logits[real] * weight[real].to(logits.dtype)).sum().backward()
-    return {
-        "logits": logits[real].detach(),
-        **{name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()},
-    }
-
-
-class Comparison:
-    """Rewritten against dense in fp32, both against dense in fp64, pooled over batches and layers.
-
-    Rows of padding are left out. A gradient that is zero but for rounding (a key's bias cancels in the softmax) is
-    allowed one unit of the largest gradient.
-    """
-
-    def __init__(self, model: nn.Module, optimized: nn.Module, dense: Callable[..., Tensor]) -> None:
-        self.model, self.optimized, self.dense = model, optimized, dense
-        self.precise = copy.deepcopy(model).double()
-        self.results: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-
-    def add(self, ids: Tensor, mask: Tensor) -> None:
-        weight = torch.randn(*mask.shape, 64) * mask[..., None]
-        actual = output_and_gradients(lambda: call(self.optimized, ids, mask), self.model, weight)
-        plain = output_and_gradients(lambda: self.dense(self.model, ids, mask), self.model, weight)
-        with softmax_in_full_precision():
-            exact = output_and_gradients(lambda: self.dense(self.precise, ids, mask), self.precise, weight.double())
-        for name in exact:
-            triple = (actual[name].flatten(), plain[name].flatten(), exact[name].flatten())
-            self.results.setdefault(re.sub(r"\d+", "*", name), []).append(triple)
-
-    def check(self) -> None:
-        pooled = {name: [torch.cat(part) for part in zip(*parts, strict=True)] for name, parts in self.results.items()}
-        largest = max(exact.norm() for _, _, exact in pooled.values())
-        for name, (actual, plain, exact) in pooled.items():
-            cancels = exact.norm() < 1e-6 * largest
-            assert_within_budget(actual, plain, exact, name, magnitude=largest if cancels else None)
-
-
-@contextmanager
-def softmax_in_full_precision() -> Iterator[None]:
-    """transformers' eager attention casts its logits to fp32, a fp64 model's too, where finfo.min becomes -inf."""
-    original = nn.functional.softmax
-    nn.functional.softmax = lambda x, dim, dtype=None: original(x, dim=dim)
-    try:
-        yield
-    finally:
-        nn.functional.softmax = original
-
-
 @pytest.mark.parametrize(("name", "attention"), MODELS)
-def test_exact(name: str, attention: str, tiny_model: Callable[..., nn.Module]) -> None:
+def test_exact(law: SimpleNamespace, name: str, attention: str, tiny_model: Callable[..., nn.Module]) -> None:
     torch._dynamo.reset()
     model = tiny_model(name, attention).eval()
     optimized = rewriter.optimize(model, Exact(), backend="eager", strict=True)
-    comparison = Comparison(model, optimized, call)
+    comparison = law.Comparison(model, optimized, law.call)
     for size, length, left in ((3, 12, False), (5, 21, True), (3, 30, False)):
         if left and name == "torch":
             continue  # its -inf masks make the dense model itself NaN in rows that are all padding
-        comparison.add(*batch(size, length, left=left))
+        comparison.add(*law.batch(size, length, left=left))
     comparison.check()
     assert len(optimized.report.graphs) == 1, "one graph serves all lengths and batch sizes"
     assert len(optimized.report.sites) == (1 if name == "torch" else 2)
@@ -133,16 +56,21 @@ def test_exact(name: str, attention: str, tiny_model: Callable[..., nn.Module]) 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
 @pytest.mark.parametrize(("name", "attention"), CAUSAL)
 def test_policy_equals_the_model_given_its_dense_mask(
-    name: str, attention: str, policy: Any, tiny_model: Callable[..., nn.Module], policy_mask: Callable[..., Tensor]
+    law: SimpleNamespace,
+    name: str,
+    attention: str,
+    policy: Any,
+    tiny_model: Callable[..., nn.Module],
+    policy_mask: Callable[..., Tensor],
 ) -> None:
     torch._dynamo.reset()
     model = tiny_model(name, attention).eval()
     optimized = rewriter.optimize(model, policy, backend="eager", strict=True)
-    comparison = Comparison(model, optimized, with_dense_mask(name, policy, policy_mask))
+    comparison = law.Comparison(model, optimized, with_dense_mask(name, policy, policy_mask))
     for size, length, left in ((3, 12, False), (5, 21, True), (3, 27, False)):
         if left and name == "torch":
             continue
-        comparison.add(*batch(size, length, left=left))
+        comparison.add(*law.batch(size, length, left=left))
     comparison.check()
     assert len(optimized.report.graphs) == 1
 
@@ -168,14 +96,16 @@ def call_with_dense_mask(
     return model(input_ids=ids, attention_mask=given, use_cache=False).logits
 
 
-def test_inductor_serves_several_lengths_and_trains(tiny_model: Callable[..., nn.Module], policy_mask: Any) -> None:
+def test_inductor_serves_several_lengths_and_trains(
+    law: SimpleNamespace, tiny_model: Callable[..., nn.Module], policy_mask: Any
+) -> None:
     torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     policy = POLICIES[0]
     optimized = rewriter.optimize(model, policy, strict=True)
-    comparison = Comparison(model, optimized, with_dense_mask("llama", policy, policy_mask))
+    comparison = law.Comparison(model, optimized, with_dense_mask("llama", policy, policy_mask))
     for size, length in ((3, 12), (5, 40)):
-        comparison.add(*batch(size, length, left=True))
+        comparison.add(*law.batch(size, length, left=True))
     comparison.check()
     assert len(optimized.report.graphs) == 1
 
@@ -196,27 +126,29 @@ def test_packed_documents_are_proven_from_position_ids(tiny_model: Callable[...,
     assert {site.mask for site in optimized.report} == {"documents + causal"}
 
 
-def test_per_layer_policies(tiny_model: Callable[..., nn.Module]) -> None:
+def test_per_layer_policies(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
     torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     optimized = rewriter.optimize(
         model, PerLayer({0: Exact(), "default": SlidingWindow(3)}), backend="eager", strict=True
     )
-    ids, mask = batch(3, 12, left=False)
-    call(optimized, ids, mask)
+    ids, mask = law.batch(3, 12, left=False)
+    law.call(optimized, ids, mask)
     assert [site.policy for site in optimized.report] == ["Exact()", "SlidingWindow(window=3, sinks=0)"]
     windowed = rewriter.optimize(model, SlidingWindow(3), backend="eager", strict=True)
-    assert not torch.equal(call(optimized, ids, mask), call(windowed, ids, mask))
+    assert not torch.equal(law.call(optimized, ids, mask), law.call(windowed, ids, mask))
 
 
-def test_a_window_as_long_as_the_text_changes_nothing(tiny_model: Callable[..., nn.Module]) -> None:
+def test_a_window_as_long_as_the_text_changes_nothing(
+    law: SimpleNamespace, tiny_model: Callable[..., nn.Module]
+) -> None:
     torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
-    ids, mask = batch(3, 12, left=True)
-    exact = call(rewriter.optimize(model, backend="eager"), ids, mask)
+    ids, mask = law.batch(3, 12, left=True)
+    exact = law.call(rewriter.optimize(model, backend="eager"), ids, mask)
     for window in (12, 13, 2**31 + 5):
         torch.testing.assert_close(
-            call(rewriter.optimize(model, SlidingWindow(window), backend="eager"), ids, mask), exact
+            law.call(rewriter.optimize(model, SlidingWindow(window), backend="eager"), ids, mask), exact
         )
 
 
@@ -228,11 +160,11 @@ class Policy(rewriter.Policy):
         return rewriter.kernels.LiveRanges(index, torch.where(index % 2 == 0, index + 2, rewriter.kernels.FOREVER))
 
 
-def test_a_policy_of_ones_own(tiny_model: Callable[..., nn.Module]) -> None:
+def test_a_policy_of_ones_own(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
     torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     optimized = rewriter.optimize(model, Policy(), backend="eager", strict=True)
-    ids, _ = batch(3, 12, left=False)
+    ids, _ = law.batch(3, 12, left=False)
     i, j = torch.arange(12)[:, None], torch.arange(12)[None, :]
     visible = (j <= i) & ((j % 2 == 1) | (i < j + 2))
     dense = torch.where(visible, 0.0, torch.finfo(torch.float32).min).expand(3, 1, 12, 12)
@@ -255,13 +187,13 @@ def refused(model: nn.Module, policy: Any = None, **inputs: Any) -> rewriter.Rep
     return optimized.report
 
 
-def test_cross_attention_under_a_causal_policy_and_relative_bias_are_refused() -> None:
+def test_cross_attention_under_a_causal_policy_and_relative_bias_are_refused(law: SimpleNamespace) -> None:
     from transformers import T5Config
     from transformers import T5ForConditionalGeneration
 
     config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
     model = T5ForConditionalGeneration(config).eval()
-    ids, mask = batch(3, 12, left=False)
+    ids, mask = law.batch(3, 12, left=False)
     inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :7], "use_cache": False}
     reasons = {site.module: site.reason for site in refused(model, SlidingWindow(4), **inputs).refused}
     assert "relative position bias" in reasons["encoder.block.0.layer.0.SelfAttention"]
@@ -285,18 +217,20 @@ def test_cross_attention_with_a_mask_from_outside_is_refused() -> None:
     assert "input hidden" in site.reason
 
 
-def test_dropout_in_training_is_refused_and_in_evaluation_is_not(tiny_model: Callable[..., nn.Module]) -> None:
+def test_dropout_in_training_is_refused_and_in_evaluation_is_not(
+    law: SimpleNamespace, tiny_model: Callable[..., nn.Module]
+) -> None:
     for attention in ("sdpa", "eager"):
         model = tiny_model("bert", attention)
-        ids, mask = batch(3, 12, left=False)
+        ids, mask = law.batch(3, 12, left=False)
         torch._dynamo.reset()
         optimized = rewriter.optimize(model.train(), backend="eager")
-        call(optimized, ids, mask)
+        law.call(optimized, ids, mask)
         assert all("dropout 0.1 is active" in site.reason for site in optimized.report)
         with pytest.raises(rewriter.RewriteError, match=r"dropout 0\.1 is active"):
-            call(rewriter.optimize(model, backend="eager", strict=True), ids, mask)
+            law.call(rewriter.optimize(model, backend="eager", strict=True), ids, mask)
         optimized.eval()
-        call(optimized, ids, mask)
+        law.call(optimized, ids, mask)
         assert not optimized.report.refused
 
 
@@ -307,8 +241,10 @@ def test_returned_weights_are_refused() -> None:
     assert "returned or used elsewhere" in site.reason
 
 
-def test_a_bidirectional_model_under_a_causal_policy_is_refused(tiny_model: Callable[..., nn.Module]) -> None:
-    ids, mask = batch(3, 12, left=False)
+def test_a_bidirectional_model_under_a_causal_policy_is_refused(
+    law: SimpleNamespace, tiny_model: Callable[..., nn.Module]
+) -> None:
+    ids, mask = law.batch(3, 12, left=False)
     report = refused(tiny_model("bert", "sdpa").eval(), SlidingWindow(4), input_ids=ids, attention_mask=mask)
     assert all("SlidingWindow is defined for causal attention, the mask is: padding" in s.reason for s in report)
 
@@ -372,11 +308,13 @@ def test_a_model_that_is_not_one_graph() -> None:
         rewriter.optimize(Printing(), backend="eager")(torch.randn(2))
 
 
-def test_the_model_is_shared_and_not_changed(tiny_model: Callable[..., nn.Module], tmp_path: Any) -> None:
+def test_the_model_is_shared_and_not_changed(
+    law: SimpleNamespace, tiny_model: Callable[..., nn.Module], tmp_path: Any
+) -> None:
     torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
-    ids, mask = batch(3, 12, left=False)
-    before = call(model, ids, mask)
+    ids, mask = law.batch(3, 12, left=False)
+    before = law.call(model, ids, mask)
     optimized = rewriter.optimize(
         model, POLICIES[1], backend="eager", dump=tmp_path, example_inputs={"input_ids": ids, "use_cache": False}
     )
@@ -384,7 +322,7 @@ def test_the_model_is_shared_and_not_changed(tiny_model: Callable[..., nn.Module
     assert {f"model.{name}" for name in model.state_dict()} == set(optimized.state_dict())
     assert all(a is b for a, b in zip(model.parameters(), optimized.parameters(), strict=True))
     assert len(optimized.report.sites) == 2
-    assert torch.equal(call(model, ids, mask), before)
+    assert torch.equal(law.call(model, ids, mask), before)
     assert [p.name for p in sorted(tmp_path.iterdir())] == [
         "1-capture.txt",
         "2-canonicalize.txt",
@@ -413,33 +351,35 @@ def test_many_models_of_one_class_stay_rewritten(nano: type[nn.Module]) -> None:
         assert len(optimized.report.graphs) == 1
 
 
-def test_sizes_that_dynamo_traces_as_unrelated_symbols(tiny_model: Callable[..., nn.Module]) -> None:
+def test_sizes_that_dynamo_traces_as_unrelated_symbols(
+    law: SimpleNamespace, tiny_model: Callable[..., nn.Module]
+) -> None:
     """The padding mask's length was no longer the ids' symbol once Dynamo had seen the code before: falsely refused."""
     torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     rewriter.optimize(model, backend="eager")(input_ids=torch.randint(0, 64, (1, 30)), use_cache=False)
-    ids, mask = batch(3, 16, left=True)
+    ids, mask = law.batch(3, 16, left=True)
     report = rewriter.explain(model, input_ids=ids, attention_mask=mask, use_cache=False)
     assert [site.mask for site in report] == ["causal + padding"] * 2
     assert not report.refused
 
 
-def test_explain_changes_nothing(tiny_model: Callable[..., nn.Module]) -> None:
+def test_explain_changes_nothing(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
     torch._dynamo.reset()
     model = tiny_model("gemma2", "eager").eval()
-    ids, mask = batch(3, 12, left=False)
+    ids, mask = law.batch(3, 12, left=False)
     report = rewriter.explain(model, input_ids=ids, attention_mask=mask, use_cache=False, policy=SlidingWindow(4))
     assert [site.mask for site in report] == ["window 8 + causal + padding", "causal + padding"]
     assert all(site.policy == "SlidingWindow(window=4, sinks=0)" for site in report)
     assert not report.refused
 
 
-def test_autocast_trains(tiny_model: Callable[..., nn.Module]) -> None:
+def test_autocast_trains(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
     torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     optimized = rewriter.optimize(model, backend="eager", strict=True)
-    ids, mask = batch(3, 12, left=False)
+    ids, mask = law.batch(3, 12, left=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual, expected = call(optimized, ids, mask), call(model, ids, mask)
+        actual, expected = law.call(optimized, ids, mask), law.call(model, ids, mask)
     actual.float().square().sum().backward()
     torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=0.05, atol=0.02)
