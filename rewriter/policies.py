@@ -7,6 +7,7 @@ torch operations; set `needs_input_ids` or `reads_site` where it looks at them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -195,7 +196,8 @@ class SeparatorMask(Policy):
 
 @dataclass(frozen=True)
 class DynamicMask(Policy):
-    """Each query sees the `keep` best keys of its prefix, by a trained score of each key's value (arXiv 2508.02124).
+    """Each query sees the `keep` best keys of its prefix, by a trained score of each key's value (arXiv 2508.02124),
+    and, beyond the paper, the last `local` keys.
 
         u[b, h, j] = softplus(W[h] . v[b, :, j]),   v: the values of all KV heads, before any rotation
         delta[b, h, j] = exp(A[h] * u)  ("exp"),    A[h] * u  ("log")
@@ -213,8 +215,13 @@ class DynamicMask(Policy):
         keep: keys that a query sees, in each KV head.
         score: "exp", the paper's, or "log", which is milder: it multiplies a key's unnormalised weight by exp(A * u).
         seed: of the initial `W`.
+        local: last keys that a query sees in any case, its own included; 0 is the paper's mask, in which a query may not
+            see its own key. A score of the key alone knows nothing of distance, and text needs its neighbours.
         on_window: what to do with a site whose own mask is a window: "refuse", or "intersect": the best keys of the
             whole prefix, as far as the window shows them, fewer than `keep` then.
+
+    Raises:
+        PolicyError: a field is out of its range.
     """
 
     needs_whole_segments: ClassVar[bool] = True
@@ -224,23 +231,56 @@ class DynamicMask(Policy):
     keep: int = 1024
     score: str = "exp"
     seed: int = 0
+    local: int = 0
     on_window: str = "refuse"
 
     def __post_init__(self) -> None:
         _check_int(self, "keep", self.keep, 1)
         _check_int(self, "seed", self.seed, 0)
+        _check_int(self, "local", self.local, 0)
         _check_choice(self, "score", self.score, ("exp", "log"))
         _check_choice(self, "on_window", self.on_window, ("refuse", "intersect"))
         object.__setattr__(self, "needs_whole_segments", self.on_window == "refuse")
 
     def live_ranges(self, site: SiteTensors) -> tuple[LiveRanges, Tensor]:
-        log_delta, is_nan = _log_delta(site.value, site.parameters["W"], site.parameters["A"])
-        best = running_topk_ranges(log_delta, self.keep, segment=torch.where(is_nan, 0, site.segment))
+        rank, bias = self.score_keys(site.value, site.parameters)
+        return self.ranked_ranges(rank, site.segment), bias
+
+    def ranked_ranges(self, rank: Tensor, segment: Tensor) -> LiveRanges:
+        """The ranges of keys with these ranks.
+
+        Args:
+            rank: `[B, Hkv, K]`; a key whose rank is NaN is never seen.
+            segment: int32 `[B|1, 1, K]`, see `SiteTensors`.
+        """
+        best = running_topk_ranges(rank, self.keep, segment=torch.where(rank.isnan(), 0, segment))
+        # Both ranges begin at the key, so that their union is one.
+        end = torch.maximum(best.end, plus_window(best.start, self.local)) if self.local else best.end
+        return LiveRanges(best.start, torch.where(rank.isnan(), 0, end))
+
+    def score_keys(self, value: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What keys are ranked by, `A * u`, and what is added to their logits, delta.
+
+        Args:
+            value: `[B, Hkv, K, Dv]`.
+            parameters: `W` `[Hkv, Hkv * Dv]` and `A` `[Hkv]`.
+
+        Returns:
+            Two `[B, Hkv, K]` in fp32 (fp64 for fp64 values): the rank, NaN where a key is never seen, without a gradient;
+            and the bias, finite.
+        """
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        with torch.autocast(value.device.type, enabled=False):
+            flat = value.to(dtype).transpose(1, 2).flatten(2)
+            z = torch.nn.functional.linear(flat, parameters["W"].to(dtype)).transpose(1, 2)
+        rate = parameters["A"].to(dtype)[:, None]
+        # Where a score is cut, its gradient is 0: what is not finite stays out of both directions.
+        u = torch.nn.functional.softplus(z.nan_to_num(0.0, LARGEST_SCORE, -LARGEST_SCORE))
+        log_delta = rate.nan_to_num(0.0, LARGEST_SCORE, -LARGEST_SCORE) * u
+        rank = torch.where(z.isnan() | rate.isnan(), math.nan, log_delta.detach())
         if self.score == "exp":
-            bias = log_delta.clamp(max=LARGEST_EXPONENT).exp()
-        else:
-            bias = log_delta.clamp(-LARGEST_SCORE, LARGEST_SCORE)
-        return LiveRanges(best.start, torch.where(is_nan, 0, best.end)), bias
+            return rank, log_delta.clamp(max=LARGEST_EXPONENT).exp()
+        return rank, log_delta.clamp(-LARGEST_SCORE, LARGEST_SCORE)
 
     def initial_parameters(self, layer: int, num_kv_heads: int, value_dim: int) -> dict[str, Tensor]:
         random = torch.Generator().manual_seed(self.seed + layer)
@@ -254,25 +294,6 @@ LARGEST_EXPONENT = 88.0
 
 LARGEST_SCORE = 1e30
 """Scores are cut to this: sums and products with finite gradients stay finite."""
-
-
-def _log_delta(value: Tensor, weight: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-    """`A * softplus(W v)`, finite, and where it would have been NaN. Both `[B, Hkv, K]`.
-
-    Args:
-        value: `[B, Hkv, K, Dv]`.
-        weight: `[Hkv, Hkv * Dv]`.
-        rate: A, `[Hkv]`.
-    """
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    with torch.autocast(value.device.type, enabled=False):
-        flat = value.to(dtype).transpose(1, 2).flatten(2)
-        z = torch.nn.functional.linear(flat, weight.to(dtype)).transpose(1, 2)
-    rate = rate.to(dtype)[:, None]
-    is_nan = z.isnan() | rate.isnan()
-    # Where a score is cut, its gradient is 0: what is not finite stays out of both directions.
-    u = torch.nn.functional.softplus(z.nan_to_num(0.0, LARGEST_SCORE, -LARGEST_SCORE))
-    return rate.nan_to_num(0.0, LARGEST_SCORE, -LARGEST_SCORE) * u, is_nan
 
 
 @dataclass(frozen=True)

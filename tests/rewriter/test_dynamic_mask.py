@@ -70,6 +70,8 @@ def dense_attention(
     """
     delta = dense_scores(value, parameters["W"], parameters["A"], policy.score)
     visible = best_of_each_row(delta, allowed, policy.keep)
+    if policy.local:
+        visible = visible | (allowed & torch.ones(allowed.shape[-2:], dtype=torch.bool).triu(1 - policy.local))
     if window is not None:
         visible = visible & window
     group = query.size(1) // key.size(1)
@@ -151,15 +153,21 @@ def optimized_model(model: nn.Module, policy: rewriter.Policy, **options: Any) -
     return optimized
 
 
-@pytest.mark.parametrize("score", ["exp", "log"])
 @pytest.mark.parametrize(
-    ("name", "attention"), [("llama", "sdpa"), ("llama", "eager"), ("qwen3", "sdpa"), ("gpt2", "sdpa")]
+    ("name", "attention", "policy"),
+    [
+        ("llama", "sdpa", DynamicMask(keep=5)),
+        ("llama", "eager", DynamicMask(keep=4, score="log")),
+        ("llama", "sdpa", DynamicMask(keep=4, local=3)),
+        ("qwen3", "sdpa", DynamicMask(keep=5, score="log", local=1)),
+        ("gpt2", "sdpa", DynamicMask(keep=5)),
+    ],
+    ids=str,
 )
 def test_equals_the_dense_form(
-    law: SimpleNamespace, name: str, attention: str, score: str, tiny_model: Callable[..., nn.Module]
+    law: SimpleNamespace, name: str, attention: str, policy: DynamicMask, tiny_model: Callable[..., nn.Module]
 ) -> None:
     model = tiny_model(name, attention).eval()
-    policy = DynamicMask(keep=5, score=score)
     optimized = optimized_model(model, policy)
     modules = nn.ModuleList([model, optimized.policy_parameters])
     comparison = law.Comparison(modules, optimized, dense_model(policy), rate_magnitudes)
