@@ -2,9 +2,11 @@
 
     python bench/attention.py
 
-fp32, 8 query and 2 KV heads of 64, batch 1, random queries, keys and values. Masks: a dynamic mask (running top-512 of
-random scores), the separator mask of real text (window 256, 3 first keys), a sliding window of 256. The ideal speed-up
-is the number of causal pairs over the number of visible ones; the work ratio is pairs computed over pairs visible.
+fp32, 8 query and 2 KV heads of 64, batch 1, random queries, keys and values. Masks: a dynamic mask (`DynamicMask(512)`
+with random parameters, its bias and the gradients of its parameters included), the separator mask of real text (window
+256, 3 first keys), a sliding window of 256. The ideal speed-up is the number of causal pairs over the number of visible
+ones; the work ratio is pairs computed over pairs visible. Ranges are all that comes before the attention: scores and
+their gradients, ranges, schedule. An S x S mask is the one that the original dynamic mask makes, fp32, for all query heads.
 Times are the shortest of a few rounds in which the contestants take turns. Peak memory is that of a process of its own,
 above what it held with the inputs and the gradient of the output in place.
 """
@@ -25,13 +27,15 @@ from typing import Any
 import torch
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import live_range_attention
-from rewriter.kernels import running_topk_ranges
 from rewriter.kernels.cpu.schedule import computed_pairs
 from rewriter.kernels.cpu.schedule import tile_rows
 from rewriter.kernels.cpu.schedule import tiles
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from rewriter import DynamicMask
+from rewriter import SiteTensors
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM, KEEP, WINDOW = 8, 2, 64, 512, 256
 GROUP = QUERY_HEADS // KV_HEADS
@@ -83,15 +87,40 @@ def inputs(length: int, *, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def ranges_builder(mask: str, length: int) -> Callable[[], LiveRanges]:
-    """What builds the ranges from what a model would have: scores, token ids, or nothing."""
+@dataclass(frozen=True)
+class Visible:
+    """A mask as the attention is given it.
+
+    Attributes:
+        live: its ranges.
+        bias: `[1, Hkv, S]`, with a gradient to the policy's parameters and the values; None for none.
+        parameters: the policy's own.
+    """
+
+    live: LiveRanges
+    bias: Tensor | None = None
+    parameters: tuple[Tensor, ...] = ()
+
+
+def mask_builder(mask: str, value: Tensor) -> Callable[[], Visible]:
+    """What builds a mask from what a model would have: values, token ids, or nothing."""
+    length = value.size(2)
     if mask == "dynamic":
-        score = torch.randn(1, KV_HEADS, length, generator=torch.Generator().manual_seed(1))
-        return lambda: running_topk_ranges(score, KEEP)
+        policy = DynamicMask(KEEP)
+        named = policy.initial_parameters(0, KV_HEADS, HEAD_DIM)
+        own = {name: parameter.requires_grad_() for name, parameter in named.items()}
+        causal = LiveRanges.causal(length)
+        site = SiteTensors(causal, torch.ones_like(causal.start), None, value, value, value, own)
+
+        def build() -> Visible:
+            ranges, bias = policy.live_ranges(site)
+            return Visible(causal & ranges, bias, tuple(own.values()))
+
+        return build
     if mask == "separator":
         is_separator = separators_of_real_text(length)
-        return lambda: LiveRanges.separators(is_separator, window=WINDOW, initial=3)
-    return lambda: LiveRanges.sliding_window(length, WINDOW)
+        return lambda: Visible(LiveRanges.separators(is_separator, window=WINDOW, initial=3))
+    return lambda: Visible(LiveRanges.sliding_window(length, WINDOW))
 
 
 def separators_of_real_text(length: int) -> Tensor:
@@ -117,16 +146,18 @@ def measure(length: int, with_dense: bool, with_flex: bool, rounds: int, threads
     query, key, value = inputs(length, grad=True)
     grad = torch.randn(1, QUERY_HEADS, length, HEAD_DIM)
     masks = MASKS if with_dense else tuple(mask for mask in MASKS if mask != "separator")
-    builders = {mask: ranges_builder(mask, length) for mask in masks}
-    ranges = {mask: build() for mask, build in builders.items()}
+    builders = {mask: mask_builder(mask, value) for mask in masks}
+    visible = {mask: build() for mask, build in builders.items()}
+    # The attention's own part: its bias is an input, and what comes before it is timed apart.
+    biases = {m: v.bias.detach().requires_grad_() for m, v in visible.items() if v.bias is not None}
 
     def dense() -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
-    def ours(live: LiveRanges) -> Callable[[], Tensor]:
-        return lambda: live_range_attention(query, key, value, live)
+    def ours(mask: str) -> Callable[[], Tensor]:
+        return lambda: live_range_attention(query, key, value, visible[mask].live, bias=biases.get(mask))
 
-    calls: dict[str, Callable[[], Any]] = {mask: ours(live) for mask, live in ranges.items()}
+    calls: dict[str, Callable[[], Any]] = {mask: ours(mask) for mask in masks}
     if with_dense:
         calls["dense"] = dense
     with torch.no_grad():
@@ -134,19 +165,22 @@ def measure(length: int, with_dense: bool, with_flex: bool, rounds: int, threads
         against_flex = {}
         if with_flex:
             # A contest of its own: the threads of its generated code go on spinning and slow down whoever comes next.
-            for mask, live in ranges.items():
-                times = take_turns({"flex": flex(query, key, value, live), "ours": ours(live)}, rounds)
+            for mask in masks:
+                contest = {"flex": flex(query, key, value, visible[mask].live, biases.get(mask)), "ours": ours(mask)}
+                times = take_turns(contest, rounds)
                 against_flex[mask] = times["flex"] / times["ours"]
     outputs = {name: call() for name, call in calls.items()}
     backward_times = take_turns(
         {
-            name: lambda output=output: torch.autograd.grad(output, (query, key, value), grad, retain_graph=True)
+            name: lambda output=output, own=own: torch.autograd.grad(output, own, grad, retain_graph=True)
             for name, output in outputs.items()
+            for own in [(query, key, value, *([biases[name]] if name in biases else []))]
         },
         max(1, rounds // 2),
     )
     results = []
-    for mask, live in ranges.items():
+    for mask in masks:
+        live = visible[mask].live
         pairs = live.live_pairs()
         rows = live.shape[0] * live.shape[1]
         results.append(
@@ -157,7 +191,9 @@ def measure(length: int, with_dense: bool, with_flex: bool, rounds: int, threads
                 work_ratio=computed_pairs(live, length, GROUP) / pairs,
                 forward=forward_times[mask],
                 backward=backward_times[mask],
-                ranges_and_schedule=take_turns({mask: lambda m=mask: schedule_all(builders[m]())}, rounds)[mask],
+                ranges_and_schedule=take_turns({mask: lambda m=mask: before_attention(builders[m], value)}, rounds)[
+                    mask
+                ],
                 peak_memory=peak_memory(mask, length, threads),
                 dense_forward=forward_times.get("dense"),
                 dense_backward=backward_times.get("dense"),
@@ -165,6 +201,14 @@ def measure(length: int, with_dense: bool, with_flex: bool, rounds: int, threads
             )
         )
     return results
+
+
+def before_attention(build: Callable[[], Visible], value: Tensor) -> None:
+    """Scores, ranges, schedule, and the gradients of the scores."""
+    visible = build()
+    schedule_all(visible.live)
+    if visible.bias is not None:
+        torch.autograd.grad(visible.bias, (value, *visible.parameters), torch.ones_like(visible.bias))
 
 
 def schedule_all(live: LiveRanges) -> None:
@@ -175,8 +219,8 @@ def schedule_all(live: LiveRanges) -> None:
             pass
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, live: LiveRanges) -> Callable[[], Tensor]:
-    """FlexAttention with the same mask; building its block mask is not timed. Forward only: it has no backward on CPU."""
+def flex(query: Tensor, key: Tensor, value: Tensor, live: LiveRanges, bias: Tensor | None) -> Callable[[], Tensor]:
+    """FlexAttention with the same mask and bias, the block mask built before. Forward only: it has no backward on CPU."""
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -187,13 +231,18 @@ def flex(query: Tensor, key: Tensor, value: Tensor, live: LiveRanges) -> Callabl
         row = 0 if shared else h // GROUP
         return (start[row, j] <= i) & (i < end[row, j])
 
+    def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score if bias is None else score + bias.detach()[0, h // GROUP, j]
+
     block_mask = create_block_mask(
         visible, None, None if shared else QUERY_HEADS, query.size(2), key.size(2), device="cpu"
     )
     torch._dynamo.reset()  # a second length would compile with a dynamic one, which its CPU code generator cannot (2.13)
     compiled = torch.compile(flex_attention, dynamic=False)
     detached = [t.detach() for t in (query, key, value)]
-    return lambda: compiled(*detached, block_mask=block_mask, enable_gqa=True)
+    return lambda: compiled(
+        *detached, score_mod=None if bias is None else biased, block_mask=block_mask, enable_gqa=True
+    )
 
 
 def take_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -217,14 +266,15 @@ def peak_memory(mask: str, length: int, threads: int) -> float:
 
 def _peak_memory(mask: str, length: int, threads: int) -> float:
     torch.set_num_threads(threads)
-    build = ranges_builder(mask, length)
     query, key, value = inputs(length, grad=True)
+    build = mask_builder(mask, value)
     small = LiveRanges.sliding_window(256, 16)  # starts thread pools and matrix libraries
     live_range_attention(*(t[:, :, :256] for t in (query, key, value)), small).sum().backward()
     query.grad = key.grad = value.grad = None
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here (Linux)
     before = resident_peak()
-    live_range_attention(query, key, value, build()).sum().backward()
+    visible = build()
+    live_range_attention(query, key, value, visible.live, bias=visible.bias).sum().backward()
     return (resident_peak() - before) / 1024
 
 
@@ -253,8 +303,9 @@ def table(results: list[Measured]) -> Table:
         "backward s",
         "against dense",
         "work ratio",
-        "ranges + schedule",
+        "ranges",
         "peak MiB",
+        "S x S mask MiB",
     ):
         output.add_column(name, justify="left" if name == "mask" else "right")
     for r in results:
@@ -272,5 +323,6 @@ def table(results: list[Measured]) -> Table:
             f"{r.work_ratio:.2f}",
             f"{r.ranges_and_schedule / (r.forward + r.backward):.1%}",
             f"{r.peak_memory:.0f}",
+            f"{4 * QUERY_HEADS * r.length**2 / 2**20:,.0f}" if r.mask == "dynamic" else "-",
         )
     return output

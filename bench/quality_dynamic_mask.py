@@ -44,7 +44,7 @@ from rewriter.demo.corpus import held_out_files
 from rewriter.demo.corpus import training_files
 from rewriter.demo.run import load_model
 
-POLICIES = ("full attention", "sliding window", "dynamic mask")
+POLICIES = ("full attention", "sliding window", "dynamic mask", "dynamic mask, half of it local")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,12 @@ class Text:
 
 
 def policy(name: str, keep: int) -> rewriter.Policy | None:
-    return {"full attention": None, "sliding window": SlidingWindow(keep), "dynamic mask": DynamicMask(keep)}[name]
+    return {
+        "full attention": None,
+        "sliding window": SlidingWindow(keep),
+        "dynamic mask": DynamicMask(keep),
+        "dynamic mask, half of it local": DynamicMask(keep // 2, local=keep // 2),
+    }[name]
 
 
 def recall_rows(task: Recall, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
