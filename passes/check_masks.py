@@ -44,13 +44,13 @@ def check_mask(
     """None where every trial agrees, else the reason for refusal."""
     assert site.query is not None and site.key is not None
     symbols = _symbols([site.query, site.key, *(term.node for term in site.masks)])
-    ranked = _ranked(proof.interval.end)
+    topks = _topks(proof.interval.end)
     traced = sorted(set(symbols.values()), key=str)
     for sizes in _sizes(len(traced), proof, constants):
         chosen = dict(zip(traced, sizes, strict=True))
         for pattern in PATTERNS:
             try:
-                trial = _Trial(functions, constants, {s: chosen[t] for s, t in symbols.items()}, pattern, ranked)
+                trial = _Trial(functions, constants, {s: chosen[t] for s, t in symbols.items()}, pattern, topks)
                 difference = _compare(site, proof, trial)
             except Exception as error:  # whatever the model's own operators raise on these shapes
                 return f"the mask could not be evaluated at sizes {sizes}: {type(error).__name__}: {error}"
@@ -65,7 +65,9 @@ def _compare(site: AttentionSite, proof: MaskProof, trial: _Trial) -> str | None
     group = query[1] // num_heads if len(query) == 4 else 1
     grid = (num_batch, num_heads, num_keys, torch.device("cpu"))
     index = torch.arange(num_queries)[:, None]
-    start, end = (key_bounds(_scaled_down(e), trial, *grid) for e in (proof.interval.start, proof.interval.end))
+    start, end = (
+        key_bounds(_scaled_down(e, trial.fewer), trial, *grid) for e in (proof.interval.start, proof.interval.end)
+    )
     proven = (start[:, :, None, :] <= index) & (index < end[:, :, None, :])
     proven = proven.repeat_interleave(group, dim=1) if proven.size(1) > 1 else proven
     heads = max([1, *(trial.sizes(term.node)[1] for term in site.masks if len(shape(term.node)) == 4)])
@@ -102,24 +104,23 @@ def _compare(site: AttentionSite, proof: MaskProof, trial: _Trial) -> str | None
     return None
 
 
-def _scaled_down(expression: Expression) -> Expression:
-    """The expression with a running top-k of at most `TRIAL_KEEP` keys, as trials have it."""
+def _scaled_down(expression: Expression, fewer: int) -> Expression:
+    """The expression with running top-ks of `fewer` keys less, as trials have it."""
     if not isinstance(expression, Apply):
         return expression
     if expression.name == "running_topk_end":
         score, keep, segment = expression.args
         assert isinstance(keep, Const)
-        return Apply(expression.name, (score, Const(min(keep.value, TRIAL_KEEP)), segment))
-    return Apply(expression.name, tuple(_scaled_down(a) for a in expression.args))
+        return Apply(expression.name, (score, Const(keep.value - fewer), segment))
+    return Apply(expression.name, tuple(_scaled_down(a, fewer) for a in expression.args))
 
 
-def _ranked(expression: Expression | None) -> set[Node]:
-    """The data that a running top-k ranks."""
+def _topks(expression: Expression) -> list[Apply]:
+    """The running top-ks of an expression."""
     if not isinstance(expression, Apply):
-        return set()
-    if expression.name == "running_topk_end":
-        return {e.node for e in elements_of(expression.args[0])}
-    return {node for a in expression.args for node in _ranked(a)}
+        return []
+    own = [expression] if expression.name == "running_topk_end" else []
+    return own + [topk for a in expression.args for topk in _topks(a)]
 
 
 class _Trial(Mapping[Node, Any]):
@@ -131,10 +132,12 @@ class _Trial(Mapping[Node, Any]):
         constants: Mapping[Node, Tensor],
         symbols: dict[sympy.Symbol, int],
         pattern: str,
-        ranked: set[Node],
+        topks: list[Apply],
     ) -> None:
         self.functions, self.constants, self.symbols, self.pattern = functions, constants, symbols, pattern
-        self.ranked = ranked
+        self.ranked = {element.node for topk in topks for element in elements_of(topk.args[0])}
+        # Rows of a trial are short: of each top-k, the model's and the proof's, so many keys are left out.
+        self.fewer = max([0, *(topk.args[1].value - TRIAL_KEEP for topk in topks)])  # type: ignore[attr-defined]
         self.random = torch.Generator().manual_seed(0)
         self.known: dict[Node, Any] = {}
 
@@ -174,8 +177,7 @@ class _Trial(Mapping[Node, Any]):
             kwargs: Any = torch.fx.map_arg(node.kwargs, read)
             kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
             if node.target is torch.ops.aten.topk.default:
-                # Scaled down, as the proof is in `_compare`: no score ties with another, and rows are short.
-                args = (args[0], min(args[1], TRIAL_KEEP, args[0].size(-1)), *args[2:])
+                args = (args[0], max(1, min(args[1] - self.fewer, args[0].size(-1))), *args[2:])
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if not isinstance(value, Tensor):
             return self._concrete(value)

@@ -131,9 +131,11 @@ class KeySlots:
         """
         now = torch.full((1,), self.length - 1, dtype=torch.int32, device=query.device)
         live = LiveRanges(self.index, self.end)
-        return live_range_attention(
+        output = live_range_attention(
             query, self.key, self.value, live, query_index=now, bias=self.bias, scale=scale, softcap=softcap
         )
+        assert isinstance(output, Tensor)
+        return output
 
 
 def dynamic_mask_slots(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+import re
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ import torch
 import transformers
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import live_range_attention
+from rewriter.passes import analyse_masks
 from torch import Tensor
 from torch import nn
 
@@ -190,10 +193,10 @@ def test_inductor(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) ->
     assert len(optimized.report.graphs) == 1
 
 
-def test_gradients_of_one_site_in_full_precision() -> None:
-    """Both paths of the value, the bias, W and A, against autograd through the dense form in fp64: no rounding to hide in."""
+def site_check() -> None:
+    """Output and gradients of one site, against autograd through the dense form in fp64: no rounding to hide in."""
     torch.manual_seed(1)
-    policy = DynamicMask(keep=6)
+    policy = DynamicMask(keep=6, local=2)
     inputs = {
         "query": torch.randn(2, 4, 23, 8), "key": torch.randn(2, 2, 23, 8), "value": torch.randn(2, 2, 23, 8),
         "W": torch.randn(2, 16) / 4, "A": torch.tensor([0.7, -0.4]),
@@ -213,6 +216,46 @@ def test_gradients_of_one_site_in_full_precision() -> None:
     for name, a, b in zip(inputs, ours, dense, strict=True):
         assert b.abs().max() > 1e-3, name
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * float(b.abs().max()) + 1e-13)
+
+
+def test_gradients_of_one_site_in_full_precision() -> None:
+    """Both paths of the value, the bias, W and A."""
+    site_check()
+
+
+SCORING_FAULTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "the worst are kept": lambda rank, bias: (-rank, bias),
+    "no bias": lambda rank, bias: (rank, 0 * bias),
+    "a bias without a gradient": lambda rank, bias: (rank, bias.detach() + 0 * bias),
+    "the bias of the other variant": lambda rank, bias: (rank, bias.log()),
+}
+
+
+@pytest.mark.parametrize("name", SCORING_FAULTS)
+def test_a_fault_in_the_scores_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = DynamicMask.score_keys
+    monkeypatch.setattr(DynamicMask, "score_keys", lambda *args: SCORING_FAULTS[name](*own(*args)))
+    with pytest.raises(AssertionError):
+        site_check()
+
+
+@pytest.mark.parametrize("by", [{"keep": 7}, {"local": 1}])
+def test_a_fault_in_the_ranges_is_found(by: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    own = DynamicMask.ranked_ranges
+    monkeypatch.setattr(DynamicMask, "ranked_ranges", lambda self, *args: own(dataclasses.replace(self, **by), *args))
+    with pytest.raises(AssertionError):
+        site_check()
+
+
+def test_a_wrong_proof_of_a_topk_is_refused_by_the_check_by_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    own = analyse_masks.topk_membership
+    one_more = lambda node: (topk := own(node)) and dataclasses.replace(topk, keep=topk.keep + 1)  # noqa: E731
+    monkeypatch.setattr(analyse_masks, "topk_membership", one_more)
+    report = rewriter.explain(doge("sdpa"), input_ids=distinct(3, 20, left=False)[0], use_cache=False)
+    assert all(
+        re.search(r"the proven mask \(dynamic mask 7.*disagrees with the model's", site.reason) for site in report
+    )
 
 
 def test_keep_beyond_the_length_is_dense_with_the_bias(
