@@ -135,6 +135,14 @@ class OptimizedModel(nn.Module):
         parameters = dict(self.policy_parameters.named_parameters())
         return _guarded(self._call, parameters, args, kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_call": None, "_constants": {}, "report": Report()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was pickled, compiles its own model at its first call."""
+        super().__setstate__(state)
+        self._call = _compiled(self.model, self._backend)
+
     def _add_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the policy's parameters for the sites of a call, on the model's device, in fp32."""
         for result in _analysed(self.model, self.policy, args, kwargs):

@@ -242,6 +242,12 @@ class DynamicMask(Policy):
         _check_choice(self, "on_window", self.on_window, ("refuse", "intersect"))
         object.__setattr__(self, "needs_whole_segments", self.on_window == "refuse")
 
+    def __str__(self) -> str:
+        special = (f for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default)
+        return (
+            f"DynamicMask({', '.join([f'keep={self.keep}', *(f'{f.name}={getattr(self, f.name)}' for f in special)])})"
+        )
+
     def live_ranges(self, site: SiteTensors) -> tuple[LiveRanges, Tensor]:
         rank, bias = self.score_keys(site.value, site.parameters)
         return self.ranked_ranges(rank, site.segment), bias

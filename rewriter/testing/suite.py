@@ -194,8 +194,11 @@ def test_running_topk_ranges(verification: Verification) -> None:
     def check(seed: int, keys: int, keep: int, values: int) -> None:
         score = torch.randint(0, values, (2, 2, keys), generator=torch.Generator().manual_seed(seed)).float()
         score[0, 0, seed % keys] = torch.nan
-        actual = running_topk_ranges(score.to(v.device), keep)
-        assert torch.equal(actual.end.cpu(), reference.running_topk_ranges(score, keep).end)
+        segment = torch.arange(keys, dtype=torch.int32)[None, None, :] // (1 + seed % 40)
+        for given_segment in (None, segment):
+            on_device = None if given_segment is None else given_segment.to(v.device)
+            actual = running_topk_ranges(score.to(v.device), keep, segment=on_device)
+            assert torch.equal(actual.end.cpu(), reference.running_topk_ranges(score, keep, segment=given_segment).end)
         v.count += 1
 
     check()

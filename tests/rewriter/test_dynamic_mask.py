@@ -584,6 +584,9 @@ def test_doge_is_recognised(law: SimpleNamespace, attention: str, tmp_path: Path
     assert [site.mask for site in optimized.report] == ["dynamic mask 6 + causal + padding + key bias"] * 2
     rewritten = (tmp_path / "6-lower.txt").read_text()
     assert "topk.default" not in rewritten and "scatter" not in rewritten and "running_topk_end" in rewritten
+    squares = re.compile(r"\[[^\]]*(\bs\d+), \1\]")  # ..., S, S]
+    assert squares.search((tmp_path / "1-capture.txt").read_text()), "the model makes S x S masks"
+    assert not squares.search(rewritten), "and the rewritten one has no S x S tensor"
     short = distinct(3, 5, left=True)  # at most keep_window_size keys: the model's own code has no top-k there
     comparison = law.Comparison(model, optimized, law.call)
     comparison.magnitudes = doge_magnitudes(comparison.precise)

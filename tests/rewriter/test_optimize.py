@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch import nn
 
 import rewriter
+from rewriter import DynamicMask
 from rewriter import Exact
 from rewriter import PerLayer
 from rewriter import SeparatorMask
@@ -383,3 +386,20 @@ def test_autocast_trains(law: SimpleNamespace, tiny_model: Callable[..., nn.Modu
         actual, expected = law.call(optimized, ids, mask), law.call(model, ids, mask)
     actual.float().square().sum().backward()
     torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=0.05, atol=0.02)
+
+
+def test_a_copy_is_of_the_whole(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
+    """A deep copy, and what comes back from a pickle, run their own model and train their own parameters."""
+    torch._dynamo.reset()
+    optimized = rewriter.optimize(tiny_model("llama", "sdpa").eval(), DynamicMask(4), backend="eager")
+    ids, mask = law.batch(3, 12, left=False)
+    expected = law.call(optimized, ids, mask)
+    for other in (copy.deepcopy(optimized), pickle.loads(pickle.dumps(optimized))):
+        assert torch.equal(law.call(other, ids, mask), expected)
+        with torch.no_grad():
+            other.model.lm_head.weight.zero_()
+        assert bool((law.call(other, ids, mask) == 0).all())
+        assert torch.equal(law.call(optimized, ids, mask), expected)
+        law.call(other, ids, mask).sum().backward()
+        assert other.model.lm_head.weight.grad is not None and optimized.model.lm_head.weight.grad is None
+        assert len(other.report.sites) == 2

@@ -98,10 +98,12 @@ def test_attention_and_its_gradients(as_on_a_gpu: None) -> None:
     assert "Min(" not in str(module.code)
 
 
-def test_running_topk_ranges(as_on_a_gpu: None) -> None:
+@pytest.mark.parametrize("segments", [False, True])
+def test_running_topk_ranges(segments: bool, as_on_a_gpu: None) -> None:
     class TopK(torch.nn.Module):
         def forward(self, score: Any) -> tuple[torch.Tensor]:
-            return (torch.ops.rewriter.running_topk_end(score, 16, None),)
+            segment = (score[:1, :1] > 0).int().cumsum(2, dtype=torch.int32) if segments else None
+            return (torch.ops.rewriter.running_topk_end(score, 16, segment),)
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     score = symbolic(mode, "s", "d.d", torch.empty(3, 2, 300))
