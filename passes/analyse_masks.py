@@ -577,7 +577,13 @@ def materialize(expression: Expression, env: Mapping[Node, object], axes: Mappin
         if isinstance(e, Element):
             tensor = env[e.node]
             assert isinstance(tensor, Tensor)
-            return tensor[tuple(value(i) for i in e.indices)] if e.indices else tensor
+            # Constant indices select, from the last dimension on: a traced index of no dimensions would be read as a number.
+            places = list(e.indices)
+            for dim in reversed(range(len(places))):
+                if isinstance(place := places[dim], Const):
+                    tensor = tensor.select(dim, int(place.value))
+                    del places[dim]
+            return tensor[tuple(torch.atleast_1d(value(place)) for place in places)] if places else tensor
         assert isinstance(e, Apply)
         if e.name in ("document_start", "document_end"):
             return _document_bound(e.args[0], env, right=e.name == "document_end")

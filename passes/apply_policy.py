@@ -103,6 +103,19 @@ class PlannedSite:
         assert self.site.value is not None
         return int(shape(self.site.value)[-1])
 
+    @property
+    def identity(self) -> str:
+        """What tells the site from others in another graph of the same model: its module and the weights nearest to its value."""
+        assert self.site.value is not None
+        level, seen = [self.site.value], {self.site.value}
+        while level:
+            weights = sorted(n.meta["source"] for n in level if n.meta.get("is_parameter"))
+            if weights:
+                return f"{self.site.module_path or '-'} with {', '.join(weights)}"
+            level = list(dict.fromkeys(i for n in level for i in n.all_input_nodes if i not in seen))
+            seen.update(level)
+        return self.site.module_path or "-"
+
 
 def apply_policy(
     module: GraphModule, sites: list[AttentionSite], proofs: dict[int, MaskProof], policy: Policy
@@ -128,7 +141,7 @@ def apply_policy(
                 f"{type(own).__name__} is defined for causal self-attention with one query per key; "
                 "this is cross-attention or reads a cache of earlier keys"
             )
-        elif own.needs_causal and not plan.proof.interval.causal:
+        elif own.needs_causal and not plan.proof.interval.causal and not _is_single(site):
             site.reason = f"{type(own).__name__} is defined for causal attention, the mask is: {plan.proof.name}"
         elif own.needs_whole_segments and plan.proof.interval.sliding:
             site.reason = (
@@ -179,6 +192,12 @@ def _policy_parameters(module: GraphModule) -> dict[int, dict[str, Node]]:
 def _rows_and_keys_differ(site: AttentionSite) -> bool:
     assert site.query is not None and site.key is not None
     return str(shape(site.query)[-2]) != str(shape(site.key)[-2])
+
+
+def _is_single(site: AttentionSite) -> bool:
+    """One query and one key: causal, whatever mask is left of it."""
+    assert site.query is not None and site.key is not None
+    return (shape(site.query)[-2], shape(site.key)[-2]) == (1, 1)
 
 
 def _input_ids(module: GraphModule, site: AttentionSite, policy: str) -> Node:

@@ -27,7 +27,8 @@ class CapturedGraph:
     """A pre-dispatch ATen graph.
 
     Attributes:
-        module: the graph; each placeholder's `meta["source"]` says where its value comes from.
+        module: the graph; each placeholder's `meta["source"]` says where its value comes from, `meta["is_parameter"]`
+            whether that is a parameter of the model.
         buffers: the model's buffers among the placeholders, with their qualified names and present values.
     """
 
@@ -61,6 +62,7 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
         source = getattr(original, "_dynamo_source", None)
         path = source.name if source is not None and isinstance(source.name, str) else original.target
         node.meta["source"] = readable_source(str(path))
+        node.meta["is_parameter"] = "._parameters[" in str(path)
         if isinstance(value, Tensor) and "._buffers[" in str(path):
             buffers[node] = (node.meta["source"], value)
     return CapturedGraph(module, buffers)
@@ -77,7 +79,7 @@ class _Inlined(torch.fx.Interpreter):
             return super().call_function(target, args, kwargs)
         region, *inputs = args
         number = next(_regions)
-        for node in region.graph.nodes:
+        for node in region.graph.nodes if torch.is_grad_enabled() else ():
             node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=number)
         _, named = TagActivationCheckpoint.divide_kwargs(kwargs)
         return _Inlined(region).run(*inputs, *named.values())

@@ -73,6 +73,7 @@ class KeySlots:
         """
         if self.length:
             raise CacheError(f"the slots have taken {self.length} keys already; make new ones for another prompt")
+        self._check(key, value, one=False)
         num_keys, shape = key.size(2), self.end.shape[:2]
         end = live.end.expand(*shape, num_keys)
         # A key whose range ends with the prompt is not seen by the next query.
@@ -102,8 +103,9 @@ class KeySlots:
             end, rank, bias: `[B, Hkv, 1]`; the end is the first query that does not see it, its own index for none.
 
         Raises:
-            CacheError: a row has no free slot.
+            CacheError: a row has no free slot, or the sizes are not the slots' own.
         """
+        self._check(key, value, one=True)
         now = self.length
         free = self.end <= now
         seen = end > now
@@ -119,6 +121,14 @@ class KeySlots:
         for store, new in ((self.index, own_index), (self.end, end), (self.rank, rank), (self.bias, bias)):
             store.scatter_(2, slot, torch.where(seen, new.to(store.dtype), store.gather(2, slot)))
         self.length = now + 1
+
+    def _check(self, key: Tensor, value: Tensor, *, one: bool) -> None:
+        for name, given, store in (("key", key, self.key), ("value", value, self.value)):
+            sizes = (*store.shape[:2], 1 if one else key.size(2), store.size(3))
+            if tuple(given.shape) != sizes:
+                raise CacheError(
+                    f"{name} is {list(given.shape)}, expected {list(sizes)}{' (one key at a time)' if one else ''}"
+                )
 
     def attend(self, query: Tensor, *, scale: float | None = None, softcap: float | None = None) -> Tensor:
         """Attention of the last key's own query over the slots.
@@ -148,6 +158,8 @@ def dynamic_mask_slots(
         live: its ranges under the policy.
         rank, bias: `[B, Hkv, K]`, from `policy.score_keys`.
     """
+    if policy.on_window != "refuse":
+        raise CacheError("slots know no window of the model's own; give a policy with on_window='refuse'")
     capacity = policy.keep + policy.local
     slots = KeySlots(key.size(0), key.size(1), capacity, key.size(3), value.size(3), dtype=key.dtype, device=key.device)
     slots.fill(key, value, live, rank, bias)
@@ -165,6 +177,7 @@ def push_dynamic_mask(
         key, value: `[B, Hkv, 1, D]` and `[B, Hkv, 1, Dv]`.
         rank, bias: `[B, Hkv, 1]`, from `policy.score_keys`.
     """
+    rank = rank.float()  # as keys of a prompt are ranked
     now = slots.length
     best = slots.end == FOREVER
     full = best.sum(dim=2, keepdim=True) >= policy.keep

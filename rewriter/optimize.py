@@ -123,25 +123,32 @@ class OptimizedModel(nn.Module):
         self.policy_parameters = nn.ModuleDict()
         self._parameter_sites: dict[int, str] = {}
         self.training = model.training
-        self._constants: dict[str, tuple[Tensor, int]] = {}
-        self._call = _compiled(model, self._backend)
+        self._compile()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments, under the policy."""
-        if any(not _unchanged(self.model.get_buffer(name), *known) for name, known in self._constants.items()):
-            # A proof has read this buffer's values; they are others now, so the proof is made anew.
-            self._constants.clear()
-            self._call = _compiled(self.model, self._backend)
-        parameters = dict(self.policy_parameters.named_parameters())
+        if self._compiled_model[0] is not self.model or any(
+            # A proof has read this buffer's values; when they are others, the proof is made anew.
+            not _unchanged(self.model.get_buffer(name), *known)
+            for name, known in self._constants.items()
+        ):
+            self._compile()
+        parameters = dict(self.policy_parameters.named_parameters(remove_duplicate=False))
         return _guarded(self._call, parameters, args, kwargs)
 
+    def _compile(self) -> None:
+        """Prepares to capture the model at the next call."""
+        self._constants: dict[str, tuple[Tensor, int]] = {}
+        self._compiled_model = (self.model,)  # a tuple, or it would be a second submodule
+        self._call = _compiled(self.model, self._backend)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_call": None, "_constants": {}, "report": Report()}
+        return {**self.__dict__, "_call": None, "_compiled_model": None, "_constants": {}, "report": Report()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what was pickled, compiles its own model at its first call."""
         super().__setstate__(state)
-        self._call = _compiled(self.model, self._backend)
+        self._compile()
 
     def _add_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the policy's parameters for the sites of a call, on the model's device, in fp32."""
@@ -154,7 +161,7 @@ class OptimizedModel(nn.Module):
                     initial = plan.policy.initial_parameters(plan.layer, plan.num_kv_heads, plan.value_dim)
                     own = {name: nn.Parameter(tensor.to(device)) for name, tensor in initial.items()}
                     self.policy_parameters[layer] = nn.ParameterDict(own)
-                    self._parameter_sites[plan.layer] = plan.site.module_path
+                    self._parameter_sites[plan.layer] = plan.identity
 
     def _backend(self, graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         result = rewrite(graph, example_inputs, self.policy, dump=self.dump)
@@ -185,10 +192,10 @@ class OptimizedModel(nn.Module):
     def _check_parameter_sites(self, result: Rewritten) -> None:
         """A call that runs other attentions than the one that the parameters were made for would mix them up."""
         for plan in result.sites:
-            known = self._parameter_sites.get(plan.layer, plan.site.module_path)
-            if plan.parameters and known != plan.site.module_path:
+            known = self._parameter_sites.get(plan.layer)
+            if plan.parameters and known != plan.identity:
                 raise RewriteError(
-                    f"site {plan.layer} is {plan.site.module_path} in this call, and was {known} when the policy's "
+                    f"site {plan.layer} is {plan.identity} in this call, and was {known} when the policy's "
                     "parameters were made; give optimize example_inputs that run the model as it will be used"
                 )
 

@@ -237,6 +237,8 @@ class DynamicMask(Policy):
     def __post_init__(self) -> None:
         _check_int(self, "keep", self.keep, 1)
         _check_int(self, "seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise PolicyError(f"DynamicMask: seed must be below 2^63, got {self.seed}")
         _check_int(self, "local", self.local, 0)
         _check_choice(self, "score", self.score, ("exp", "log"))
         _check_choice(self, "on_window", self.on_window, ("refuse", "intersect"))
@@ -259,7 +261,7 @@ class DynamicMask(Policy):
             rank: `[B, Hkv, K]`; a key whose rank is NaN is never seen.
             segment: int32 `[B|1, 1, K]`, see `SiteTensors`.
         """
-        best = running_topk_ranges(rank, self.keep, segment=torch.where(rank.isnan(), 0, segment))
+        best = running_topk_ranges(rank, min(self.keep, FOREVER), segment=torch.where(rank.isnan(), 0, segment))
         # Both ranges begin at the key, so that their union is one.
         end = torch.maximum(best.end, plus_window(best.start, self.local)) if self.local else best.end
         return LiveRanges(best.start, torch.where(rank.isnan(), 0, end))

@@ -90,8 +90,8 @@ def test_a_dead_slot_is_not_read() -> None:
     query = torch.randn(1, 4, 1, 4)
     slots.length += 1
     expected = slots.attend(query)
-    slots.value[0, 0, 1] = 1e30
-    slots.key[0, 0, 1] = 1e30
+    slots.value[0, 0, 1] = math.nan
+    slots.key[0, 0, 1] = math.nan
     assert torch.equal(slots.attend(query), expected)
 
 
@@ -158,6 +158,13 @@ def test_bad_input_leaves_the_slots_as_they_were() -> None:
     index, held = slots.index.clone(), slots.key.clone()
     with pytest.raises(CacheError, match="the slots have taken 10 keys already"):
         slots.fill(key, value, LiveRanges.causal(10), rank, bias)
+    with pytest.raises(CacheError, match=r"key is \[1, 2, 2, 4\], expected \[1, 2, 1, 4\] \(one key at a time\)"):
+        slots.push(key[:, :, :2], value[:, :, :2], torch.full((1, 2, 2), FOREVER), rank[:, :, :2], bias[:, :, :2])
+    two = KeySlots(2, 2, 3, 4, 4)
+    with pytest.raises(CacheError, match=r"key is \[1, 2, 1, 4\], expected \[2, 2, 1, 4\]"):
+        push_dynamic_mask(two, policy, key[:, :, :1], value[:, :, :1], rank[:, :, :1], bias[:, :, :1])
+    with pytest.raises(CacheError, match="slots know no window"):
+        dynamic_mask_slots(DynamicMask(3, on_window="intersect"), key, value, LiveRanges.causal(10), rank, bias)
     new = (key[:, :, :1], value[:, :, :1])
     forever = torch.full((1, 2, 1), FOREVER, dtype=torch.int32)
     with pytest.raises(CacheError, match="all 3 slots hold living keys at index 10"):

@@ -370,6 +370,12 @@ def test_a_call_with_other_sites_than_the_parameters_is_an_error() -> None:
     few = rewriter.optimize(Stop(), DynamicMask(4), backend="eager", example_inputs={"x": x, "which": "first"})
     with pytest.raises(PolicyError, match=r"has no parameters for site 1 \(-\): it was not there, or was refused"):
         few(x=x, which="both")
+    both = rewriter.optimize(Stop(), DynamicMask(4), backend="eager", example_inputs={"x": x})
+    both(x=x, which="first")
+    with pytest.raises(
+        RewriteError, match=r"site 0 is - with second.bias, second.weight in this call, and was - with first.bias"
+    ):
+        both(x=x, which="second")
 
 
 class Blocks(nn.Module):
@@ -385,7 +391,9 @@ def test_a_call_that_would_mix_parameters_up_is_an_error() -> None:
     torch._dynamo.reset()
     x = torch.randn(2, 9, 32)
     optimized = rewriter.optimize(Blocks(), DynamicMask(4), backend="eager", example_inputs={"x": x, "which": "one"})
-    with pytest.raises(RewriteError, match=r"site 0 is two in this call, and was one when the policy's parameters"):
+    with pytest.raises(
+        RewriteError, match=r"site 0 is two with two.first.bias, two.first.weight in this call, and was one with"
+    ):
         optimized(x=x, which="two")
 
 
@@ -537,14 +545,13 @@ def doge(attention: str, **config: Any) -> nn.Module:
             intermediate_size=48,
             num_hidden_layers=2,
             num_attention_heads=4,
-            num_key_value_heads=2,
             keep_window_size=6,
             max_position_embeddings=64,
             attn_implementation=attention,
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,
-            **config,
+            **{"num_key_value_heads": 2, **config},
         )
     ).eval()
     for layer in model.model.layers:
@@ -619,15 +626,82 @@ class OwnTopk(nn.Module):
         best = torch.zeros_like(score).scatter(-1, score.topk(4, dim=-1, largest=self.kind != "smallest").indices, 1.0)
         if self.kind == "shifted":
             best = torch.cat((best, best), dim=-1)[..., 1 : 1 + length]
+        if self.kind == "transposed":
+            best = best.transpose(2, 3)
+        if self.kind == "one head's":
+            best = best[:, :1].expand(-1, 4, -1, -1)
         mask = torch.zeros_like(score).masked_fill(best == 0.0, float("-inf")).masked_fill(~causal, float("-inf"))
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-@pytest.mark.parametrize("kind", ["query", "future", "smallest", "shifted"])
-def test_another_topk_is_refused(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("query", "an additive mask is computed from data"),
+        ("future", "a top-k is not over the keys of a causal prefix"),
+        ("smallest", "a mask differs between heads"),
+        ("shifted", "a mask differs between heads"),
+        ("transposed", "a top-k is not read at its own row and key"),
+        ("one head's", "a top-k is not read at its own row and key"),
+    ],
+)
+def test_another_topk_is_refused(kind: str, reason: str) -> None:
     torch._dynamo.reset()
     report = rewriter.explain(OwnTopk(kind), torch.randn(2, 11, 32))
-    assert len(report.sites) == 1 and report.sites[0].reason, kind
+    assert len(report.sites) == 1 and reason in report.sites[0].reason, report.sites[0].reason
+
+
+def test_a_dynamic_mask_on_top_of_the_models_own_is_refused() -> None:
+    torch._dynamo.reset()
+    report = rewriter.explain(
+        doge("sdpa"), input_ids=distinct(2, 20, left=False)[0], use_cache=False, policy=DynamicMask(4)
+    )
+    assert all("the model's mask hides some of them (dynamic mask 6" in site.reason for site in report)
+
+
+class Chunked(Stop):
+    """Attention within chunks of 6, as some layers of Llama 4 have it."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.first(x).chunk(3, dim=-1))
+        i = torch.arange(x.size(1))
+        mask = (i[:, None] >= i) & (i[:, None] // 6 == i // 6)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def test_chunks_are_ranked_each_for_itself() -> None:
+    torch._dynamo.reset()
+    policy, x = DynamicMask(2), torch.randn(3, 20, 32)
+    model = Chunked()
+    fast = optimized_model(model, policy, example_inputs={"x": x})
+    q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in model.first(x).chunk(3, dim=-1))
+    i = torch.arange(20)
+    allowed = ((i[:, None] >= i) & (i[:, None] // 6 == i // 6))[None, None]
+    expected = dense_attention(q, k, v, dict(fast.policy_parameters["0"]), policy, allowed)
+    torch.testing.assert_close(fast(x=x), expected.transpose(1, 2).flatten(2))
+
+
+def test_one_row_and_one_token(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
+    """Sizes of 1, which a graph has as constants: a batch of one row with padding, and a single token."""
+    model = tiny_model("llama", "sdpa").eval()
+    policy = DynamicMask(keep=3)
+    optimized = optimized_model(model, policy)
+    ids, mask = distinct(1, 20, left=True)
+    mask[0, :4] = 0
+    expected = dense_model(policy)(nn.ModuleList([model, optimized.policy_parameters]), ids, mask)
+    torch.testing.assert_close(law.call(optimized, ids, mask)[mask.bool()], expected[mask.bool()])
+    one = law.call(optimized, ids[:, :1], mask[:, 10:11])
+    torch.testing.assert_close(one, law.call(model, ids[:, :1], mask[:, 10:11]))
+
+
+@pytest.mark.parametrize("config", [{}, {"num_key_value_heads": 1}])
+def test_doge_with_one_row(law: SimpleNamespace, config: dict[str, int]) -> None:
+    torch._dynamo.reset()
+    model = doge("sdpa", **config)
+    optimized = rewriter.optimize(model, backend="eager", strict=True)
+    ids, mask = distinct(1, 20, left=True)
+    mask[0, :4] = 0
+    torch.testing.assert_close(law.call(optimized, ids, mask)[0, 4:], law.call(model, ids, mask)[0, 4:])
 
 
 def test_the_same_topk_in_other_words_is_proven() -> None:

@@ -403,3 +403,54 @@ def test_a_copy_is_of_the_whole(law: SimpleNamespace, tiny_model: Callable[..., 
         law.call(other, ids, mask).sum().backward()
         assert other.model.lm_head.weight.grad is not None and optimized.model.lm_head.weight.grad is None
         assert len(other.report.sites) == 2
+
+
+def test_another_model_takes_effect(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
+    torch._dynamo.reset()
+    optimized = rewriter.optimize(tiny_model("llama", "sdpa").eval(), backend="eager")
+    ids, mask = law.batch(3, 12, left=False)
+    law.call(optimized, ids, mask)
+    optimized.model = tiny_model("llama", "sdpa").eval()
+    torch.testing.assert_close(
+        law.call(optimized, ids, mask)[mask.bool()], law.call(optimized.model, ids, mask)[mask.bool()]
+    )
+
+
+@pytest.mark.parametrize("policy", [Exact(), SlidingWindow(4)], ids=str)
+def test_one_row_with_padding(
+    law: SimpleNamespace, policy: Any, tiny_model: Callable[..., nn.Module], policy_mask: Any
+) -> None:
+    """A batch size of 1 is a constant of its graph."""
+    torch._dynamo.reset()
+    model = tiny_model("llama", "sdpa").eval()
+    optimized = rewriter.optimize(model, policy, backend="eager", strict=True)
+    ids = torch.randint(0, 64, (1, 14))
+    mask = (torch.arange(14) >= 3).long()[None]
+    if isinstance(policy, Exact):
+        expected = law.call(model, ids, mask)
+    else:
+        expected = call_with_dense_mask(model, "llama", policy, ids, mask, policy_mask)
+    torch.testing.assert_close(law.call(optimized, ids, mask)[0, 3:], expected[0, 3:])
+
+
+@torch.no_grad()
+def test_dropout_in_a_checkpoint_without_gradients() -> None:
+    """Nothing is recomputed where there is no backward; a partitioner refuses to recompute random numbers."""
+    torch._dynamo.reset()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(32, 96)
+
+        def part(self, x: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+            return nn.functional.dropout(y, 0.5, self.training)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=False)
+
+    model = Model().train()
+    output = rewriter.optimize(model, strict=True)(torch.randn(2, 9, 32))
+    assert bool((output == 0).any()) and bool((output != 0).any())
