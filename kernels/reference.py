@@ -52,11 +52,11 @@ def live_range_attention(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:
-        logits = logits + _per_query_head(bias.to(dtype), group)[:, :, None, :]
+        logits = logits + per_query_head(bias.to(dtype), group)[:, :, None, :]
     if alibi_slopes is not None:
         distance = query_index.view(-1, 1, num_queries, 1) - key_index.view(-1, 1, 1, num_keys)
         logits = logits - alibi_slopes.to(dtype)[:, None, None] * distance.abs()
-    visible = _per_query_head(live.visible(query_index), group)
+    visible = per_query_head(live.visible(query_index), group)
     logits = logits.masked_fill(~visible, -math.inf)
     if sinks is not None:
         # A sink is a key with a value of 0 that every row sees.
@@ -159,5 +159,6 @@ class _RoundedGradient(torch.autograd.Function):
         return grad.to(ctx.operands).to(grad.dtype), None
 
 
-def _per_query_head(tensor: Tensor, group: int) -> Tensor:
+def per_query_head(tensor: Tensor, group: int) -> Tensor:
+    """`[B, Hkv, ...]` repeated to `[B, Hq, ...]`; what all heads share stays."""
     return tensor if tensor.size(1) == 1 else tensor.repeat_interleave(group, dim=1)

@@ -590,10 +590,8 @@ def materialize(expression: Expression, env: Mapping[Node, object], axes: Mappin
         if e.name == "running_topk_end":
             score, keep, segment = e.args
             assert isinstance(keep, Const)
-            num_keys = axes[KEY].size(-1)
-            scores = value(score)
-            segments = _vector(value(segment), num_keys, scores.device).to(torch.int32)
-            return running_topk_ranges(_vector(scores, num_keys, scores.device), int(keep.value), segment=segments).end
+            scores, segments = (_vector(value(part), axes) for part in (score, segment))
+            return running_topk_ranges(scores, int(keep.value), segment=segments.to(torch.int32)).end
         return _OPERATIONS[e.name](*(value(a) for a in e.args))
 
     return value(expression)
@@ -631,16 +629,18 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def key_bounds(
-    expression: Expression,
-    env: Mapping[Node, object],
-    num_batch: int,
-    num_heads: int,
-    num_keys: int,
-    device: torch.device,
-) -> Tensor:
+def key_grid(num_batch: int, num_heads: int, num_keys: int, device: torch.device) -> dict[int, Tensor]:
+    """The indices of all keys, for `key_bounds` and `bias_tensor`."""
+    return {
+        BATCH: torch.arange(num_batch, device=device)[:, None, None],
+        HEAD: torch.arange(num_heads, device=device)[None, :, None],
+        KEY: torch.arange(num_keys, device=device)[None, None, :],
+    }
+
+
+def key_bounds(expression: Expression, env: Mapping[Node, object], grid: Mapping[int, Tensor]) -> Tensor:
     """A start, end or segment of an `Interval`: int32 `[B|1, Hkv|1, K]`, in row space."""
-    value = _vector(materialize(expression, env, _key_grid(num_batch, num_heads, num_keys, device)), num_keys, device)
+    value = _vector(materialize(expression, env, grid), grid)
     if _is_data(expression):
         value = torch.where(value > LARGEST, FOREVER, torch.where(value < -LARGEST, -LARGEST, value))
     return value.to(torch.int32)
@@ -657,28 +657,13 @@ def _is_data(expression: Expression) -> bool:
 _BOUNDED = ("document_start", "document_end", "running_topk_end")
 
 
-def bias_tensor(
-    bias: Expression,
-    env: Mapping[Node, object],
-    num_batch: int,
-    num_heads: int,
-    num_keys: int,
-    device: torch.device,
-) -> Tensor:
+def bias_tensor(bias: Expression, env: Mapping[Node, object], grid: Mapping[int, Tensor]) -> Tensor:
     """The key bias `[B|1, Hkv|1, K]`."""
-    return _vector(materialize(bias, env, _key_grid(num_batch, num_heads, num_keys, device)), num_keys, device)
+    return _vector(materialize(bias, env, grid), grid)
 
 
-def _key_grid(num_batch: int, num_heads: int, num_keys: int, device: torch.device) -> dict[int, Tensor]:
-    return {
-        BATCH: torch.arange(num_batch, device=device)[:, None, None],
-        HEAD: torch.arange(num_heads, device=device)[None, :, None],
-        KEY: torch.arange(num_keys, device=device)[None, None, :],
-    }
-
-
-def _vector(value: Tensor, num_keys: int, device: torch.device) -> Tensor:
+def _vector(value: Tensor, grid: Mapping[int, Tensor]) -> Tensor:
     """`[B|1, Hkv|1, K]` of what was computed over a key grid."""
-    value = value.to(device)
+    value = value.to(grid[KEY].device)
     value = value[(None,) * (3 - value.dim())]
-    return value.expand(*value.shape[:2], num_keys)
+    return value.expand(*value.shape[:2], grid[KEY].size(-1))

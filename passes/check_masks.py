@@ -15,9 +15,11 @@ from typing import Any
 
 import sympy
 import torch
+from rewriter.kernels.reference import per_query_head
 from rewriter.passes.analyse_masks import MaskProof
 from rewriter.passes.analyse_masks import bias_tensor
 from rewriter.passes.analyse_masks import key_bounds
+from rewriter.passes.analyse_masks import key_grid
 from rewriter.passes.find_attention import AttentionSite
 from rewriter.passes.index_functions import Apply
 from rewriter.passes.index_functions import Const
@@ -63,13 +65,13 @@ def _compare(site: AttentionSite, proof: MaskProof, trial: _Trial) -> str | None
     query, key = (trial.sizes(node) for node in (site.query, site.key))  # type: ignore[arg-type]
     num_batch, num_heads, num_queries, num_keys = query[0], key[1] if len(key) == 4 else 1, query[-2], key[-2]
     group = query[1] // num_heads if len(query) == 4 else 1
-    grid = (num_batch, num_heads, num_keys, torch.device("cpu"))
+    grid = key_grid(num_batch, num_heads, num_keys, torch.device("cpu"))
     index = torch.arange(num_queries)[:, None]
     start, end = (
-        key_bounds(_scaled_down(e, trial.fewer), trial, *grid) for e in (proof.interval.start, proof.interval.end)
+        key_bounds(_scaled_down(e, trial.fewer), trial, grid) for e in (proof.interval.start, proof.interval.end)
     )
     proven = (start[:, :, None, :] <= index) & (index < end[:, :, None, :])
-    proven = proven.repeat_interleave(group, dim=1) if proven.size(1) > 1 else proven
+    proven = per_query_head(proven, group)
     heads = max([1, *(trial.sizes(term.node)[1] for term in site.masks if len(shape(term.node)) == 4)])
     logits = torch.zeros(num_batch, heads, num_queries, num_keys, dtype=torch.float64)
     hidden = torch.zeros_like(logits, dtype=torch.bool)
@@ -90,9 +92,7 @@ def _compare(site: AttentionSite, proof: MaskProof, trial: _Trial) -> str | None
             return "an additive mask takes a value that is neither 0 nor masking"
     actual = torch.zeros_like(logits)
     if proof.bias is not None:
-        bias = bias_tensor(proof.bias, trial, *grid)
-        bias = bias.repeat_interleave(group, dim=1) if bias.size(1) > 1 else bias
-        actual = actual + bias[:, :, None, :]
+        actual = actual + per_query_head(bias_tensor(proof.bias, trial, grid), group)[:, :, None, :]
     wrong = proven.expand(hidden.shape) == hidden
     if bool(wrong.any()):
         b, h, i, j = wrong.nonzero()[0].tolist()

@@ -16,6 +16,7 @@ from rewriter.kernels import LiveRanges
 from rewriter.passes.analyse_masks import MaskProof
 from rewriter.passes.analyse_masks import bias_tensor
 from rewriter.passes.analyse_masks import key_bounds
+from rewriter.passes.analyse_masks import key_grid
 from rewriter.passes.apply_policy import PlannedSite
 from rewriter.passes.apply_policy import PolicyError
 from rewriter.passes.apply_policy import SiteTensors
@@ -116,11 +117,11 @@ def _emit_ranges(
         input_ids = next(given) if ids else None
         parameters = dict(zip(plan.parameters, given, strict=True))
         num_keys = key.size(2)
-        grid = (key.size(0), key.size(1), num_keys, key.device)
-        start, end, segment = (key_bounds(e, env, *grid) for e in expressions[:3])
+        grid = key_grid(key.size(0), key.size(1), num_keys, key.device)
+        start, end, segment = (key_bounds(e, env, grid) for e in expressions[:3])
         live = LiveRanges(start, end)
         extra = plan.policy.live_ranges(SiteTensors(live, segment, input_ids, query, key, value, parameters))
-        bias = None if proof.bias is None else bias_tensor(proof.bias, env, *grid)
+        bias = None if proof.bias is None else bias_tensor(proof.bias, env, grid)
         if isinstance(extra, tuple):
             extra, own_bias = extra
             bias = own_bias if bias is None else bias + own_bias

@@ -95,25 +95,30 @@ class KeySlots:
         self.bias[:, :, used] = bias.expand(*shape, num_keys).gather(2, chosen)
         self.length = num_keys
 
-    def push(self, key: Tensor, value: Tensor, end: Tensor, rank: Tensor, bias: Tensor) -> None:
+    def push(
+        self, key: Tensor, value: Tensor, end: Tensor, rank: Tensor, bias: Tensor, *, ends: Tensor | None = None
+    ) -> None:
         """Takes the next key of every row, in a slot whose key is dead; a key that nobody sees takes none.
 
         Args:
             key, value: `[B, Hkv, 1, D]` and `[B, Hkv, 1, Dv]`.
             end, rank, bias: `[B, Hkv, 1]`; the end is the first query that does not see it, its own index for none.
+            ends: int32 `[B, Hkv, C]`, the ends of the keys in the slots where the new key changes them.
 
         Raises:
             CacheError: a row has no free slot, or the sizes are not the slots' own.
         """
         self._check(key, value, one=True)
         now = self.length
-        free = self.end <= now
+        free = (self.end if ends is None else ends) <= now
         seen = end > now
         slot = free.int().argmax(dim=2, keepdim=True)
         if bool((seen & ~free.gather(2, slot)).any()):
             raise CacheError(
                 f"all {self.capacity} slots hold living keys at index {now}; the policy's pressure is higher"
             )
+        if ends is not None:
+            self.end.copy_(ends)
         for store, new in ((self.key, key), (self.value, value)):
             at = _expanded(slot, store)
             store.scatter_(2, at, torch.where(seen[..., None], new.to(store.dtype), store.gather(2, at)))
@@ -187,9 +192,9 @@ def push_dynamic_mask(
     worst = torch.where(best & (ranked == lowest), slots.index, FREE).argmax(dim=2, keepdim=True)
     wins = ~rank.isnan() & (~full | (rank > lowest))
     leaves = slots.index.gather(2, worst) + policy.local
-    slots.end.scatter_(2, worst, torch.where(wins & full, leaves.clamp(min=now), slots.end.gather(2, worst)))
+    ends = slots.end.scatter(2, worst, torch.where(wins & full, leaves.clamp(min=now), slots.end.gather(2, worst)))
     end = torch.where(wins, FOREVER, torch.where(rank.isnan(), now, now + policy.local))
-    slots.push(key, value, end.to(torch.int32), rank, bias)
+    slots.push(key, value, end.to(torch.int32), rank, bias, ends=ends)
 
 
 def _expanded(slot: Tensor, store: Tensor) -> Tensor:

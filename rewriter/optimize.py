@@ -68,13 +68,11 @@ def optimize(
     optimized = OptimizedModel(
         model, policy or Exact(), backend=backend, strict=strict, dump=None if dump is None else Path(dump)
     )
+    inputs = None if example_inputs is None else _arguments(example_inputs)
     if optimized.policy.adds_parameters:
-        positional, named = (
-            _dummy_inputs(model, optimized.policy) if example_inputs is None else _arguments(example_inputs)
-        )
-        optimized._add_parameters(positional, named)
-    if example_inputs is not None:
-        positional, named = _arguments(example_inputs)
+        optimized._add_parameters(*(inputs or _dummy_inputs(model, optimized.policy)))
+    if inputs is not None:
+        positional, named = inputs
         with torch.no_grad():
             optimized(*positional, **named)
     return optimized

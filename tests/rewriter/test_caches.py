@@ -163,6 +163,10 @@ def test_bad_input_leaves_the_slots_as_they_were() -> None:
     two = KeySlots(2, 2, 3, 4, 4)
     with pytest.raises(CacheError, match=r"key is \[1, 2, 1, 4\], expected \[2, 2, 1, 4\]"):
         push_dynamic_mask(two, policy, key[:, :, :1], value[:, :, :1], rank[:, :, :1], bias[:, :, :1])
+    best = torch.full_like(rank[:, :, :2], 1e9)
+    with pytest.raises(CacheError, match="one key at a time"):
+        push_dynamic_mask(slots, policy, key[:, :, :2], value[:, :, :2], best, bias[:, :, :2])
+    assert bool((slots.end == FOREVER).all()), "the key that would have left is still there"
     with pytest.raises(CacheError, match="slots know no window"):
         dynamic_mask_slots(DynamicMask(3, on_window="intersect"), key, value, LiveRanges.causal(10), rank, bias)
     new = (key[:, :, :1], value[:, :, :1])

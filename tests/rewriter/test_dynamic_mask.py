@@ -342,7 +342,7 @@ def test_a_sixteen_bit_model_has_scores_in_fp32(law: SimpleNamespace, tiny_model
 
 
 class Stop(nn.Module):
-    """A model without `dummy_inputs`, whose second attention runs only for long inputs."""
+    """A model without `dummy_inputs`, two attentions in one module; the call says which of them run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -477,7 +477,7 @@ def test_a_key_with_a_nan_score_is_never_seen() -> None:
 
 @contextmanager
 def saved_bytes() -> Iterator[list[int]]:
-    """What autograd keeps for the backward, inputs of the graph left out by `packed`."""
+    """What autograd keeps for the backward."""
     total = [0]
 
     def pack(tensor: Tensor) -> Tensor:
