@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rewriter.kernels.cpu import attention as cpu
+from rewriter.kernels.cpu import decode as cpu_decode
 from rewriter.kernels.cpu import key_scores as cpu_key_scores
 from rewriter.kernels.gpu import backward as gpu_backward
 from rewriter.kernels.gpu import decode as gpu_decode
@@ -338,6 +339,10 @@ def _forward_cpu(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     logits = _logits(query, key, query_index, key_index, bias, alibi_slopes, scale, softcap)
+    if query.size(2) <= cpu_decode.MAX_QUERIES:
+        decoded = cpu_decode.decode(query, key, value, start, end, sinks, logits)
+        if decoded is not None:
+            return decoded
     return cpu.forward(query, key, value, start, end, sinks, logits)
 
 

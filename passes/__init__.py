@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from rewriter.passes.apply_policy import Extended
 from rewriter.passes.apply_policy import Policy
 from rewriter.passes.apply_policy import PolicyError
 from rewriter.passes.apply_policy import SiteTensors
+from rewriter.passes.apply_policy import Slots
+from rewriter.passes.lower_cached import CachedGraphs
+from rewriter.passes.lower_cached import CacheLayout
+from rewriter.passes.lower_cached import NotCacheable
 from rewriter.passes.pipeline import Rewritten
 from rewriter.passes.pipeline import rewrite
 
-__all__ = ["Policy", "PolicyError", "Rewritten", "SiteTensors", "rewrite"]
+__all__ = [
+    "CacheLayout",
+    "CachedGraphs",
+    "Extended",
+    "NotCacheable",
+    "Policy",
+    "PolicyError",
+    "Rewritten",
+    "SiteTensors",
+    "Slots",
+    "rewrite",
+]

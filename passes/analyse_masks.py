@@ -49,6 +49,7 @@ from torch.fx import Node
 
 BATCH, HEAD, ROW, KEY = range(4)
 GROUP = 4  # of the query heads of one KV head; HEAD counts KV heads
+PLACE = 5  # of a key among those of a call that continues a text; KEY is its index in the text
 
 LARGEST = 2**30
 """Constant offsets are cut to this: no row is that far, and sums stay in int32. A clamp in the graph would do the same,
@@ -578,7 +579,7 @@ def materialize(expression: Expression, env: Mapping[Node, object], axes: Mappin
             tensor = env[e.node]
             assert isinstance(tensor, Tensor)
             # Constant indices select, from the last dimension on: a traced index of no dimensions would be read as a number.
-            places = list(e.indices)
+            places = [substitute(i, {KEY: Axis(PLACE)}) if PLACE in axes else i for i in e.indices]
             for dim in reversed(range(len(places))):
                 if isinstance(place := places[dim], Const):
                     tensor = tensor.select(dim, int(place.value))
@@ -629,13 +630,22 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def key_grid(num_batch: int, num_heads: int, num_keys: int, device: torch.device) -> dict[int, Tensor]:
-    """The indices of all keys, for `key_bounds` and `bias_tensor`."""
-    return {
+def key_grid(
+    num_batch: int, num_heads: int, num_keys: int, device: torch.device, first: Tensor | None = None
+) -> dict[int, Tensor]:
+    """The indices of all keys, for `key_bounds` and `bias_tensor`.
+
+    Args:
+        first: integer `[1]`, the index of the first key where a call continues a text; what a call is given has its own
+            places, from 0 on.
+    """
+    place = torch.arange(num_keys, device=device)[None, None, :]
+    grid = {
         BATCH: torch.arange(num_batch, device=device)[:, None, None],
         HEAD: torch.arange(num_heads, device=device)[None, :, None],
-        KEY: torch.arange(num_keys, device=device)[None, None, :],
+        KEY: place if first is None else place + first,
     }
+    return grid if first is None else {**grid, PLACE: place}
 
 
 def key_bounds(expression: Expression, env: Mapping[Node, object], grid: Mapping[int, Tensor]) -> Tensor:

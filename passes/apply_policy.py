@@ -1,7 +1,7 @@
 """Apply a policy: for each proven site, the live ranges that replace its mask.
 
 A policy says from a site's tensors which keys live how long; the model's own ranges, recovered from its mask, are
-intersected with the policy's. The pass decides and refuses; `lower` emits.
+intersected with the policy's. The pass decides and refuses; `lower` and `lower_cached` emit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from rewriter.passes.analyse_masks import MaskProof
 from rewriter.passes.find_attention import AttentionSite
 from rewriter.passes.index_functions import rank
 from rewriter.passes.index_functions import shape
+from rewriter.passes.rotations import Rotation
+from rewriter.passes.rotations import Unrotatable
+from rewriter.passes.rotations import find_rotation
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx import Node
@@ -32,6 +35,9 @@ class SiteTensors:
         live: the model's own live ranges, from its proven mask.
         segment: int32 `[B|1, 1, K]`, the same for all keys of a document (of the row, where there are none) and rising
             from document to document; 0 for keys of padding.
+        index: int32 `[1, 1, K]`, each key's place in its row, which is also its query's index; 0 .. K - 1 where no earlier
+            keys are in a cache.
+        origin: int32 `[B|1, 1, 1]`, the index of each row's first token that is not padding.
         input_ids: `[B, K]`, or None where the policy does not ask for them.
         query: `[B, Hq, Q, D]`.
         key: `[B, Hkv, K, D]`.
@@ -41,11 +47,68 @@ class SiteTensors:
 
     live: LiveRanges
     segment: Tensor
+    index: Tensor
+    origin: Tensor
     input_ids: Tensor | None
     query: Tensor
     key: Tensor
     value: Tensor
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_token(self) -> Tensor:
+        """bool `[B|1, 1, K]`: the key is ever seen; false for padding."""
+        return self.live.end > self.live.start
+
+    @staticmethod
+    def first_token(live: LiveRanges, index: Tensor) -> Tensor:
+        """int32 `[B|1, 1, 1]`: the index of the first key that is ever seen, `NO_TOKEN` where there is none."""
+        return torch.where(live.end > live.start, index, NO_TOKEN).amin(dim=(1, 2), keepdim=True)
+
+
+NO_TOKEN = 2**30
+"""The `origin` of a row that has held nothing but padding so far."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The keys of a cache when new ones come, as a policy sees them.
+
+    Attributes:
+        index: int32 `[B, H, C]`, H the KV heads or 1; negative in a slot without a living key.
+        end: int32 `[B, H, C]`, the policy's end as far as it was known; `FOREVER` while it is not.
+        fields: what the policy keeps of each key, by the names of its `slot_fields`, `[B, H, C]` each.
+        rows: what it keeps of each row, by the names of its `row_fields`, `[B, 1, 1]` each.
+    """
+
+    index: Tensor
+    end: Tensor
+    fields: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor]
+
+    @property
+    def alive(self) -> Tensor:
+        return self.index >= 0
+
+
+@dataclass(frozen=True)
+class Extended:
+    """What a policy makes of new keys that join those of a cache.
+
+    Attributes:
+        slot_end: int32 `[B|1, H|1, C]`, the ends of the keys in the slots; only earlier ones count.
+        end: int32 `[B|1, H|1, K]`, the new keys' ends, `FOREVER` while not known.
+        fields, rows: as in `Slots`, of the new keys, and after them.
+        bias: `[B|1, H|1, K]` of the new keys, added to their logits; None for none.
+        times: int32 `[B, 1, E]`, the queries after which keys are dropped; only where positions are places.
+    """
+
+    slot_end: Tensor
+    end: Tensor
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    bias: Tensor | None = None
+    times: Tensor | None = None
 
 
 class Policy(Protocol):
@@ -71,8 +134,38 @@ class Policy(Protocol):
     def reads_site(self) -> bool:
         """Whether the ranges depend on query, key or value, and so cannot be shared by several sites."""
 
+    @property
+    def positions(self) -> str:
+        """"text": a token's position is its place in the text; "cache": its place among the keys that live."""
+
+    @property
+    def most_carried(self) -> int:
+        """The most keys that are alive after a compaction; asked for where positions are places."""
+
+    @property
+    def competes(self) -> bool:
+        """Whether a key that the model's own mask hides still counts among the policy's keys."""
+
+    @property
+    def slot_fields(self) -> Mapping[str, torch.dtype]:
+        """What a cache keeps of each key for the policy."""
+
+    @property
+    def row_fields(self) -> Mapping[str, torch.dtype]:
+        """What a cache keeps of each row for the policy; -1 at first."""
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the policy adds a bias per key."""
+
+    def needs_order(self, one: bool) -> bool:
+        """Whether `extend` wants the slots oldest first, when one new key comes, or several."""
+
     def live_ranges(self, site: SiteTensors) -> LiveRanges | tuple[LiveRanges, Tensor] | None:
         """The policy's own ranges, and with a bias per key if it has one; None to keep the model's ranges."""
+
+    def extend(self, slots: Slots, site: SiteTensors) -> Extended:
+        """The same for new keys that join those of a cache."""
 
     def for_layer(self, layer: int) -> Policy:
         """The policy of one attention site, counted from 0 in the order of the graph."""
@@ -92,6 +185,7 @@ class PlannedSite:
     proof: MaskProof | None = None
     input_ids: Node | None = None
     parameters: dict[str, Node] = field(default_factory=dict)
+    rotations: tuple[Rotation, Rotation] | None = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -152,11 +246,32 @@ def apply_policy(
             site.reason = (
                 f"{type(own).__name__} has parameters for each KV head, and here heads are folded into the batch"
             )
+        elif own.positions == "cache" and (plan.proof.interval.sliding or plan.proof.bias is not None):
+            site.reason = (
+                f"{type(own).__name__} numbers keys by their place in the cache, and the distances of the model's own mask "
+                f"({plan.proof.name}) are in the text"
+            )
         else:
             plan.parameters = parameters.get(layer, {})
             if own.needs_input_ids:
                 plan.input_ids = _input_ids(module, site, type(own).__name__)
+            if own.positions == "cache":
+                try:
+                    plan.rotations = _rotations(module, site, {s.node for s in sites})
+                except Unrotatable as reason:
+                    site.reason = f"{type(own).__name__} numbers keys by their place in the cache, and {reason}"
     return planned
+
+
+def _rotations(module: GraphModule, site: AttentionSite, attentions: set[Node]) -> tuple[Rotation, Rotation]:
+    """How query and key come from what does not depend on positions."""
+    assert site.query is not None and site.key is not None and site.value is not None
+    inputs = {node.meta.get("source"): node for node in module.graph.nodes if node.op == "placeholder"}
+    positions = next((n for s, n in inputs.items() if s == "position_ids" and isinstance(n.meta["val"], Tensor)), None)
+    if positions is None:
+        raise Unrotatable("the model does not read position_ids")
+    query, key = (find_rotation(node, positions, site.value, attentions) for node in (site.query, site.key))
+    return query, key
 
 
 @torch.library.custom_op("rewriter::policy_parameters", mutates_args=())

@@ -23,6 +23,21 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 
 @dataclass(frozen=True)
+class GraphInput:
+    """What a placeholder holds.
+
+    Attributes:
+        kind: "parameter" or "buffer" of the model, "argument" of the call, or "constant": a tensor from elsewhere.
+        name: qualified name, or the argument's.
+        value: when captured.
+    """
+
+    kind: str
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
 class CapturedGraph:
     """A pre-dispatch ATen graph.
 
@@ -30,10 +45,12 @@ class CapturedGraph:
         module: the graph; each placeholder's `meta["source"]` says where its value comes from, `meta["is_parameter"]`
             whether that is a parameter of the model.
         buffers: the model's buffers among the placeholders, with their qualified names and present values.
+        inputs: what each placeholder that is not a symbolic size holds, in order.
     """
 
     module: GraphModule
     buffers: dict[Node, tuple[str, Tensor]]
+    inputs: tuple[GraphInput, ...] = ()
 
 
 def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> CapturedGraph:
@@ -57,6 +74,7 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
     with fake_mode, torch._dynamo.config.patch(specialize_float=True):
         module = make_fx(run, pre_dispatch=True)(*fakes)
     buffers = {}
+    inputs = []
     traced = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, original, value in zip(traced, placeholders, example_inputs, strict=True):
         source = getattr(original, "_dynamo_source", None)
@@ -65,7 +83,17 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
         node.meta["is_parameter"] = "._parameters[" in str(path)
         if isinstance(value, Tensor) and "._buffers[" in str(path):
             buffers[node] = (node.meta["source"], value)
-    return CapturedGraph(module, buffers)
+        if isinstance(node.meta["val"], Tensor):
+            inputs.append(GraphInput(_kind(str(path)), node.meta["source"], value))
+    return CapturedGraph(module, buffers, tuple(inputs))
+
+
+def _kind(path: str) -> str:
+    if "._parameters[" in path:
+        return "parameter"
+    if "._buffers[" in path:
+        return "buffer"
+    return "argument" if "._modules[" not in path and re.fullmatch(r"L(\['\w+'\])(\['[\w.]+'\])?", path) else "constant"
 
 
 class _Inlined(torch.fx.Interpreter):

@@ -1,4 +1,4 @@
-"""The pipeline: capture -> canonicalize -> find attention -> analyse masks -> apply policy -> lower.
+"""The pipeline: capture -> canonicalize -> find attention -> analyse masks -> apply policy -> lower, or lower to slots.
 
 One order, one place. Each pass returns what it did; `Rewritten` is their sum.
 """
@@ -20,12 +20,15 @@ from rewriter.passes.apply_policy import Policy
 from rewriter.passes.apply_policy import apply_policy
 from rewriter.passes.canonicalize import Canonicalized
 from rewriter.passes.canonicalize import canonicalize
+from rewriter.passes.capture import GraphInput
 from rewriter.passes.capture import capture
 from rewriter.passes.check_masks import check_mask
 from rewriter.passes.find_attention import AttentionSite
 from rewriter.passes.find_attention import find_attention
 from rewriter.passes.index_functions import IndexFunctions
 from rewriter.passes.lower import lower
+from rewriter.passes.lower_cached import CachedGraphs
+from rewriter.passes.lower_cached import lower_cached
 from torch.fx import GraphModule
 
 
@@ -39,6 +42,8 @@ class Rewritten:
         canonicalized: what canonicalization changed.
         constants: qualified names of the buffers that proofs have read.
         seconds: time of each pass.
+        inputs: what the placeholders of the graph hold, symbolic sizes left out.
+        cached: the graphs that go on from a cache, where they were asked for.
     """
 
     module: GraphModule
@@ -46,6 +51,8 @@ class Rewritten:
     canonicalized: Canonicalized | None = None
     constants: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    inputs: tuple[GraphInput, ...] = ()
+    cached: CachedGraphs | None = None
 
 
 def rewrite(
@@ -54,6 +61,7 @@ def rewrite(
     policy: Policy,
     *,
     replace: bool = True,
+    cached: bool = False,
     dump: Path | None = None,
 ) -> Rewritten:
     """Runs all passes over a Dynamo graph.
@@ -61,10 +69,12 @@ def rewrite(
     Args:
         example_inputs: the values of the graph's placeholders.
         replace: False to analyse only.
+        cached: lower to slots, instead; the graph's arguments are then the new tokens of a text.
         dump: folder for the graph's code before and after each pass.
 
     Raises:
         PolicyError: the policy cannot be applied to these inputs.
+        NotCacheable: `cached` is asked for, and a site cannot go on from a cache.
     """
     seconds: dict[str, float] = {}
     began = time.perf_counter()
@@ -90,11 +100,15 @@ def rewrite(
     done("analyse-masks", module)
     planned = apply_policy(module, sites, proofs, policy)
     done("apply-policy", module)
-    if replace:
+    graphs = None
+    if cached:
+        graphs = lower_cached(module, planned)
+        done("lower-to-slots", graphs.one)
+    elif replace:
         lower(module, planned)
         done("lower", module)
     read = dict.fromkeys(captured.buffers[node][0] for proof in proofs.values() for node in proof.constants)
-    return Rewritten(module, planned, canonicalized, list(read), seconds)
+    return Rewritten(module, planned, canonicalized, list(read), seconds, captured.inputs, graphs)
 
 
 def _analyse(sites: list[AttentionSite], functions: IndexFunctions, constants: dict[Any, Any]) -> dict[int, MaskProof]:

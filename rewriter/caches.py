@@ -1,202 +1,228 @@
-"""The KV cache as a register file: keys of one attention in fixed slots, reused when a key's live range has ended."""
+"""The KV cache as a register file: keys in fixed slots, reused when a key's live range has ended.
+
+`LiveRangeCache` is a transformers `Cache`, whatever the policy: the layout comes from the pass that lowered the model to
+slots, and the graphs of that pass change it in place. What is here makes it, and does to it what generation asks for.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from rewriter.kernels import FOREVER
-from rewriter.kernels import LiveRanges
-from rewriter.kernels import live_range_attention
-from rewriter.policies import DynamicMask
-
-FREE = -1
-"""The `index` of a slot that has never held a key."""
+from rewriter.passes import CacheLayout
+from rewriter.passes.apply_policy import NO_TOKEN
+from rewriter.passes.lower_cached import FREE
 
 
 class CacheError(ValueError):
     """A cache cannot take what it was given; it is as it was before."""
 
 
-class KeySlots:
-    """The keys and values of one attention that may still be seen, in as many slots as ever live at once.
+class LiveRangeCache(Cache):
+    """Keys and values that may still be seen, in as many slots as ever live at once. Made by `OptimizedModel.new_cache`.
 
-    A slot is free when its key's range has ended. All tensors are made once, and changed in place.
+    All tensors are made at the first call, which decides the batch size, and changed in place from then on.
 
     Args:
-        batch_size, num_kv_heads, capacity, head_dim, value_dim: sizes; the capacity is the policy's pressure.
-        dtype, device: of keys and values.
+        layout: of the model's graphs.
+        max_length: tokens that a row may have in all, padding included, where the policy forgets too little to bound the
+            slots; None for no more than the policy's own bound.
+        device: of all tensors.
 
     Attributes:
-        key: `[B, Hkv, C, D]`.
-        value: `[B, Hkv, C, Dv]`.
-        index: int32 `[B, Hkv, C]`, the place of each slot's key in its row, or `FREE`.
-        end: int32 `[B, Hkv, C]`, the first query that no longer sees it, as far as is known; 0 in a free slot.
-        rank, bias: fp32 `[B, Hkv, C]`, what a policy ranks keys by, and what is added to their logits.
-        length: keys taken so far, those forgotten included: the index of the next one.
+        length: tokens taken so far, those forgotten and those of padding included.
+        capacities: slots of each table of ranges.
+
+    Raises:
+        CacheError: `max_length` is left out, and a table has no bound of its own.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        num_kv_heads: int,
-        capacity: int,
-        head_dim: int,
-        value_dim: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
-        shape = (batch_size, num_kv_heads, capacity)
-        self.key = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        self.value = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
-        self.index = torch.full(shape, FREE, dtype=torch.int32, device=device)
-        self.end = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.rank = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.bias = torch.zeros(shape, dtype=torch.float32, device=device)
+    def __init__(self, layout: CacheLayout, max_length: int | None, device: torch.device) -> None:
+        unbounded = [t for t in layout.tables if t.capacity(FOREVER) == FOREVER]
+        if max_length is None and unbounded:
+            raise CacheError(
+                f"under {unbounded[0].policy} every key may live on, so the cache needs a max_length: the tokens of a row, prompt "
+                "and generated ones together"
+            )
+        if max_length is not None and max_length < 1:
+            raise CacheError(f"max_length must be at least 1, got {max_length}")
+        super().__init__(layers=[_Layer(self, number) for number in range(len(layout.sites))])
+        self.layout = layout
+        self.max_length = max_length if unbounded else None
+        self.device = device
+        self.capacities = [t.capacity(FOREVER if max_length is None else max_length) for t in layout.tables]
         self.length = 0
+        self.tables: list[dict[str, Tensor]] = []
+        self.stores: list[dict[str, Tensor]] = []
 
     @property
-    def capacity(self) -> int:
-        return self.key.size(2)
+    def batch_size(self) -> int:
+        """Rows; -1 before the first call."""
+        return self.stores[0]["key"].size(0) if self.stores else -1
 
-    def fill(self, key: Tensor, value: Tensor, live: LiveRanges, rank: Tensor, bias: Tensor) -> None:
-        """Takes the keys of a whole prompt, of which those that a later query may see are kept.
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all tensors."""
+        return sum(t.numel() * t.element_size() for t in self.state())
 
-        Args:
-            key, value: `[B, Hkv, K, D]` and `[B, Hkv, K, Dv]`.
-            live: ranges of these keys, as far as these keys decide them; the next query has index K.
-            rank, bias: `[B, Hkv, K]`.
-
-        Raises:
-            CacheError: the slots hold keys already, or are fewer than the keys that live on.
-        """
-        if self.length:
-            raise CacheError(f"the slots have taken {self.length} keys already; make new ones for another prompt")
-        self._check(key, value, one=False)
-        num_keys, shape = key.size(2), self.end.shape[:2]
-        end = live.end.expand(*shape, num_keys)
-        # A key whose range ends with the prompt is not seen by the next query.
-        survives = end > num_keys
-        most = int(survives.sum(dim=2).max()) if num_keys else 0
-        if most > self.capacity:
-            raise CacheError(
-                f"{most} of the prompt's keys live on, and there are {self.capacity} slots; give more slots"
-            )
-        # The survivors first, in their order.
-        chosen = survives.int().argsort(dim=2, descending=True, stable=True)[:, :, : self.capacity]
-        kept = survives.gather(2, chosen)
-        used = slice(0, chosen.size(2))
-        self.key[:, :, used] = key.gather(2, _expanded(chosen, key))
-        self.value[:, :, used] = value.gather(2, _expanded(chosen, value))
-        self.index[:, :, used] = torch.where(kept, chosen, FREE).to(torch.int32)
-        self.end[:, :, used] = torch.where(kept, end.gather(2, chosen), 0)
-        self.rank[:, :, used] = rank.expand(*shape, num_keys).gather(2, chosen)
-        self.bias[:, :, used] = bias.expand(*shape, num_keys).gather(2, chosen)
-        self.length = num_keys
-
-    def push(
-        self, key: Tensor, value: Tensor, end: Tensor, rank: Tensor, bias: Tensor, *, ends: Tensor | None = None
-    ) -> None:
-        """Takes the next key of every row, in a slot whose key is dead; a key that nobody sees takes none.
-
-        Args:
-            key, value: `[B, Hkv, 1, D]` and `[B, Hkv, 1, Dv]`.
-            end, rank, bias: `[B, Hkv, 1]`; the end is the first query that does not see it, its own index for none.
-            ends: int32 `[B, Hkv, C]`, the ends of the keys in the slots where the new key changes them.
+    def allocate(self, batch_size: int) -> None:
+        """Makes the tensors, for so many rows.
 
         Raises:
-            CacheError: a row has no free slot, or the sizes are not the slots' own.
+            CacheError: they are there, for another number of rows.
         """
-        self._check(key, value, one=True)
-        now = self.length
-        free = (self.end if ends is None else ends) <= now
-        seen = end > now
-        slot = free.int().argmax(dim=2, keepdim=True)
-        if bool((seen & ~free.gather(2, slot)).any()):
+        if self.stores and self.batch_size != batch_size:
             raise CacheError(
-                f"all {self.capacity} slots hold living keys at index {now}; the policy's pressure is higher"
+                f"the cache holds {self.batch_size} rows and the call has {batch_size}; a cache goes on with the rows it began "
+                "with: make another with new_cache()"
             )
-        if ends is not None:
-            self.end.copy_(ends)
-        for store, new in ((self.key, key), (self.value, value)):
-            at = _expanded(slot, store)
-            store.scatter_(2, at, torch.where(seen[..., None], new.to(store.dtype), store.gather(2, at)))
-        own_index = torch.full_like(end, now)
-        for store, new in ((self.index, own_index), (self.end, end), (self.rank, rank), (self.bias, bias)):
-            store.scatter_(2, slot, torch.where(seen, new.to(store.dtype), store.gather(2, slot)))
-        self.length = now + 1
+        if not self.stores:
+            self.tables = [
+                {s.name: s.make(batch_size, capacity, self.device) for s in table.state}
+                for table, capacity in zip(self.layout.tables, self.capacities, strict=True)
+            ]
+            self.stores = [
+                {s.name: s.make(batch_size, self.capacities[site.table], self.device) for s in site.state}
+                for site in self.layout.sites
+            ]
 
-    def _check(self, key: Tensor, value: Tensor, *, one: bool) -> None:
-        for name, given, store in (("key", key, self.key), ("value", value, self.value)):
-            sizes = (*store.shape[:2], 1 if one else key.size(2), store.size(3))
-            if tuple(given.shape) != sizes:
+    def state(self) -> list[Tensor]:
+        """All tensors, in the order of the graphs' inputs."""
+        return [t for part in (*self.tables, *self.stores) for t in part.values()]
+
+    def check_room(self, num_new: int) -> None:
+        """Raises `CacheError` where so many more tokens do not fit."""
+        if self.max_length is not None and self.length + num_new > self.max_length:
+            raise CacheError(
+                f"the cache has {self.length} of at most {self.max_length} tokens, and {num_new} more do not fit; make a "
+                "larger one with new_cache(max_length=...)"
+            )
+        if self.length + num_new >= NO_TOKEN:
+            raise CacheError(f"a cache takes fewer than {NO_TOKEN} tokens, this one has {self.length}")
+
+    def living_keys(self, table: int = 0) -> Tensor:
+        """How many slots hold a key that the next query sees: int64 `[B, H]`."""
+        return (self.tables[table]["end"] > self.length).sum(dim=2)
+
+    # What transformers asks of a cache.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1 if self.max_length is None else self.max_length
+
+    def reset(self) -> None:
+        """Forgets everything; the memory stays."""
+        for layout, table in zip(self.layout.tables, self.tables, strict=False):
+            for state in layout.state:
+                table[state.name].fill_(state.fill)
+        self.length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row `beam_idx[b]` was."""
+        self._check_rows(beam_idx)
+        if beam_idx.numel() != self.batch_size:
+            raise CacheError(f"beam_idx has {beam_idx.numel()} rows, the cache {self.batch_size}")
+        for tensor, batched in self._with_batch():
+            if batched:
+                tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows, in this order; they may repeat."""
+        self._check_rows(indices)
+        for layouts, parts in ((self.layout.tables, self.tables), (self.layout.sites, self.stores)):
+            for layout, part in zip(layouts, parts, strict=True):
+                for state in layout.state:
+                    if "B" in state.shape:
+                        part[state.name] = part[state.name].index_select(0, indices.to(part[state.name].device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last tokens back.
+
+        Args:
+            tokens_to_remove: their number, as transformers has it: negative, or 0.
+
+        Raises:
+            CacheError: keys that would live again have been forgotten, or keys' ends depend on the tokens that would go.
+        """
+        if tokens_to_remove > 0:
+            raise CacheError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
+        length = self.length + tokens_to_remove
+        if length < 0:
+            raise CacheError(f"cannot remove {-tokens_to_remove} tokens, the cache has {self.length}")
+        if tokens_to_remove == 0:
+            return
+        if length == 0:
+            self.reset()
+            return
+        for layout, table in zip(self.layout.tables, self.tables, strict=True):
+            if not layout.policy.ends_alone:
                 raise CacheError(
-                    f"{name} is {list(given.shape)}, expected {list(sizes)}{' (one key at a time)' if one else ''}"
+                    f"under {layout.policy} keys make others leave, which cannot be taken back; only the whole cache can be "
+                    "cropped"
                 )
+            if int(table["forgotten"]) > length:
+                raise CacheError(
+                    f"keys that {length} tokens would still see are forgotten; the cache can be cropped to "
+                    f"{int(table['forgotten'])} tokens and more"
+                )
+        for table in self.tables:
+            gone = table["index"] >= length
+            table["end"].masked_fill_(gone, 0)
+            table["index"].masked_fill_(gone, FREE)
+            table["length"].fill_(length)
+            table["origin"].masked_fill_(table["origin"] >= length, NO_TOKEN)
+        self.length = length
 
-    def attend(self, query: Tensor, *, scale: float | None = None, softcap: float | None = None) -> Tensor:
-        """Attention of the last key's own query over the slots.
+    def _check_rows(self, rows: Tensor) -> None:
+        if not self.stores:
+            raise CacheError("the cache is empty; there are no rows yet")
+        if rows.dim() != 1 or rows.is_floating_point() or bool(((rows < 0) | (rows >= self.batch_size)).any()):
+            raise CacheError(f"rows must be integers from 0 to {self.batch_size - 1}, got {rows.tolist()}")
 
-        Args:
-            query: `[B, Hq, 1, D]`, of index `length - 1`.
+    def _with_batch(self) -> list[tuple[Tensor, bool]]:
+        layouts = [s for part in (*self.layout.tables, *self.layout.sites) for s in part.state]
+        return [(tensor, "B" in layout.shape) for layout, tensor in zip(layouts, self.state(), strict=True)]
 
-        Returns:
-            `[B, Hq, 1, Dv]`.
-        """
-        now = torch.full((1,), self.length - 1, dtype=torch.int32, device=query.device)
-        live = LiveRanges(self.index, self.end)
-        output = live_range_attention(
-            query, self.key, self.value, live, query_index=now, bias=self.bias, scale=scale, softcap=softcap
-        )
-        assert isinstance(output, Tensor)
-        return output
-
-
-def dynamic_mask_slots(
-    policy: DynamicMask, key: Tensor, value: Tensor, live: LiveRanges, rank: Tensor, bias: Tensor
-) -> KeySlots:
-    """The slots of one attention after a prompt: at most `keep + local` keys in each KV head.
-
-    Args:
-        key, value: `[B, Hkv, K, D]` and `[B, Hkv, K, Dv]` of the prompt.
-        live: its ranges under the policy.
-        rank, bias: `[B, Hkv, K]`, from `policy.score_keys`.
-    """
-    if policy.on_window != "refuse":
-        raise CacheError("slots know no window of the model's own; give a policy with on_window='refuse'")
-    capacity = policy.keep + policy.local
-    slots = KeySlots(key.size(0), key.size(1), capacity, key.size(3), value.size(3), dtype=key.dtype, device=key.device)
-    slots.fill(key, value, live, rank, bias)
-    return slots
+    def __repr__(self) -> str:
+        return f"LiveRangeCache({self.length} tokens, slots {self.capacities}, {max(self.batch_size, 0)} rows)"
 
 
-def push_dynamic_mask(
-    slots: KeySlots, policy: DynamicMask, key: Tensor, value: Tensor, rank: Tensor, bias: Tensor
-) -> None:
-    """The next key of every row meets the `keep` best so far; it, or the worst of them, leaves for good.
+class _Layer(CacheLayerMixin):
+    """One attention of a `LiveRangeCache`, as transformers sees it."""
 
-    The best are the slots that end never. What leaves is seen on as one of the last `local` keys, if it is one.
+    def __init__(self, cache: LiveRangeCache, number: int) -> None:
+        super().__init__()
+        self.cache, self.number = cache, number
 
-    Args:
-        key, value: `[B, Hkv, 1, D]` and `[B, Hkv, 1, Dv]`.
-        rank, bias: `[B, Hkv, 1]`, from `policy.score_keys`.
-    """
-    rank = rank.float()  # as keys of a prompt are ranked
-    now = slots.length
-    best = slots.end == FOREVER
-    full = best.sum(dim=2, keepdim=True) >= policy.keep
-    ranked = torch.where(best, slots.rank, torch.inf)
-    lowest = ranked.amin(dim=2, keepdim=True)
-    # Of equals the older wins: the newest of the worst is the one that leaves, and a newcomer must be better.
-    worst = torch.where(best & (ranked == lowest), slots.index, FREE).argmax(dim=2, keepdim=True)
-    wins = ~rank.isnan() & (~full | (rank > lowest))
-    leaves = slots.index.gather(2, worst) + policy.local
-    ends = slots.end.scatter(2, worst, torch.where(wins & full, leaves.clamp(min=now), slots.end.gather(2, worst)))
-    end = torch.where(wins, FOREVER, torch.where(rank.isnan(), now, now + policy.local))
-    slots.push(key, value, end.to(torch.int32), rank, bias, ends=ends)
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise CacheError(_ONLY_REWRITTEN)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise CacheError(_ONLY_REWRITTEN)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise CacheError(_ONLY_REWRITTEN)
+
+    def get_seq_length(self) -> int:
+        return self.cache.length
+
+    def get_max_length(self) -> int:
+        return self.cache.get_max_length()
+
+    get_max_cache_shape = get_max_length
 
 
-def _expanded(slot: Tensor, store: Tensor) -> Tensor:
-    """Places `[B, Hkv, N]` as the index of a gather from or scatter to `[B, Hkv, C, D]`."""
-    return slot[..., None].expand(*slot.shape, store.size(-1))
+_ONLY_REWRITTEN = (
+    "a LiveRangeCache is filled by the optimized model that made it; the original model needs a cache of transformers, such as "
+    "DynamicCache"
+)

@@ -96,7 +96,7 @@ def _analysed(model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs: d
         return graph.forward
 
     with torch.no_grad():
-        _guarded(_compiled(model, analyse), {}, args, kwargs)
+        guarded(traced_call(model, analyse), {}, args, kwargs)
     return results
 
 
@@ -124,7 +124,21 @@ class OptimizedModel(nn.Module):
         self._compile()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns for the same arguments, under the policy."""
+        """What the model returns for the same arguments, under the policy.
+
+        With `past_key_values=` a cache of `new_cache`, `input_ids` are the new tokens of a text, and the cache takes them;
+        such a call has no gradients.
+        """
+        if kwargs.get("past_key_values") is not None:
+            from rewriter.caches import LiveRangeCache
+            from rewriter.decoding import cached_forward
+
+            cache = kwargs["past_key_values"]
+            if isinstance(cache, LiveRangeCache):
+                others = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+                return cached_forward(self.decoder, cache, *args, **others)
+        if any(p.positions == "cache" for p in self.policy.parts()):
+            kwargs = self._with_positions(args, kwargs)
         if self._compiled_model[0] is not self.model or any(
             # A proof has read this buffer's values; when they are others, the proof is made anew.
             not _unchanged(self.model.get_buffer(name), *known)
@@ -132,16 +146,85 @@ class OptimizedModel(nn.Module):
         ):
             self._compile()
         parameters = dict(self.policy_parameters.named_parameters(remove_duplicate=False))
-        return _guarded(self._call, parameters, args, kwargs)
+        return guarded(self._call, parameters, args, kwargs)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        past_key_values: Any = None,
+        prefill_chunk: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Continues texts over the policy's own cache; transformers' `generate`, with all its modes and options.
+
+        Args:
+            inputs: int64 `[B, n]`, the prompts; `input_ids=` is the same. Pad shorter ones on the left, and give
+                `attention_mask`. With a cache that holds a text already: the whole text, or what follows.
+            past_key_values: a cache from `new_cache`, for several turns; a new one when left out.
+            prefill_chunk: most tokens of a prompt to run at once.
+            options: of `transformers.GenerationMixin.generate`.
+
+        Returns:
+            What the model's own `generate` returns.
+
+        Raises:
+            CacheError: the model cannot go on from a cache, or the cache cannot take the prompt; it is as it was.
+            RewriteError: the model has no `generate`.
+        """
+        if not hasattr(self.model, "generate"):
+            raise RewriteError(
+                f"{type(self.model).__name__} has no generate; models of transformers have, and others can be called step by step "
+                "with past_key_values=fast.new_cache(...)"
+            )
+        from rewriter.decoding import generate
+
+        return generate(self, self.decoder, inputs, past_key_values, prefill_chunk, options)
+
+    def new_cache(self, max_length: int | None = None) -> Any:
+        """An empty `LiveRangeCache` for this model and policy.
+
+        Args:
+            max_length: tokens of a row in all; needed where the policy does not bound the keys that live.
+
+        Raises:
+            CacheError: the model cannot go on from a cache, or `max_length` is needed.
+        """
+        return self.decoder.new_cache(max_length)
+
+    @property
+    def decoder(self) -> Any:
+        """The `rewriter.decoding.Decoder` of the model as it is now; made when first asked for."""
+        if self._decoder is None or not self._decoder.is_current or self._decoder.model is not self.model:
+            from rewriter.decoding import Decoder
+
+            self._decoder = Decoder(self, self._take)
+        return self._decoder
+
+    def _take(self, result: Rewritten) -> None:
+        self._check(result)
+        self._check_parameter_sites(result)
+        self.report.add(result)
+
+    def _with_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Positions are places in the cache; the graph needs to see where the model would have read them."""
+        if kwargs.get("position_ids") is not None:
+            raise PolicyError(f"{self.policy} gives tokens their positions; leave position_ids out")
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            raise PolicyError(f"{self.policy} gives tokens their positions, and needs input_ids [B, n]")
+        positions = torch.arange(ids.size(1), device=ids.device).expand(ids.size(0), -1).contiguous()
+        return {**kwargs, "position_ids": positions}
 
     def _compile(self) -> None:
         """Prepares to capture the model at the next call."""
         self._constants: dict[str, tuple[Tensor, int]] = {}
+        self._decoder: Any = None
         self._compiled_model = (self.model,)  # a tuple, or it would be a second submodule
-        self._call = _compiled(self.model, self._backend)
+        self._call = traced_call(self.model, self._backend)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_call": None, "_compiled_model": None, "_constants": {}, "report": Report()}
+        return {**self.__dict__, "_call": None, "_decoder": None, "_compiled_model": None, "_constants": {}, "report": Report()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what was pickled, compiles its own model at its first call."""
@@ -163,9 +246,7 @@ class OptimizedModel(nn.Module):
 
     def _backend(self, graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         result = rewrite(graph, example_inputs, self.policy, dump=self.dump)
-        self._check(result)
-        self._check_parameter_sites(result)
-        self.report.add(result)
+        self._take(result)
         for name in result.constants:
             buffer = self.model.get_buffer(name)
             self._constants[name] = (buffer, buffer._version)
@@ -201,18 +282,22 @@ class OptimizedModel(nn.Module):
         return f"policy={self.policy}, backend={self.backend!r}"
 
 
-def _compiled(model: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+def traced_call(
+    model: nn.Module, backend: Callable[..., Any], result: Callable[[Any], Any] = lambda output: output
+) -> Callable[..., Any]:
+    """`result(model(...))`, compiled as one graph by `backend`; it takes the policy's parameters first."""
+
     def call(policy_parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         if policy_parameters:
             torch.ops.rewriter.policy_parameters(list(policy_parameters.values()), " ".join(policy_parameters))
-        return model(*args, **kwargs)
+        return result(model(*args, **kwargs))
 
     # Dynamo keeps what it compiles with the code object and gives up after some entries: each model gets its own.
     own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
     return torch.compile(own, backend=backend, dynamic=True, fullgraph=True)
 
 
-def _guarded(
+def guarded(
     call: Callable[..., Any], policy_parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Calls a compiled model; errors of the passes come out as they are, those of capture with what to do."""

@@ -21,9 +21,14 @@ from torch import Tensor
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import running_topk_ranges
+from rewriter.kernels.compaction import CacheSizes
+from rewriter.kernels.compaction import separator_cache_ends
 from rewriter.kernels.live_ranges import plus_window
+from rewriter.passes import Extended
 from rewriter.passes import PolicyError
 from rewriter.passes import SiteTensors
+from rewriter.passes import Slots
+from rewriter.passes.apply_policy import NO_TOKEN
 
 PUNCTUATION = ".,?!;:\n\t"
 """Characters that separate segments of text; a space alone separates words, and is left out."""
@@ -39,6 +44,12 @@ class Policy:
         needs_whole_segments: refuse sites whose own mask hides earlier keys of the same document, as a window does.
         adds_parameters: the policy has trainable parameters at each site, made by `initial_parameters`.
         reads_site: the ranges depend on query, key or value, and are computed for each site.
+        ends_alone: `live_ranges` gives each key its range from that key alone (its `site.index`, its token, the row's
+            `site.origin`) and from no other key, so that a cache can go on with new keys.
+        competes: keys compete with each other, and one that the model's own mask hides still takes part.
+        has_bias: `live_ranges` returns a bias, too.
+        positions: "text": a token's position is its place in the text; "cache": its place among the keys that live.
+        slot_fields, row_fields: what `extend` wants a cache to keep of each key, and of each row (-1 at first).
     """
 
     needs_causal: ClassVar[bool] = True
@@ -46,6 +57,12 @@ class Policy:
     needs_whole_segments: ClassVar[bool] = False
     adds_parameters: ClassVar[bool] = False
     reads_site: ClassVar[bool] = False
+    ends_alone: ClassVar[bool] = False
+    competes: ClassVar[bool] = False
+    has_bias: ClassVar[bool] = False
+    positions = "text"  # not annotated: a field of SeparatorMask
+    slot_fields: ClassVar[Mapping[str, torch.dtype]] = {}
+    row_fields: ClassVar[Mapping[str, torch.dtype]] = {}
 
     def live_ranges(self, site: SiteTensors) -> LiveRanges | tuple[LiveRanges, Tensor] | None:
         """The policy's ranges, to be intersected with the model's own; None keeps the model's.
@@ -58,6 +75,35 @@ class Policy:
         """
         raise NotImplementedError(f"{type(self).__name__} must define live_ranges(site)")
 
+    def extend(self, slots: Slots, site: SiteTensors) -> Extended:
+        """The recurrent form of `live_ranges`: what becomes of the keys of a cache, and of new ones that join them.
+
+        Args:
+            slots: the keys that live.
+            site: tensors of the new keys, one or several; `site.index` goes on from the earlier ones.
+
+        Raises:
+            PolicyError: a key's end depends on other keys, and the policy has no recurrent form.
+        """
+        if not self.ends_alone:
+            raise PolicyError(
+                f"{type(self).__name__} does not say how its ranges go on from a cache; set ends_alone = True if live_ranges "
+                "gives each key its range by its own site.index, or define extend(slots, site)"
+            )
+        extra = self.live_ranges(site)
+        live, bias = extra if isinstance(extra, tuple) else (extra, None)
+        end = torch.full_like(site.index, FOREVER) if live is None else live.end
+        return Extended(torch.full_like(slots.end, FOREVER), end, bias=bias)
+
+    def needs_order(self, one: bool) -> bool:
+        """Whether `extend` wants the slots oldest first, when one new key comes, or several."""
+        del one
+        return False
+
+    def pressure(self, max_length: int) -> int:
+        """The most keys alive at one query of a text of `max_length` tokens: the slots that a cache needs."""
+        return max_length
+
     def initial_parameters(self, layer: int, num_kv_heads: int, value_dim: int) -> dict[str, Tensor]:
         """The parameters of site number `layer`, in fp32 on the CPU, by the names that `site.parameters` has."""
         raise NotImplementedError(
@@ -68,6 +114,10 @@ class Policy:
         """The policy of the attention site number `layer`, from 0 in the order of the model."""
         del layer
         return self
+
+    def parts(self) -> tuple[Policy, ...]:
+        """The policies that sites may have under this one."""
+        return (self,)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads."""
@@ -100,6 +150,7 @@ class Exact(Policy):
     """Lossless: each mask is replaced by its own live ranges."""
 
     needs_causal: ClassVar[bool] = False
+    ends_alone: ClassVar[bool] = True
 
     def live_ranges(self, site: SiteTensors) -> None:
         return None
@@ -114,6 +165,8 @@ class SlidingWindow(Policy):
         sinks: number of first keys that are never forgotten, counted from each row's first token that is not padding.
     """
 
+    ends_alone: ClassVar[bool] = True
+
     window: int
     sinks: int = 0
 
@@ -124,16 +177,31 @@ class SlidingWindow(Policy):
     def live_ranges(self, site: SiteTensors) -> LiveRanges:
         return _windowed(site, self.window, self.sinks, None)
 
+    def pressure(self, max_length: int) -> int:
+        return self.window + self.sinks
+
 
 @dataclass(frozen=True)
 class SeparatorMask(Policy):
     """Separators and the first keys are never forgotten, others live for a window (SepLLM, arXiv 2412.12094, section 3).
 
+    With `max_separators`, of those separators that have left the window only the newest are seen. With `capacity` too, it
+    is the cache of the paper's section 4, four blocks: first keys, separators, what has left the window, the window. A key
+    is forgotten only when the cache is full: after a query that has seen `capacity + 1` keys, all but the first keys, the
+    newest separators and the window are dropped at once.
+
     Args:
         separators: token ids; found by `from_tokenizer`.
         initial: number of first keys that are never forgotten, counted from each row's first token that is not padding.
-        window: queries that see an ordinary key, its own included.
+        window: queries that see an ordinary key, its own included; with a capacity, at least so many.
+        max_separators: separators kept beyond the window; None for all.
+        capacity: keys of the cache; at least `initial + max_separators + window`.
+        positions: "text": a token's position is its place in the text; "cache", with a capacity: its place in the cache, for
+            streams longer than the model was trained for. Keys are then stored as they were before their rotation.
         names: what the separators look like, for printing; filled in by `from_tokenizer`.
+
+    Raises:
+        PolicyError: a field is out of its range, or does not fit the others.
     """
 
     needs_input_ids: ClassVar[bool] = True
@@ -141,6 +209,9 @@ class SeparatorMask(Policy):
     separators: tuple[int, ...]
     initial: int = 3
     window: int = 256
+    max_separators: int | None = None
+    capacity: int | None = None
+    positions: str = "text"
     names: tuple[str, ...] = field(default=(), compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -158,13 +229,45 @@ class SeparatorMask(Policy):
         object.__setattr__(self, "separators", tuple(sorted(set(ids))))
         _check_int(self, "initial", self.initial, 0)
         _check_int(self, "window", self.window, 1)
+        _check_choice(self, "positions", self.positions, ("text", "cache"))
+        if self.max_separators is not None:
+            _check_int(self, "max_separators", self.max_separators, 0)
+            # A separator's end depends on those after it.
+            object.__setattr__(self, "slot_fields", {"separator": torch.bool})
+        object.__setattr__(self, "ends_alone", self.max_separators is None)
+        object.__setattr__(self, "competes", self.max_separators is not None)
+        if self.capacity is None:
+            if self.positions == "cache":
+                raise PolicyError('SeparatorMask: positions="cache" needs a capacity, the keys at which it is compacted')
+            return
+        if self.max_separators is None:
+            raise PolicyError("SeparatorMask: capacity needs max_separators, or separators alone would fill the cache")
+        _check_int(self, "capacity", self.capacity, self.most_carried)
+        object.__setattr__(self, "row_fields", {"due": torch.int32})
+
+    @property
+    def most_carried(self) -> int:
+        """The most keys that a compaction keeps."""
+        assert self.max_separators is not None
+        return self.initial + self.max_separators + self.window
 
     def __str__(self) -> str:
-        return f"SeparatorMask({len(self.separators)} separators, initial={self.initial}, window={self.window})"
+        parts = [f"{len(self.separators)} separators", f"initial={self.initial}", f"window={self.window}"]
+        special = ("max_separators", "capacity", "positions")
+        parts += [f"{n}={getattr(self, n)}" for n in special if getattr(self, n) not in (None, "text")]
+        return f"SeparatorMask({', '.join(parts)})"
 
     @classmethod
     def from_tokenizer(
-        cls, tokenizer: Any, *, initial: int = 3, window: int = 256, characters: str = PUNCTUATION
+        cls,
+        tokenizer: Any,
+        *,
+        initial: int = 3,
+        window: int = 256,
+        max_separators: int | None = None,
+        capacity: int | None = None,
+        positions: str = "text",
+        characters: str = PUNCTUATION,
     ) -> SeparatorMask:
         """Finds every token that is made of separator characters, merged ones such as `."` or two newlines included.
 
@@ -187,11 +290,61 @@ class SeparatorMask(Policy):
                 chosen[token] = text
         if not chosen:
             raise PolicyError(f"no token of this tokenizer is made of {characters!r}; give separators=... as token ids")
-        return cls(tuple(chosen), initial, window, names=tuple(chosen.values()))
+        names = tuple(chosen.values())
+        return cls(tuple(chosen), initial, window, max_separators, capacity, positions, names=names)
 
     def live_ranges(self, site: SiteTensors) -> LiveRanges:
         assert site.input_ids is not None
-        return _windowed(site, self.window, self.initial, _is_any(site.input_ids, self.separators))
+        if self.max_separators is None:
+            return _windowed(site, self.window, self.initial, _is_any(site.input_ids, self.separators))
+        end, _ = separator_cache_ends(
+            site.index.expand(site.origin.size(0), -1, -1).contiguous(),
+            self._is_separator(site),
+            site.origin,
+            torch.full_like(site.origin, -1),
+            site.index[0, 0, :1],
+            site.index.size(2),
+            self._sizes,
+        )
+        return LiveRanges(site.index, end)
+
+    def extend(self, slots: Slots, site: SiteTensors) -> Extended:
+        if self.max_separators is None:
+            return super().extend(slots, site)
+        separator = self._is_separator(site)
+        num_batch, num_slots, num_new = slots.index.size(0), slots.index.size(2), site.index.size(2)
+        due = slots.rows["due"] if self.capacity is not None else torch.full_like(site.origin, -1)
+        end, times = separator_cache_ends(
+            torch.cat((slots.index, site.index.expand(num_batch, 1, -1)), dim=2),
+            torch.cat((slots.fields["separator"] & slots.alive, separator.expand(num_batch, 1, -1)), dim=2),
+            site.origin,
+            due.expand(num_batch, 1, 1),
+            site.index[0, 0, :1],
+            num_new,
+            self._sizes,
+        )
+        rows = {}
+        if times is not None:
+            # A row of nothing but padding is not due yet.
+            rows["due"] = torch.where(site.origin == NO_TOKEN, -1, times[:, :, -1:])
+        return Extended(end[:, :, :num_slots], end[:, :, num_slots:], {"separator": separator}, rows, times=times)
+
+    def needs_order(self, one: bool) -> bool:
+        return self.max_separators is not None
+
+    def pressure(self, max_length: int) -> int:
+        if self.capacity is not None:
+            return self.capacity + 1
+        return max_length if self.max_separators is None else self.most_carried
+
+    def _is_separator(self, site: SiteTensors) -> Tensor:
+        assert site.input_ids is not None
+        return _is_any(site.input_ids, self.separators)[:, None, :] & site.is_token
+
+    @property
+    def _sizes(self) -> CacheSizes:
+        assert self.max_separators is not None
+        return CacheSizes(self.initial, self.max_separators, self.window, self.capacity)
 
 
 @dataclass(frozen=True)
@@ -227,6 +380,9 @@ class DynamicMask(Policy):
     needs_whole_segments: ClassVar[bool] = True
     adds_parameters: ClassVar[bool] = True
     reads_site: ClassVar[bool] = True
+    competes: ClassVar[bool] = True
+    has_bias: ClassVar[bool] = True
+    slot_fields: ClassVar[Mapping[str, torch.dtype]] = {"rank": torch.float32}
 
     keep: int = 1024
     score: str = "exp"
@@ -253,6 +409,48 @@ class DynamicMask(Policy):
     def live_ranges(self, site: SiteTensors) -> tuple[LiveRanges, Tensor]:
         rank, bias = self.score_keys(site.value, site.parameters)
         return self.ranked_ranges(rank, site.segment), bias
+
+    def extend(self, slots: Slots, site: SiteTensors) -> Extended:
+        rank, bias = self.score_keys(site.value, site.parameters)
+        rank, now = rank.float(), site.index[:, :, :1]
+        # The best so far are the slots that end never; the others are there as local keys, and have lost.
+        best = slots.alive & (slots.end == FOREVER)
+        ranked = site.is_token & ~rank.isnan()
+        if rank.size(2) == 1:
+            slot_end, end = self._extend_by_one(slots, best, now, rank, ranked)
+        else:
+            several = torch.cat((best, ranked.expand(rank.shape)), dim=2).to(torch.int32)
+            places = running_topk_ranges(
+                torch.cat((slots.fields["rank"], rank), dim=2), min(self.keep, FOREVER), segment=several
+            ).end
+            num_slots = slots.index.size(2)
+            end = torch.where(places == FOREVER, FOREVER, places - num_slots + now)
+            slot_end, end = end[:, :, :num_slots], end[:, :, num_slots:]
+        if self.local:
+            slot_end = torch.maximum(slot_end, plus_window(slots.index, self.local))
+            end = torch.maximum(end, plus_window(site.index, self.local))
+        end = torch.where(ranked, end, 0)
+        return Extended(torch.where(best, slot_end, slots.end), end, {"rank": rank}, bias=bias)
+
+    def _extend_by_one(
+        self, slots: Slots, best: Tensor, now: Tensor, rank: Tensor, ranked: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The ends of slots and new key: one key meets the `keep` best so far; it, or the worst of them, leaves for good."""
+        full = best.sum(dim=2, keepdim=True) >= self.keep
+        scores = torch.where(best, slots.fields["rank"], math.inf)
+        lowest = scores.amin(dim=2, keepdim=True)
+        # Of equals the older wins: the newest of the worst is the one that leaves, and a newcomer must be better.
+        worst = torch.where(best & (scores == lowest), slots.index, -1).argmax(dim=2, keepdim=True)
+        wins = ranked & (~full | (rank > lowest))
+        number = torch.arange(slots.index.size(2), device=now.device)
+        slot_end = torch.where((number == worst) & wins & full, now, slots.end)
+        return slot_end, torch.where(wins, FOREVER, now)
+
+    def needs_order(self, one: bool) -> bool:
+        return not one
+
+    def pressure(self, max_length: int) -> int:
+        return self.keep + self.local
 
     def ranked_ranges(self, rank: Tensor, segment: Tensor) -> LiveRanges:
         """The ranges of keys with these ranks.
@@ -341,6 +539,9 @@ class PerLayer(Policy):
     def for_layer(self, layer: int) -> Policy:
         return self._by_layer.get(layer, self._default)
 
+    def parts(self) -> tuple[Policy, ...]:
+        return (*self._by_layer.values(), self._default)
+
     def to_dict(self) -> dict[str, Any]:
         return {"policy": "PerLayer", "layers": {str(k): p.to_dict() for k, p in self.layers.items()}}
 
@@ -364,26 +565,27 @@ def policy_ranges(policy: Policy, input_ids: Tensor) -> LiveRanges:
     if policy.reads_site:
         raise PolicyError(f"{type(policy).__name__} depends on a site's query, key and value; there is no site here")
     nothing = torch.empty(input_ids.size(0), 1, input_ids.size(1), 1, device=input_ids.device)
-    extra = policy.live_ranges(SiteTensors(causal, torch.ones_like(causal.end), input_ids, nothing, nothing, nothing))
+    origin = SiteTensors.first_token(causal, causal.start)
+    site = SiteTensors(
+        causal, torch.ones_like(causal.end), causal.start, origin, input_ids, nothing, nothing, nothing
+    )
+    extra = policy.live_ranges(site)
     if extra is None:
         return causal
     return causal & (extra[0] if isinstance(extra, tuple) else extra)
 
 
 def _windowed(site: SiteTensors, window: int, first: int, forever: Tensor | None) -> LiveRanges:
-    """Causal; a key lives for `window` queries, or for ever: the `first` live keys of a row, and where `forever` says so.
+    """Causal; a key lives for `window` queries, or for ever: the `first` keys of a row, and where `forever` says so.
 
     Args:
         forever: bool `[B, K]`.
     """
-    num_keys = site.live.num_keys
-    index = torch.arange(num_keys, device=site.key.device, dtype=torch.int32)[None, None, :]
-    kept = torch.zeros_like(index, dtype=torch.bool) if forever is None else forever[:, None, :]
+    kept = torch.zeros_like(site.index, dtype=torch.bool) if forever is None else forever[:, None, :]
     if first:
-        # Rows are padded differently: the first keys are those that come first among the keys that ever live.
-        ever = site.live.end > site.live.start
-        kept = kept | (ever & (ever.to(torch.int32).cumsum(dim=2) <= first))
-    return LiveRanges(index, torch.where(kept, FOREVER, plus_window(index, window)))
+        # Rows are padded differently.
+        kept = kept | ((site.index >= site.origin) & (site.index < site.origin + first))
+    return LiveRanges(site.index, torch.where(kept, FOREVER, plus_window(site.index, window)))
 
 
 def _is_any(input_ids: Tensor, tokens: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,355 @@
+"""Decoding: a model that runs the new tokens of a text only, over a `LiveRangeCache`.
+
+The model is captured once, on a few tokens without a cache; its sites are proven as always and lowered to slots, in one
+graph for several new tokens and one for a single one. Both are compiled for themselves, and called with the model's
+present parameters, the new tokens and the state of a cache.
+
+That a model may be run so is checked and not assumed: everything in it but attention must treat each token for itself.
+Some tokens are run at once and in pieces, and the logits compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import nn
+from torch.fx import GraphModule
+
+from rewriter.caches import CacheError
+from rewriter.caches import LiveRangeCache
+from rewriter.passes import CachedGraphs
+from rewriter.passes import NotCacheable
+from rewriter.passes import Rewritten
+from rewriter.passes import rewrite
+from rewriter.passes.capture import GraphInput
+
+if TYPE_CHECKING:
+    from rewriter.optimize import OptimizedModel
+
+ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
+
+TRIAL_LENGTH = 9
+"""Tokens of the check."""
+
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Of the check, relative to the size of all logits; 16-bit models may differ by more, as rounding does."""
+
+IGNORED = ("use_cache", "return_dict", "output_attentions", "output_hidden_states", "cache_position", "labels")
+"""Arguments of a transformers model that say nothing when they are None or False."""
+
+
+class Decoder:
+    """The two graphs of a model, compiled, with the cache that they change.
+
+    Args:
+        optimized: whose model, policy and parameters these are.
+        on_rewritten: called with what the passes did.
+
+    Raises:
+        CacheError: the model cannot go on from a cache; the message says why.
+    """
+
+    def __init__(self, optimized: OptimizedModel, on_rewritten: Callable[[Rewritten], None]) -> None:
+        self.model = optimized.model
+        self.policy_parameters = optimized.policy_parameters
+        self.takes_rows = "logits_to_keep" in _signature(self.model)
+        missing = [name for name in ARGUMENTS if name not in _signature(self.model)]
+        if missing:
+            raise CacheError(
+                f"{type(self.model).__name__}.forward takes no {missing[0]}; a model that goes on from a cache takes "
+                f"{', '.join(ARGUMENTS)}"
+            )
+        result = self._capture(optimized)
+        on_rewritten(result)
+        assert result.cached is not None
+        self.graphs: CachedGraphs = result.cached
+        self.layout = self.graphs.layout
+        self.fetch = [self._fetcher(given) for given in result.inputs]
+        self.made_for = _made_for(self.model)
+        self._check()
+        self.several: Callable[..., Any] = self.graphs.several
+        self.one: Callable[..., Any] = self.graphs.one
+        if optimized.backend == "inductor":
+            self.several = torch.compile(self.graphs.several.forward, dynamic=True, fullgraph=True)
+            self.one = torch.compile(self.graphs.one.forward, dynamic=False, fullgraph=True)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model is still as it was captured: its mode, dtype and device."""
+        return self.made_for == _made_for(self.model)
+
+    def new_cache(self, max_length: int | None) -> LiveRangeCache:
+        device = next(self.model.parameters()).device
+        return LiveRangeCache(self.layout, max_length, device)
+
+    @torch.no_grad()
+    def run(
+        self,
+        cache: LiveRangeCache,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Takes new tokens, and returns their logits.
+
+        Args:
+            input_ids: integer `[B, n]`, the new tokens.
+            attention_mask: integer or bool `[B, n]` or of the whole text, `[B, length + n]`; 0 for padding.
+            position_ids: integer `[B|1, n]`; the places in the text, padding included, when left out.
+            rows: int64 `[m]`, the tokens whose logits are wanted; all when left out.
+
+        Returns:
+            `[B, m, vocabulary]`.
+
+        Raises:
+            CacheError: an argument does not fit; nothing has changed.
+        """
+        self._check_arguments(cache, input_ids, attention_mask, position_ids)
+        num_batch, num_new = input_ids.shape
+        cache.check_room(num_new)
+        cache.allocate(num_batch)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(cache.length, cache.length + num_new, device=input_ids.device)[None]
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask[:, -num_new:].to(torch.int64).contiguous(),
+            "position_ids": position_ids.to(torch.int64).expand(num_batch, -1).contiguous(),
+            "logits_to_keep": torch.arange(num_new, device=input_ids.device) if rows is None else rows,
+        }
+        call = self.one if num_new == 1 else self.several
+        logits = self._call(call, arguments, cache)
+        cache.length += num_new
+        if any(int(table["lost"]) for table in cache.tables):
+            raise RuntimeError(
+                "more keys live at once than the policy's pressure() allows, and some were lost; the cache cannot be used any "
+                "more: mend pressure()"
+            )
+        return logits
+
+    def _call(self, call: Callable[..., Any], arguments: Mapping[str, Tensor], cache: LiveRangeCache) -> Tensor:
+        (logits,) = call(*(fetch(arguments) for fetch in self.fetch), *cache.state())
+        return logits if self.takes_rows else logits[:, arguments["logits_to_keep"]]
+
+    def _check_arguments(
+        self, cache: LiveRangeCache, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> None:
+        if cache.layout is not self.layout:
+            raise CacheError(
+                "the cache was made by another optimized model, policy or dtype; make one for this model with new_cache()"
+            )
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise CacheError(f"input_ids must be integer [B, n], got {input_ids.dtype} {list(input_ids.shape)}")
+        num_batch, num_new = input_ids.shape
+        if not num_new or not num_batch:
+            raise CacheError(f"input_ids is empty, {list(input_ids.shape)}; give at least one token")
+        if attention_mask is not None:
+            sizes = (num_new, cache.length + num_new)
+            if attention_mask.dim() != 2 or attention_mask.size(0) != num_batch or attention_mask.size(1) not in sizes:
+                raise CacheError(
+                    f"attention_mask must be [{num_batch}, {num_new}], or [{num_batch}, {sizes[1]}] for the whole text, got "
+                    f"{list(attention_mask.shape)}"
+                )
+        if position_ids is not None and tuple(position_ids.shape) not in ((num_batch, num_new), (1, num_new)):
+            raise CacheError(f"position_ids must be [{num_batch}, {num_new}], got {list(position_ids.shape)}")
+
+    def _capture(self, optimized: OptimizedModel) -> Rewritten:
+        results: list[Rewritten] = []
+        dump: Path | None = None if optimized.dump is None else optimized.dump / "cached"
+
+        def backend(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            results.append(rewrite(graph, example_inputs, optimized.policy, cached=True, dump=dump))
+            return graph.forward
+
+        device = next(self.model.parameters()).device
+        ids = torch.zeros(2, TRIAL_LENGTH, dtype=torch.int64, device=device)
+        arguments = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": torch.arange(TRIAL_LENGTH, device=device).expand(2, -1).contiguous(),
+        }
+        if self.takes_rows:
+            arguments["logits_to_keep"] = torch.arange(3, device=device)
+        if "use_cache" in _signature(self.model) or hasattr(getattr(self.model, "config", None), "use_cache"):
+            arguments["use_cache"] = False  # type: ignore[assignment]
+
+        from rewriter.optimize import guarded
+        from rewriter.optimize import traced_call
+
+        parameters = dict(self.policy_parameters.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            try:
+                guarded(traced_call(self.model, backend, _logits), parameters, (), arguments)
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                if isinstance(error.inner_exception, NotCacheable):
+                    name = type(self.model).__name__
+                    raise CacheError(f"{name} cannot go on from a cache: {error.inner_exception}") from None
+                raise
+        return results[-1]
+
+    def _fetcher(self, given: GraphInput) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        """How an input of the graphs is found at each call: parameters by name, as the model may have been given others."""
+        if given.kind == "argument":
+            if given.name in (*ARGUMENTS, "logits_to_keep"):
+                return lambda arguments: arguments[given.name]
+            path, _, name = given.name.rpartition(".")
+            owner: Any = self.policy_parameters.get_submodule(path)
+            return lambda _: owner[name]
+        if given.kind == "constant":
+            return lambda _: given.value
+        path, _, name = given.name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if given.kind == "buffer":
+            torch._dynamo.mark_static(module._buffers[name])
+            return lambda _: module._buffers[name]  # type: ignore[return-value]
+        return lambda _: module._parameters[name]  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Runs a few random tokens at once, and in pieces."""
+        random = torch.Generator().manual_seed(0)
+        embeddings = self.model.get_input_embeddings() if hasattr(self.model, "get_input_embeddings") else None
+        vocabulary = int(getattr(embeddings, "num_embeddings", 2))
+        device = next(self.model.parameters()).device
+        ids = torch.randint(vocabulary, (2, TRIAL_LENGTH), generator=random).to(device)
+        mask = torch.ones_like(ids)
+        mask[1, 0] = 0
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = []
+        for pieces in ((TRIAL_LENGTH,), (5, 3, 1)):
+            cache = self.new_cache(TRIAL_LENGTH)
+            cache.allocate(2)
+            outputs, begin = [], 0
+            for size in pieces:
+                part = slice(begin, begin + size)
+                arguments = {
+                    "input_ids": ids[:, part],
+                    "attention_mask": mask[:, part],
+                    "position_ids": position_ids[:, part],
+                    "logits_to_keep": torch.arange(size, device=device),
+                }
+                call = self.graphs.one if size == 1 else self.graphs.several
+                outputs.append(self._call(call, arguments, cache))
+                begin += size
+            logits.append(torch.cat(outputs, dim=1)[mask.bool()].double())
+        whole, pieced = logits
+        difference = float((whole - pieced).norm() / whole.norm().clamp(min=1e-30))
+        if not difference <= TOLERANCES.get(outputs[0].dtype, 0.05):
+            raise CacheError(
+                f"{type(self.model).__name__} cannot go on from a cache: it gives other logits for {TRIAL_LENGTH} tokens in pieces "
+                f"than at once (they differ by {difference:.1e} of their size), so something besides attention mixes tokens, "
+                "or it does not take its positions from position_ids"
+            )
+
+
+def cached_forward(
+    decoder: Decoder,
+    cache: LiveRangeCache,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    logits_to_keep: int | Tensor = 0,
+    chunk: int | None = None,
+    **others: Any,
+) -> Any:
+    """The forward of a transformers model with a cache.
+
+    Args:
+        chunk: most tokens to run at once; all when None.
+
+    Returns:
+        `CausalLMOutputWithPast` with `logits` and the cache as `past_key_values`.
+    """
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    for name, value in others.items():
+        if value is not None and value is not False and name not in ("use_cache", "return_dict", "cache_position"):
+            raise CacheError(
+                f"{name} is given, and a cached call takes {', '.join(ARGUMENTS)} and logits_to_keep; call the model without "
+                "past_key_values"
+            )
+    if input_ids is None:
+        raise CacheError("a cached call needs input_ids")
+    decoder._check_arguments(cache, input_ids, attention_mask, position_ids)
+    num_new = input_ids.size(1)
+    cache.check_room(num_new)
+    rows = torch.arange(num_new, device=input_ids.device)
+    rows = rows[-logits_to_keep:] if isinstance(logits_to_keep, int) else rows[logits_to_keep]
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -num_new:]
+    logits = []
+    step = chunk or num_new
+    for begin in range(0, num_new, step):
+        part = slice(begin, begin + step)
+        own = rows[(rows >= begin) & (rows < begin + step)] - begin
+        given = (None if t is None else t[:, part] for t in (attention_mask, position_ids))
+        logits.append(decoder.run(cache, input_ids[:, part], *given, own))
+    return CausalLMOutputWithPast(logits=torch.cat(logits, dim=1), past_key_values=cache)  # type: ignore[arg-type]
+
+
+def generate(
+    optimized: OptimizedModel,
+    decoder: Decoder,
+    inputs: Tensor | None,
+    past_key_values: Any,
+    prefill_chunk: int | None,
+    options: dict[str, Any],
+) -> Any:
+    """transformers' own `generate` over the decoder; see `OptimizedModel.generate`."""
+    model: Any = optimized.model
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise CacheError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+    prompt = options.get("input_ids", inputs)
+    if not isinstance(prompt, Tensor) or prompt.dim() != 2 or not prompt.size(1):
+        given = list(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
+        raise CacheError(f"generate needs input_ids [B, n] with at least one token, got {given}")
+    if options.get("use_cache") is False:
+        raise CacheError("generate runs over the policy's own cache; leave use_cache out")
+    if past_key_values is None:
+        past_key_values = decoder.new_cache(_longest(model, prompt.size(1), options))
+    elif not isinstance(past_key_values, LiveRangeCache):
+        raise CacheError(
+            f"past_key_values is a {type(past_key_values).__name__}, which keeps what the policy forgets; make the cache with "
+            "new_cache(max_length=...)"
+        )
+
+    @functools.wraps(model.forward)
+    def forward(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return cached_forward(decoder, past_key_values, *args, chunk=prefill_chunk, **kwargs)
+
+    # A shallow copy shares parameters and modules, and has a forward of its own: the model itself is not touched.
+    view = copy.copy(model)
+    view.forward = forward
+    return view.generate(inputs, past_key_values=past_key_values, **options)
+
+
+def _longest(model: Any, prompt: int, options: Mapping[str, Any]) -> int:
+    """Tokens that a generation may have at most; for caches without a bound, rounded up so that few sizes are compiled."""
+    config = options.get("generation_config") or model.generation_config
+    new, length = (options.get(n, getattr(config, n, None)) for n in ("max_new_tokens", "max_length"))
+    longest = prompt + new if new is not None else max(length or 0, prompt + 20)
+    return max(256, 1 << (longest - 1).bit_length())
+
+
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _signature(model: nn.Module) -> Mapping[str, Any]:
+    return inspect.signature(model.forward).parameters
+
+
+def _made_for(model: nn.Module) -> tuple[Any, ...]:
+    first = next(model.parameters())
+    return model, model.training, first.dtype, first.device
