@@ -79,8 +79,8 @@ class Decoder:
         self.several: Callable[..., Any] = self.graphs.several
         self.one: Callable[..., Any] = self.graphs.one
         if optimized.backend == "inductor":
-            self.several = torch.compile(self.graphs.several.forward, dynamic=True, fullgraph=True)
-            self.one = torch.compile(self.graphs.one.forward, dynamic=False, fullgraph=True)
+            self.several = _compiled(self.graphs.several, dynamic=True)
+            self.one = _compiled(self.graphs.one, dynamic=False)
 
     @property
     def is_current(self) -> bool:
@@ -340,6 +340,15 @@ def _longest(model: Any, prompt: int, options: Mapping[str, Any]) -> int:
     new, length = (options.get(n, getattr(config, n, None)) for n in ("max_new_tokens", "max_length"))
     longest = prompt + new if new is not None else max(length or 0, prompt + 20)
     return max(256, 1 << (longest - 1).bit_length())
+
+
+def _compiled(module: GraphModule, *, dynamic: bool) -> Callable[..., Any]:
+    def call(*tensors: Tensor) -> Any:
+        return module(*tensors)
+
+    from rewriter.optimize import own_code
+
+    return torch.compile(own_code(call), dynamic=dynamic, fullgraph=True)
 
 
 def _logits(output: Any) -> Tensor:

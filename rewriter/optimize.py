@@ -292,9 +292,14 @@ def traced_call(
             torch.ops.rewriter.policy_parameters(list(policy_parameters.values()), " ".join(policy_parameters))
         return result(model(*args, **kwargs))
 
-    # Dynamo keeps what it compiles with the code object and gives up after some entries: each model gets its own.
-    own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
-    return torch.compile(own, backend=backend, dynamic=True, fullgraph=True)
+    return torch.compile(own_code(call), backend=backend, dynamic=True, fullgraph=True)
+
+
+def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a code object of its own: Dynamo keeps what it compiles there, and gives up after some entries."""
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
 
 
 def guarded(
