@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from rewriter.kernels.gpu.launch import register
+from rewriter.kernels.gpu.launch import runs_triton
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.live_ranges import plus_window
 from torch import Tensor
@@ -66,6 +68,44 @@ def separator_cache_ends(
         times: int32 `[B, 1, E]`, ascending: the compactions from `due` on, the last at `now + num_new` or later, after
             which that one is repeated; None without a capacity.
     """
+    end, times = torch.ops.rewriter.separator_cache_ends(
+        index, is_separator, origin, due, now, num_new, sizes.initial, sizes.separators, sizes.window, sizes.capacity
+    )
+    return end, None if sizes.capacity is None else times
+
+
+def _ends(
+    index: Tensor,
+    is_separator: Tensor,
+    origin: Tensor,
+    due: Tensor,
+    now: Tensor,
+    num_new: int,
+    initial: int,
+    separators: int,
+    window: int,
+    capacity: int | None,
+) -> tuple[Tensor, Tensor]:
+    if not runs_triton(index):
+        return torch.ops.rewriter.separator_cache_ends_cpu(
+            index, is_separator, origin, due, now, num_new, initial, separators, window, capacity
+        )
+    return _compute_ends(index, is_separator, origin, due, now, num_new, initial, separators, window, capacity)
+
+
+def _compute_ends(
+    index: Tensor,
+    is_separator: Tensor,
+    origin: Tensor,
+    due: Tensor,
+    now: Tensor,
+    num_new: int,
+    initial: int,
+    separators: int,
+    window: int,
+    capacity: int | None,
+) -> tuple[Tensor, Tensor]:
+    sizes = CacheSizes(initial, separators, window, capacity)
     length = index.size(-1)
     counts = is_separator & (index >= origin + sizes.initial)
     rank = counts.to(torch.int32).cumsum(dim=-1, dtype=torch.int32)  # of each separator, from 1 on
@@ -77,14 +117,31 @@ def separator_cache_ends(
     after = torch.where(ahead < length, after, FOREVER)
     last = torch.where(counts, after, index)
     leaves = torch.where(last == FOREVER, FOREVER, plus_window(last, sizes.window))
-    initial = (index >= origin) & (index < origin + sizes.initial)
+    is_initial = (index >= origin) & (index < origin + sizes.initial)
     if sizes.capacity is None:
-        return torch.where(initial, FOREVER, leaves), None
+        return torch.where(is_initial, FOREVER, leaves), torch.empty_like(due.expand(index.size(0), 1, 1)[..., :0])
     times = _compaction_times(index, rank, origin, due, now, num_new, sizes)
     at = torch.searchsorted(times, leaves)
     known = at < times.size(-1)
     dropped = times.gather(-1, at.clamp(max=times.size(-1) - 1)) + 1
-    return torch.where(initial | ~known | (leaves == FOREVER), FOREVER, dropped), times
+    return torch.where(is_initial | ~known | (leaves == FOREVER), FOREVER, dropped), times
+
+
+def _ends_fake(
+    index: Tensor,
+    is_separator: Tensor,
+    origin: Tensor,
+    due: Tensor,
+    now: Tensor,
+    num_new: int,
+    initial: int,
+    separators: int,
+    window: int,
+    capacity: int | None,
+) -> tuple[Tensor, Tensor]:
+    shortest = CacheSizes(initial, separators, window, capacity).shortest_epoch if capacity is not None else 1
+    times = num_new // shortest + 2 if capacity is not None else 0
+    return torch.empty_like(index), index.new_empty(index.size(0), 1, times)
 
 
 def _compaction_times(
@@ -153,6 +210,21 @@ def split_by_epoch(
         times: int32 `[B, E]`, from `separator_cache_ends`.
         most_carried: no compaction keeps more keys than this.
     """
+    parts = torch.ops.rewriter.split_by_epoch(index, end, times, now, num_new, most_carried)
+    return SplitRanges(*parts)
+
+
+def _split(
+    index: Tensor, end: Tensor, times: Tensor, now: Tensor, num_new: int, most_carried: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not runs_triton(index):
+        return torch.ops.rewriter.split_by_epoch_cpu(index, end, times, now, num_new, most_carried)
+    return _compute_split(index, end, times, now, num_new, most_carried)
+
+
+def _compute_split(
+    index: Tensor, end: Tensor, times: Tensor, now: Tensor, num_new: int, most_carried: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_keys = index.size(1)
     stop = now + num_new
     first_query = torch.maximum(index, now)
@@ -179,4 +251,23 @@ def split_by_epoch(
     born = used & (epoch == first.gather(1, source)) & (source >= num_keys - num_new)
     target = torch.where(born, source - (num_keys - num_new), num_new)
     query_position = position.new_zeros(index.size(0), num_new + 1).scatter(1, target, position)[:, :-1]
-    return SplitRanges(source, position, start[:, None].to(torch.int32), end[:, None].to(torch.int32), query_position)
+    return source, position, start[:, None].to(torch.int32), end[:, None].to(torch.int32), query_position
+
+
+def _split_fake(
+    index: Tensor, end: Tensor, times: Tensor, now: Tensor, num_new: int, most_carried: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_batch, num_entries = index.size(0), index.size(1) + times.size(1) * most_carried
+    place = index.new_empty(num_batch, num_entries, dtype=torch.int64)
+    bound = index.new_empty(num_batch, 1, num_entries)
+    own = index.new_empty(num_batch, num_new, dtype=torch.int64)
+    return place, torch.empty_like(place), bound, torch.empty_like(bound), own
+
+
+for _name, _function, _inner, _fake in (
+    ("separator_cache_ends", _ends, _compute_ends, _ends_fake),
+    ("split_by_epoch", _split, _compute_split, _split_fake),
+):
+    register(f"rewriter::{_name}", _function).register_fake(_fake)
+    # One opaque operator on the CPU: a compiler would unroll the jumps into C++.
+    torch.library.custom_op(f"rewriter::{_name}_cpu", _inner, mutates_args=()).register_fake(_fake)

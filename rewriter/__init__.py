@@ -18,6 +18,7 @@ from rewriter.policies import Policy
 from rewriter.policies import SeparatorMask
 from rewriter.policies import SlidingWindow
 from rewriter.report import Report
+from rewriter.streaming import stream
 
 __all__ = [
     "DynamicMask",
@@ -33,4 +34,5 @@ __all__ = [
     "SlidingWindow",
     "explain",
     "optimize",
+    "stream",
 ]
