@@ -250,7 +250,7 @@ def _compute_split(
     # A new key's own query comes at the first of its entries.
     born = used & (epoch == first.gather(1, source)) & (source >= num_keys - num_new)
     target = torch.where(born, source - (num_keys - num_new), num_new)
-    query_position = position.new_zeros(index.size(0), num_new + 1).scatter(1, target, position)[:, :-1]
+    query_position = position.new_zeros(index.size(0), num_new + 1).scatter(1, target, position)[:, :-1].contiguous()
     return source, position, start[:, None].to(torch.int32), end[:, None].to(torch.int32), query_position
 
 

@@ -70,17 +70,16 @@ class LiveRangeCache(Cache):
         """Memory of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.state())
 
-    def allocate(self, batch_size: int) -> None:
-        """Makes the tensors, for so many rows.
-
-        Raises:
-            CacheError: they are there, for another number of rows.
-        """
+    def check_rows(self, batch_size: int) -> None:
+        """Raises `CacheError` where the tensors are there, for another number of rows."""
         if self.stores and self.batch_size != batch_size:
             raise CacheError(
                 f"the cache holds {self.batch_size} rows and the call has {batch_size}; a cache goes on with the rows it began "
                 "with: make another with new_cache()"
             )
+
+    def allocate(self, batch_size: int) -> None:
+        """Makes the tensors for so many rows, if they are not there."""
         if not self.stores:
             self.tables = [
                 {s.name: s.make(batch_size, capacity, self.device) for s in table.state}

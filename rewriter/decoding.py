@@ -154,6 +154,7 @@ class Decoder:
         num_batch, num_new = input_ids.shape
         if not num_new or not num_batch:
             raise CacheError(f"input_ids is empty, {list(input_ids.shape)}; give at least one token")
+        cache.check_rows(num_batch)
         if attention_mask is not None:
             sizes = (num_new, cache.length + num_new)
             if attention_mask.dim() != 2 or attention_mask.size(0) != num_batch or attention_mask.size(1) not in sizes:
@@ -217,12 +218,13 @@ class Decoder:
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Runs a few random tokens at once, and in pieces."""
+        """Runs a few tokens at once, and in pieces."""
         random = torch.Generator().manual_seed(0)
-        embeddings = self.model.get_input_embeddings() if hasattr(self.model, "get_input_embeddings") else None
-        vocabulary = int(getattr(embeddings, "num_embeddings", 2))
+        vocabulary = next((m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding)), 2)
         device = next(self.model.parameters()).device
-        ids = torch.randint(vocabulary, (2, TRIAL_LENGTH), generator=random).to(device)
+        # Distinct tokens: scores of equal ones tie, and rounding, which depends on the pieces, would decide.
+        ids = torch.stack([torch.randperm(vocabulary, generator=random)[:TRIAL_LENGTH] for _ in range(2)])
+        ids = ids.repeat(1, -(-TRIAL_LENGTH // ids.size(1)))[:, :TRIAL_LENGTH].to(device)
         mask = torch.ones_like(ids)
         mask[1, 0] = 0
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)

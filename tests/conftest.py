@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck
 from hypothesis import settings
+from rewriter.kernels.compaction import CacheSizes
 from torch import Tensor
 from torch import nn
 
@@ -148,6 +150,12 @@ def dense_visible(policy: object, ids: Tensor, attention_mask: Tensor, model_win
     window = getattr(policy, "window", length)
     for b in range(ids.size(0)):
         begin = int(real[b].nonzero()[0])
+        if getattr(policy, "max_separators", None) is not None:
+            seen = newest_separators(policy, [int(token) in separators for token in ids[b, begin:]])
+            for q, keys in enumerate(seen, begin):
+                visible[b, q, [begin + k for k in keys]] = True
+            visible[b] &= real[b]
+            continue
         for q in range(length):
             for k in range(q + 1):
                 kept = q - k < window or begin <= k < begin + first or int(ids[b, k]) in separators
@@ -157,6 +165,44 @@ def dense_visible(policy: object, ids: Tensor, attention_mask: Tensor, model_win
     return visible[:, None]
 
 
+def newest_separators(policy: Any, is_separator: list[bool]) -> list[list[int]]:
+    """What each query sees where only the newest separators stay."""
+    if policy.capacity is not None:
+        return _cache_itself(is_separator, policy)[0]
+    visible = []
+    for q in range(len(is_separator)):
+        past = [k for k in range(policy.initial, q + 1 - policy.window) if is_separator[k]]
+        near = [k for k in range(q + 1) if k < policy.initial or q - k < policy.window]
+        visible.append([*near, *past[max(0, len(past) - policy.max_separators) :]])
+    return visible
+
+
 @pytest.fixture
 def policy_mask() -> Callable[..., Tensor]:
     return dense_visible
+
+
+def _cache_itself(is_separator: list[bool], sizes: Any) -> tuple[list[list[int]], list[int]]:
+    assert sizes.capacity is not None
+    cache: list[int] = []
+    visible, times = [], []
+    num_separators = sizes.separators if isinstance(sizes, CacheSizes) else sizes.max_separators
+    separators = 0
+    for query in range(len(is_separator)):
+        cache.append(query)
+        visible.append(list(cache))
+        if len(cache) > sizes.capacity:
+            first, rest = cache[: sizes.initial], cache[sizes.initial :]
+            window = cache[-sizes.window :]
+            past = rest[separators : len(rest) - sizes.window]
+            kept = rest[:separators] + [key for key in past if is_separator[key]]
+            kept = kept[len(kept) - min(num_separators, len(kept)) :]
+            cache, separators = first + kept + window, len(kept)
+            times.append(query)
+    return visible, times
+
+
+@pytest.fixture(scope="session")
+def cache_itself() -> Callable[..., tuple[list[list[int]], list[int]]]:
+    """(what each query sees, when the cache was compacted): SepLLM's streaming cache, kept as lists of keys."""
+    return _cache_itself

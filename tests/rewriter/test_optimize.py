@@ -78,6 +78,27 @@ def test_policy_equals_the_model_given_its_dense_mask(
     assert len(optimized.report.graphs) == 1
 
 
+@pytest.mark.parametrize("capacity", [None, 11])
+@pytest.mark.parametrize(("name", "attention"), [("llama", "sdpa"), ("mistral", "sdpa"), ("gpt2", "eager")])
+def test_the_newest_separators_equal_the_model_given_their_dense_mask(
+    law: SimpleNamespace,
+    name: str,
+    attention: str,
+    capacity: int | None,
+    tiny_model: Callable[..., nn.Module],
+    policy_mask: Callable[..., Tensor],
+) -> None:
+    """Of the separators beyond the window two stay; with a capacity, what else is kept goes when the cache is full."""
+    torch._dynamo.reset()
+    model = tiny_model(name, attention).eval()
+    policy = SeparatorMask(tuple(range(3, 20)), initial=2, window=4, max_separators=2, capacity=capacity)
+    optimized = rewriter.optimize(model, policy, backend="eager", strict=True)
+    comparison = law.Comparison(model, optimized, with_dense_mask(name, policy, policy_mask))
+    for size, length, left in ((3, 12, False), (5, 41, True)):
+        comparison.add(*law.batch(size, length, left=left))
+    comparison.check()
+
+
 def with_dense_mask(name: str, policy: Any, policy_mask: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda model, ids, mask: call_with_dense_mask(model, name, policy, ids, mask, policy_mask)
 
