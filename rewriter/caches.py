@@ -169,10 +169,12 @@ class LiveRangeCache(Cache):
                     f"under {layout.policy} keys make others leave, which cannot be taken back; only the whole cache can be "
                     "cropped"
                 )
-            if int(table["forgotten"]) > length:
+            ended = torch.where(table["end"] <= self.length, table["end"], 0).amax()
+            shortest = max(int(table["forgotten"]), int(ended))
+            if shortest > length:
                 raise CacheError(
-                    f"keys that {length} tokens would still see are forgotten; the cache can be cropped to "
-                    f"{int(table['forgotten'])} tokens and more"
+                    f"keys that {length} tokens would still see are forgotten; the cache can be cropped to {shortest} tokens and "
+                    "more"
                 )
         for table in self.tables:
             gone = table["index"] >= length

@@ -297,11 +297,13 @@ class SeparatorMask(Policy):
         assert site.input_ids is not None
         if self.max_separators is None:
             return _windowed(site, self.window, self.initial, _is_any(site.input_ids, self.separators))
+        separator = self._is_separator(site)
+        origin = site.origin.expand(separator.size(0), 1, 1)
         end, _ = separator_cache_ends(
-            site.index.expand(site.origin.size(0), -1, -1).contiguous(),
-            self._is_separator(site),
-            site.origin,
-            torch.full_like(site.origin, -1),
+            site.index.expand(separator.size(0), -1, -1).contiguous(),
+            separator,
+            origin,
+            torch.full_like(origin, -1),
             site.index[0, 0, :1],
             site.index.size(2),
             self._sizes,
