@@ -136,7 +136,7 @@ class Policy(Protocol):
 
     @property
     def positions(self) -> str:
-        """"text": a token's position is its place in the text; "cache": its place among the keys that live."""
+        """ "text": a token's position is its place in the text; "cache": its place among the keys that live."""
 
     @property
     def most_carried(self) -> int:

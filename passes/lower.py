@@ -189,8 +189,8 @@ def split_by_place(
     """
     assert extended.times is not None
     num_batch = max(end.size(0), extended.times.size(0), index.size(0))
-    parts = (t[:, 0].expand(num_batch, -1).contiguous() for t in (index, end, extended.times))
-    return split_by_epoch(*parts, now, num_new, policy.most_carried)
+    index, end, times = (t[:, 0].expand(num_batch, -1).contiguous() for t in (index, end, extended.times))
+    return split_by_epoch(index, end, times, now, num_new, policy.most_carried)
 
 
 def turned(

@@ -222,11 +222,11 @@ def _layout(planned: list[PlannedSite], proofs: list[MaskProof]) -> CacheLayout:
     for number, plan in enumerate(planned):
         key, value = (t.meta["val"] for t in (plan.site.key, plan.site.value))  # type: ignore[union-attr]
         heads = plan.num_kv_heads
-        state = (
+        store = (
             StateTensor("key", ("B", heads, "C", int(key.size(3))), key.dtype, 0),
             StateTensor("value", ("B", heads, "C", int(value.size(3))), value.dtype, 0),
         )
-        sites.append(SiteLayout(plan.layer, table_of[number], state))
+        sites.append(SiteLayout(plan.layer, table_of[number], store))
     layouts = []
     for (interval, bias, policy, _), members in tables.items():
         heads = planned[members[0]].num_kv_heads if policy.reads_site else 1
@@ -568,7 +568,13 @@ def _one_key(
     table["forgotten"] = torch.maximum(state["forgotten"], ended)
     table["lost"] = state["lost"] + (seen & ~free.gather(2, slot)).to(torch.int32).amax().view(1)
     table["origin"], table["length"] = site.origin, now + 1
-    shared = {"slot": slot, "seen": seen, "start": table["index"], "end": _visible_end(table), "query_index": now.clone()}
+    shared = {
+        "slot": slot,
+        "seen": seen,
+        "start": table["index"],
+        "end": _visible_end(table),
+        "query_index": now.clone(),
+    }
     if "bias" in table:
         shared["bias"] = table["bias"]
     if layout.policy.positions == "cache":

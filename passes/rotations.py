@@ -100,7 +100,9 @@ def find_rotation(result: Node, positions: Node, value: Node, attentions: Collec
     """
     placed = _reached_from(positions, attentions)
     if value in placed:
-        raise Unrotatable("positions are part of what attention reads (learned or added to the embeddings), not a rotation")
+        raise Unrotatable(
+            "positions are part of what attention reads (learned or added to the embeddings), not a rotation"
+        )
     if result not in placed:
         raise Unrotatable("query and key do not depend on position_ids")
     tokens = _token_symbol(positions)

@@ -6,7 +6,6 @@ A model in, the same model with its attention proven, rewritten and run over the
 from __future__ import annotations
 
 from rewriter.optimize import OptimizedModel
-from rewriter.optimize import RewriteError
 from rewriter.optimize import explain
 from rewriter.optimize import optimize
 from rewriter.passes import PolicyError
@@ -19,6 +18,7 @@ from rewriter.policies import SeparatorMask
 from rewriter.policies import SlidingWindow
 from rewriter.report import Report
 from rewriter.streaming import stream
+from rewriter.tracing import RewriteError
 
 __all__ = [
     "DynamicMask",

@@ -17,6 +17,7 @@ from rewriter.kernels import FOREVER
 from rewriter.passes import CacheLayout
 from rewriter.passes.apply_policy import NO_TOKEN
 from rewriter.passes.lower_cached import FREE
+from rewriter.passes.lower_cached import StateTensor
 
 
 class CacheError(ValueError):
@@ -46,8 +47,8 @@ class LiveRangeCache(Cache):
         unbounded = [t for t in layout.tables if t.capacity(FOREVER) == FOREVER]
         if max_length is None and unbounded:
             raise CacheError(
-                f"under {unbounded[0].policy} every key may live on, so the cache needs a max_length: the tokens of a row, prompt "
-                "and generated ones together"
+                f"under {unbounded[0].policy} every key may live on, so the cache needs a max_length: the tokens of a row, "
+                "prompt and generated ones together"
             )
         if max_length is not None and max_length < 1:
             raise CacheError(f"max_length must be at least 1, got {max_length}")
@@ -128,18 +129,17 @@ class LiveRangeCache(Cache):
         self._check_rows(beam_idx)
         if beam_idx.numel() != self.batch_size:
             raise CacheError(f"beam_idx has {beam_idx.numel()} rows, the cache {self.batch_size}")
-        for tensor, batched in self._with_batch():
-            if batched:
+        for part, states in self._parts():
+            for tensor in (part[state.name] for state in states if "B" in state.shape):
                 tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows, in this order; they may repeat."""
         self._check_rows(indices)
-        for layouts, parts in ((self.layout.tables, self.tables), (self.layout.sites, self.stores)):
-            for layout, part in zip(layouts, parts, strict=True):
-                for state in layout.state:
-                    if "B" in state.shape:
-                        part[state.name] = part[state.name].index_select(0, indices.to(part[state.name].device))
+        for part, states in self._parts():
+            for state in states:
+                if "B" in state.shape:
+                    part[state.name] = part[state.name].index_select(0, indices.to(part[state.name].device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
@@ -190,9 +190,10 @@ class LiveRangeCache(Cache):
         if rows.dim() != 1 or rows.is_floating_point() or bool(((rows < 0) | (rows >= self.batch_size)).any()):
             raise CacheError(f"rows must be integers from 0 to {self.batch_size - 1}, got {rows.tolist()}")
 
-    def _with_batch(self) -> list[tuple[Tensor, bool]]:
-        layouts = [s for part in (*self.layout.tables, *self.layout.sites) for s in part.state]
-        return [(tensor, "B" in layout.shape) for layout, tensor in zip(layouts, self.state(), strict=True)]
+    def _parts(self) -> list[tuple[dict[str, Tensor], tuple[StateTensor, ...]]]:
+        """Each table and site: its tensors by name, and what they are."""
+        states = (*(t.state for t in self.layout.tables), *(s.state for s in self.layout.sites))
+        return list(zip((*self.tables, *self.stores), states, strict=True))
 
     def __repr__(self) -> str:
         return f"LiveRangeCache({self.length} tokens, slots {self.capacities}, {max(self.batch_size, 0)} rows)"

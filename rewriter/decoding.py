@@ -31,6 +31,9 @@ from rewriter.passes import NotCacheable
 from rewriter.passes import Rewritten
 from rewriter.passes import rewrite
 from rewriter.passes.capture import GraphInput
+from rewriter.tracing import guarded
+from rewriter.tracing import own_code
+from rewriter.tracing import traced_call
 
 if TYPE_CHECKING:
     from rewriter.optimize import OptimizedModel
@@ -43,8 +46,8 @@ TRIAL_LENGTH = 9
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Of the check, relative to the size of all logits; 16-bit models may differ by more, as rounding does."""
 
-IGNORED = ("use_cache", "return_dict", "output_attentions", "output_hidden_states", "cache_position", "labels")
-"""Arguments of a transformers model that say nothing when they are None or False."""
+IGNORED = ("use_cache", "return_dict", "cache_position")
+"""Arguments of a transformers model that say nothing in a cached call."""
 
 
 class Decoder:
@@ -185,9 +188,6 @@ class Decoder:
         if "use_cache" in _signature(self.model) or hasattr(getattr(self.model, "config", None), "use_cache"):
             arguments["use_cache"] = False  # type: ignore[assignment]
 
-        from rewriter.optimize import guarded
-        from rewriter.optimize import traced_call
-
         parameters = dict(self.policy_parameters.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             try:
@@ -249,9 +249,9 @@ class Decoder:
         difference = float((whole - pieced).norm() / whole.norm().clamp(min=1e-30))
         if not difference <= TOLERANCES.get(outputs[0].dtype, 0.05):
             raise CacheError(
-                f"{type(self.model).__name__} cannot go on from a cache: it gives other logits for {TRIAL_LENGTH} tokens in pieces "
-                f"than at once (they differ by {difference:.1e} of their size), so something besides attention mixes tokens, "
-                "or it does not take its positions from position_ids"
+                f"{type(self.model).__name__} cannot go on from a cache: it gives other logits for {TRIAL_LENGTH} tokens in "
+                f"pieces than at once (they differ by {difference:.1e} of their size), so something besides attention mixes "
+                "tokens, or it does not take its positions from position_ids"
             )
 
 
@@ -276,7 +276,7 @@ def cached_forward(
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     for name, value in others.items():
-        if value is not None and value is not False and name not in ("use_cache", "return_dict", "cache_position"):
+        if value is not None and value is not False and name not in IGNORED:
             raise CacheError(
                 f"{name} is given, and a cached call takes {', '.join(ARGUMENTS)} and logits_to_keep; call the model without "
                 "past_key_values"
@@ -295,9 +295,9 @@ def cached_forward(
     for begin in range(0, num_new, step):
         part = slice(begin, begin + step)
         own = rows[(rows >= begin) & (rows < begin + step)] - begin
-        given = (None if t is None else t[:, part] for t in (attention_mask, position_ids))
-        logits.append(decoder.run(cache, input_ids[:, part], *given, own))
-    return CausalLMOutputWithPast(logits=torch.cat(logits, dim=1), past_key_values=cache)  # type: ignore[arg-type]
+        mask, places = (None if t is None else t[:, part] for t in (attention_mask, position_ids))
+        logits.append(decoder.run(cache, input_ids[:, part], mask, places, own))
+    return CausalLMOutputWithPast(logits=torch.cat(logits, dim=1), past_key_values=cache)
 
 
 def generate(
@@ -327,8 +327,8 @@ def generate(
         )
 
     @functools.wraps(model.forward)
-    def forward(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        return cached_forward(decoder, past_key_values, *args, chunk=prefill_chunk, **kwargs)
+    def forward(input_ids: Tensor | None = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return cached_forward(decoder, past_key_values, input_ids, chunk=prefill_chunk, **kwargs)
 
     # A shallow copy shares parameters and modules, and has a forward of its own: the model itself is not touched.
     view = copy.copy(model)
@@ -347,8 +347,6 @@ def _longest(model: Any, prompt: int, options: Mapping[str, Any]) -> int:
 def _compiled(module: GraphModule, *, dynamic: bool) -> Callable[..., Any]:
     def call(*tensors: Tensor) -> Any:
         return module(*tensors)
-
-    from rewriter.optimize import own_code
 
     return torch.compile(own_code(call), dynamic=dynamic, fullgraph=True)
 

@@ -7,11 +7,11 @@ the policy.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Any
 
 import torch
@@ -25,12 +25,15 @@ from rewriter.passes import rewrite
 from rewriter.policies import Exact
 from rewriter.policies import Policy
 from rewriter.report import Report
+from rewriter.tracing import RewriteError
+from rewriter.tracing import guarded
+from rewriter.tracing import traced_call
+
+if TYPE_CHECKING:
+    from rewriter.caches import LiveRangeCache
+    from rewriter.decoding import Decoder
 
 BACKENDS = ("inductor", "eager")
-
-
-class RewriteError(RuntimeError):
-    """A model cannot be rewritten as asked; the message says why and what to do."""
 
 
 def optimize(
@@ -110,6 +113,8 @@ class OptimizedModel(nn.Module):
         report: every attention site, rewritten or refused, and why; filled at the first call.
     """
 
+    _decoder: Decoder | None
+
     def __init__(self, model: nn.Module, policy: Policy, *, backend: str, strict: bool, dump: Path | None) -> None:
         super().__init__()
         self.model = model
@@ -174,15 +179,15 @@ class OptimizedModel(nn.Module):
         """
         if not hasattr(self.model, "generate"):
             raise RewriteError(
-                f"{type(self.model).__name__} has no generate; models of transformers have, and others can be called step by step "
-                "with past_key_values=fast.new_cache(...)"
+                f"{type(self.model).__name__} has no generate; models of transformers have, and others can be called step by "
+                "step with past_key_values=fast.new_cache(...)"
             )
         from rewriter.decoding import generate
 
         return generate(self, self.decoder, inputs, past_key_values, prefill_chunk, options)
 
-    def new_cache(self, max_length: int | None = None) -> Any:
-        """An empty `LiveRangeCache` for this model and policy.
+    def new_cache(self, max_length: int | None = None) -> LiveRangeCache:
+        """An empty cache for this model and policy.
 
         Args:
             max_length: tokens of a row in all; needed where the policy does not bound the keys that live.
@@ -193,13 +198,14 @@ class OptimizedModel(nn.Module):
         return self.decoder.new_cache(max_length)
 
     @property
-    def decoder(self) -> Any:
-        """The `rewriter.decoding.Decoder` of the model as it is now; made when first asked for."""
-        if self._decoder is None or not self._decoder.is_current or self._decoder.model is not self.model:
+    def decoder(self) -> Decoder:
+        """The decoder of the model as it is now; made when first asked for."""
+        decoder = self._decoder
+        if decoder is None or decoder.model is not self.model or not decoder.is_current:
             from rewriter.decoding import Decoder
 
-            self._decoder = Decoder(self, self._take)
-        return self._decoder
+            decoder = self._decoder = Decoder(self, self._take)
+        return decoder
 
     def _take(self, result: Rewritten) -> None:
         self._check(result)
@@ -219,12 +225,19 @@ class OptimizedModel(nn.Module):
     def _compile(self) -> None:
         """Prepares to capture the model at the next call."""
         self._constants: dict[str, tuple[Tensor, int]] = {}
-        self._decoder: Any = None
+        self._decoder = None
         self._compiled_model = (self.model,)  # a tuple, or it would be a second submodule
         self._call = traced_call(self.model, self._backend)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_call": None, "_decoder": None, "_compiled_model": None, "_constants": {}, "report": Report()}
+        return {
+            **self.__dict__,
+            "_call": None,
+            "_decoder": None,
+            "_compiled_model": None,
+            "_constants": {},
+            "report": Report(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what was pickled, compiles its own model at its first call."""
@@ -280,43 +293,6 @@ class OptimizedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"policy={self.policy}, backend={self.backend!r}"
-
-
-def traced_call(
-    model: nn.Module, backend: Callable[..., Any], result: Callable[[Any], Any] = lambda output: output
-) -> Callable[..., Any]:
-    """`result(model(...))`, compiled as one graph by `backend`; it takes the policy's parameters first."""
-
-    def call(policy_parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        if policy_parameters:
-            torch.ops.rewriter.policy_parameters(list(policy_parameters.values()), " ".join(policy_parameters))
-        return result(model(*args, **kwargs))
-
-    return torch.compile(own_code(call), backend=backend, dynamic=True, fullgraph=True)
-
-
-def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a code object of its own: Dynamo keeps what it compiles there, and gives up after some entries."""
-    assert isinstance(function, types.FunctionType)
-    code = function.__code__.replace()
-    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
-
-
-def guarded(
-    call: Callable[..., Any], policy_parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Calls a compiled model; errors of the passes come out as they are, those of capture with what to do."""
-    try:
-        with torch._dynamo.config.patch(specialize_float=True):
-            return call(policy_parameters, *args, **kwargs)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        if isinstance(error.inner_exception, (RewriteError, PolicyError)):
-            raise error.inner_exception from None
-        raise
-    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
-        raise RewriteError(
-            f"the model cannot be captured as one graph, and a part left as it was would ignore the policy: {error}"
-        ) from error
 
 
 def _unchanged(buffer: Tensor, known: Tensor, version: int) -> bool:

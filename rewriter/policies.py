@@ -115,6 +115,11 @@ class Policy:
         del layer
         return self
 
+    @property
+    def most_carried(self) -> int:
+        """The most keys that are alive after a compaction; asked for where positions are places in the cache."""
+        raise NotImplementedError(f"{type(self).__name__} must define most_carried")
+
     def parts(self) -> tuple[Policy, ...]:
         """The policies that sites may have under this one."""
         return (self,)
@@ -238,7 +243,9 @@ class SeparatorMask(Policy):
         object.__setattr__(self, "competes", self.max_separators is not None)
         if self.capacity is None:
             if self.positions == "cache":
-                raise PolicyError('SeparatorMask: positions="cache" needs a capacity, the keys at which it is compacted')
+                raise PolicyError(
+                    'SeparatorMask: positions="cache" needs a capacity, the keys at which it is compacted'
+                )
             return
         if self.max_separators is None:
             raise PolicyError("SeparatorMask: capacity needs max_separators, or separators alone would fill the cache")
@@ -568,9 +575,7 @@ def policy_ranges(policy: Policy, input_ids: Tensor) -> LiveRanges:
         raise PolicyError(f"{type(policy).__name__} depends on a site's query, key and value; there is no site here")
     nothing = torch.empty(input_ids.size(0), 1, input_ids.size(1), 1, device=input_ids.device)
     origin = SiteTensors.first_token(causal, causal.start)
-    site = SiteTensors(
-        causal, torch.ones_like(causal.end), causal.start, origin, input_ids, nothing, nothing, nothing
-    )
+    site = SiteTensors(causal, torch.ones_like(causal.end), causal.start, origin, input_ids, nothing, nothing, nothing)
     extra = policy.live_ranges(site)
     if extra is None:
         return causal

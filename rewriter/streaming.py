@@ -11,9 +11,9 @@ from torch import Tensor
 from torch import nn
 
 from rewriter.optimize import OptimizedModel
-from rewriter.optimize import RewriteError
 from rewriter.optimize import optimize
 from rewriter.policies import Policy
+from rewriter.tracing import RewriteError
 
 
 def stream(

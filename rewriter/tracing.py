@@ -1,0 +1,55 @@
+"""Tracing: a model's call as one graph, handed to a backend of ours by `torch.compile`."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import nn
+
+from rewriter.passes import PolicyError
+
+
+class RewriteError(RuntimeError):
+    """A model cannot be rewritten as asked; the message says why and what to do."""
+
+
+def traced_call(
+    model: nn.Module, backend: Callable[..., Any], result: Callable[[Any], Any] = lambda output: output
+) -> Callable[..., Any]:
+    """`result(model(...))`, compiled as one graph by `backend`; it takes the policy's parameters first."""
+
+    def call(policy_parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if policy_parameters:
+            torch.ops.rewriter.policy_parameters(list(policy_parameters.values()), " ".join(policy_parameters))
+        return result(model(*args, **kwargs))
+
+    return torch.compile(own_code(call), backend=backend, dynamic=True, fullgraph=True)
+
+
+def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a code object of its own: Dynamo keeps what it compiles there, and gives up after some entries."""
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+
+
+def guarded(
+    call: Callable[..., Any], policy_parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Calls a compiled model; errors of the passes come out as they are, those of capture with what to do."""
+    try:
+        with torch._dynamo.config.patch(specialize_float=True):
+            return call(policy_parameters, *args, **kwargs)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, (RewriteError, PolicyError)):
+            raise error.inner_exception from None
+        raise
+    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+        raise RewriteError(
+            f"the model cannot be captured as one graph, and a part left as it was would ignore the policy: {error}"
+        ) from error
