@@ -7,8 +7,8 @@ from rewriter.passes.apply_policy import Policy
 from rewriter.passes.apply_policy import PolicyError
 from rewriter.passes.apply_policy import SiteTensors
 from rewriter.passes.apply_policy import Slots
+from rewriter.passes.cache_layout import CacheLayout
 from rewriter.passes.lower_cached import CachedGraphs
-from rewriter.passes.lower_cached import CacheLayout
 from rewriter.passes.lower_cached import NotCacheable
 from rewriter.passes.pipeline import Rewritten
 from rewriter.passes.pipeline import rewrite

@@ -16,8 +16,8 @@ from transformers.cache_utils import CacheLayerMixin
 from rewriter.kernels import FOREVER
 from rewriter.passes import CacheLayout
 from rewriter.passes.apply_policy import NO_TOKEN
-from rewriter.passes.lower_cached import FREE
-from rewriter.passes.lower_cached import StateTensor
+from rewriter.passes.cache_layout import FREE
+from rewriter.passes.cache_layout import StateTensor
 
 
 class CacheError(ValueError):

@@ -13,6 +13,7 @@ from rewriter.kernels import reference
 from rewriter.kernels.cpu import attention as cpu
 from rewriter.passes import check_masks
 from rewriter.passes import pipeline
+from rewriter.passes import slots
 from torch import Tensor
 
 import rewriter
@@ -177,3 +178,59 @@ def test_a_dropped_padding_is_found_by_the_tests_where_that_check_is_off(
 def test_the_check_by_evaluation_is_not_vacuous() -> None:
     assert check_masks.LONGEST >= 1024
     assert len(check_masks.PATTERNS) >= 5
+
+
+def cache_check(fast: rewriter.OptimizedModel) -> None:
+    """A text in pieces over a cache of four blocks, against one forward."""
+    ids = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(b))[:40] for b in range(2)])
+    full = fast(input_ids=ids, use_cache=False).logits
+    cache, outputs, begin = fast.new_cache(), [], 0
+    for size in (9, 1, 1, 1, 15, 1, 12):
+        outputs.append(fast(input_ids=ids[:, begin : begin + size], past_key_values=cache).logits)
+        begin += size
+    torch.testing.assert_close(torch.cat(outputs, dim=1), full, rtol=1e-3, atol=1e-3)
+
+
+def results_changed(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function whose result is passed through `change`."""
+    return lambda original: lambda *args, **kwargs: change(original(*args, **kwargs))
+
+
+def new_key_in_the_first_slot(original: Any) -> Any:
+    def faulty(*args: Any) -> Any:
+        table, shared = original(*args)
+        return table, {**shared, "slot": torch.zeros_like(shared["slot"])}
+
+    return faulty
+
+
+CACHE_FAULTS = {
+    "ends one query late": ("_visible_end", results_changed(lambda end: end + 1)),
+    "dead keys are read": ("_visible_end", results_changed(lambda end: torch.full_like(end, rewriter.kernels.FOREVER))),
+    "a key goes to another's slot": ("_one_key", new_key_in_the_first_slot),
+    "places do not change": (
+        "_several_places",
+        results_changed(lambda result: (torch.zeros_like(result[0]), result[1])),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CACHE_FAULTS)
+@torch.no_grad()
+def test_a_fault_in_the_cache_is_found(
+    name: str, tiny_model: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    positions = "cache" if name.startswith("places") else "text"
+    separators = tuple(range(3, 20))
+    policy = rewriter.SeparatorMask(separators, 1, 3, max_separators=2, capacity=9, positions=positions)
+    model = tiny_model("llama", "sdpa").eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(6)
+    fast = rewriter.optimize(model, policy, backend="eager", strict=True)
+    cache_check(fast)
+    attribute, wrap = CACHE_FAULTS[name]
+    monkeypatch.setattr(slots, attribute, wrap(getattr(slots, attribute)))
+    with pytest.raises(AssertionError):
+        cache_check(fast)
