@@ -69,3 +69,7 @@ class CacheLayout:
 
     tables: tuple[TableLayout, ...]
     sites: tuple[SiteLayout, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheLayout:
+        """A copy of a cache belongs to the same graphs."""
+        return self

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
 
+import sympy
 import torch
 from rewriter.passes.analyse_masks import KEY
 from rewriter.passes.analyse_masks import Interval
@@ -61,11 +62,16 @@ class CachedGraphs:
         several: for two and more new tokens in each row.
         one: for one.
         layout: the cache that both change.
+        most_tokens: so many new tokens at once are what the graphs are for; None for any number.
     """
 
     several: GraphModule
     one: GraphModule
     layout: CacheLayout
+    most_tokens: int | None
+
+
+_ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
 class NotCacheable(Exception):
@@ -78,6 +84,7 @@ def lower_cached(module: GraphModule, planned: list[PlannedSite]) -> CachedGraph
     Raises:
         NotCacheable: with the reason, and the site.
     """
+    most_tokens = _most_tokens(module, planned)
     proofs = []
     for plan in planned:
         where = f"site {plan.layer} ({plan.site.module_path or '-'})"
@@ -90,7 +97,40 @@ def lower_cached(module: GraphModule, planned: list[PlannedSite]) -> CachedGraph
         proofs.append(plan.proof)
     layout = _layout(planned, proofs)
     several, one = (_Lowering(module, planned, proofs, layout, one=one).run() for one in (False, True))
-    return CachedGraphs(several, one, layout)
+    return CachedGraphs(several, one, layout, most_tokens)
+
+
+def _most_tokens(module: GraphModule, planned: list[PlannedSite]) -> int | None:
+    """The most tokens that a call may have, the rows of the shortest table that the model slices; None for no limit.
+
+    Raises:
+        NotCacheable: the graph was traced for some numbers of tokens only, as a model that branches on it is.
+    """
+    tables = {
+        int(size)
+        for node in module.graph.nodes
+        if node.op == "placeholder" and isinstance(node.meta["val"], Tensor)
+        for size in shape(node)
+        if isinstance(size, int)
+    }
+    limits = []
+    output = next(iter(reversed(module.graph.nodes)))
+    if len(output.args[0]) != 1:  # type: ignore[arg-type]
+        raise NotCacheable("the model changes itself in its forward (frequencies that depend on the length, say)")
+    for plan in planned[:1]:
+        size = shape(plan.site.query)[-2]  # type: ignore[arg-type]
+        if not isinstance(size, torch.SymInt):
+            raise NotCacheable(f"the model fixes the number of tokens to {size}")
+        tokens = size.node.expr
+        for guard in size.node.shape_env.guards:
+            if guard.expr.free_symbols != tokens.free_symbols:
+                continue
+            relation = isinstance(guard.expr, (sympy.Le, sympy.Ne)) and guard.expr.lhs == tokens
+            if relation and guard.expr.rhs in tables:
+                limits.append(int(guard.expr.rhs) - isinstance(guard.expr, sympy.Ne))
+            elif not all(guard.expr.subs(tokens, number) for number in (2, 3, 7, 64, 5000, 2**20 - 3)):
+                raise NotCacheable(f"the model does different things for different numbers of tokens ({guard.expr})")
+    return min(limits, default=None)
 
 
 def _check(plan: PlannedSite, proof: MaskProof) -> None:
@@ -235,9 +275,20 @@ class _Lowering:
                 result = self._attend(tables[table].shared, plan, sites[number])
             node.replace_all_uses_with(result)
         self.graph.eliminate_dead_code()
+        self._check_numbering()
         self.graph.lint()
         self.module.recompile()
         return self.module
+
+    def _check_numbering(self) -> None:
+        """What is left of the model must not number the tokens of a call by itself: its masks, which may, are gone."""
+        alive = set(self.graph.nodes)
+        tokens = shape(self.planned[0].site.query)[-2].node.expr  # type: ignore[arg-type]
+        for node, copied in self.copies.items():
+            if copied in alive and node.target in _ARANGES:
+                sizes = [s.node.expr for s in shape(node) if isinstance(s, torch.SymInt)]
+                if any(tokens in expr.free_symbols for expr in sizes):
+                    raise NotCacheable("the model numbers the tokens of a call by itself, and not by position_ids")
 
     def _read_sizes_from_tensors(self) -> None:
         """Symbolic sizes among the inputs become the sizes of tensors."""

@@ -31,13 +31,15 @@ class LiveRangeCache(Cache):
 
     Args:
         layout: of the model's graphs.
-        max_length: tokens that a row may have in all, padding included, where the policy forgets too little to bound the
-            slots; None for no more than the policy's own bound.
+        max_length: tokens that a row may have in all, padding included; asked for where the policy forgets too little to bound
+            the slots, and of no meaning elsewhere.
         device: of all tensors.
 
     Attributes:
         length: tokens taken so far, those forgotten and those of padding included.
         capacities: slots of each table of ranges.
+        last_ids: int64 `[B]`, the last token of each row; None where it is not known.
+        is_broken: a call was interrupted in the middle; only `reset` helps.
 
     Raises:
         CacheError: `max_length` is left out, and a table has no bound of its own.
@@ -56,8 +58,11 @@ class LiveRangeCache(Cache):
         self.layout = layout
         self.max_length = max_length if unbounded else None
         self.device = device
-        self.capacities = [t.capacity(FOREVER if max_length is None else max_length) for t in layout.tables]
+        bounds = [t.capacity(FOREVER) for t in layout.tables]
+        self.capacities = [max_length if b == FOREVER and max_length is not None else b for b in bounds]
         self.length = 0
+        self.last_ids: Tensor | None = None
+        self.is_broken = False
         self.tables: list[dict[str, Tensor]] = []
         self.stores: list[dict[str, Tensor]] = []
 
@@ -95,8 +100,13 @@ class LiveRangeCache(Cache):
         """All tensors, in the order of the graphs' inputs."""
         return [t for part in (*self.tables, *self.stores) for t in part.values()]
 
+    def release(self) -> None:
+        """Gives the tensors of an empty cache back; the next call decides the batch size anew."""
+        self.tables, self.stores, self.last_ids, self.is_broken = [], [], None, False
+
     def check_room(self, num_new: int) -> None:
-        """Raises `CacheError` where so many more tokens do not fit."""
+        """Raises `CacheError` where so many more tokens do not fit, or the cache is broken."""
+        self._check_whole()
         if self.max_length is not None and self.length + num_new > self.max_length:
             raise CacheError(
                 f"the cache has {self.length} of at most {self.max_length} tokens, and {num_new} more do not fit; make a "
@@ -122,7 +132,7 @@ class LiveRangeCache(Cache):
         for layout, table in zip(self.layout.tables, self.tables, strict=False):
             for state in layout.state:
                 table[state.name].fill_(state.fill)
-        self.length = 0
+        self.length, self.last_ids, self.is_broken = 0, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row `beam_idx[b]` was."""
@@ -132,6 +142,7 @@ class LiveRangeCache(Cache):
         for part, states in self._parts():
             for tensor in (part[state.name] for state in states if "B" in state.shape):
                 tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+        self.last_ids = None if self.last_ids is None else self.last_ids[beam_idx.to(self.last_ids.device)]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows, in this order; they may repeat."""
@@ -140,6 +151,7 @@ class LiveRangeCache(Cache):
             for state in states:
                 if "B" in state.shape:
                     part[state.name] = part[state.name].index_select(0, indices.to(part[state.name].device))
+        self.last_ids = None if self.last_ids is None else self.last_ids[indices.to(self.last_ids.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
@@ -155,6 +167,7 @@ class LiveRangeCache(Cache):
         """
         if tokens_to_remove > 0:
             raise CacheError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
+        self._check_whole()
         length = self.length + tokens_to_remove
         if length < 0:
             raise CacheError(f"cannot remove {-tokens_to_remove} tokens, the cache has {self.length}")
@@ -182,9 +195,14 @@ class LiveRangeCache(Cache):
             table["index"].masked_fill_(gone, FREE)
             table["length"].fill_(length)
             table["origin"].masked_fill_(table["origin"] >= length, NO_TOKEN)
-        self.length = length
+        self.length, self.last_ids = length, None
+
+    def _check_whole(self) -> None:
+        if self.is_broken:
+            raise CacheError("a call was interrupted while it changed the cache, which holds half of it; reset() it")
 
     def _check_rows(self, rows: Tensor) -> None:
+        self._check_whole()
         if not self.stores:
             raise CacheError("the cache is empty; there are no rows yet")
         if rows.dim() != 1 or rows.is_floating_point() or bool(((rows < 0) | (rows >= self.batch_size)).any()):

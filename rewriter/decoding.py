@@ -77,8 +77,20 @@ class Decoder:
         self.graphs: CachedGraphs = result.cached
         self.layout = self.graphs.layout
         self.fetch = [self._fetcher(given) for given in result.inputs]
+        self.constants = {name: (b := self.model.get_buffer(name), b._version) for name in result.constants}
         self.made_for = _made_for(self.model)
-        self._check()
+        self.vocabulary = _vocabulary(self.model)
+        self.default_positions = False
+        try:
+            self._check()
+            self.default_positions = self._numbers_by_place()
+        except CacheError:
+            raise
+        except Exception as error:  # whatever the model's own operators raise on a few tokens
+            raise CacheError(
+                f"{type(self.model).__name__} cannot be tried on {TRIAL_LENGTH} tokens over a cache: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         self.several: Callable[..., Any] = self.graphs.several
         self.one: Callable[..., Any] = self.graphs.one
         if optimized.backend == "inductor":
@@ -87,8 +99,11 @@ class Decoder:
 
     @property
     def is_current(self) -> bool:
-        """Whether the model is still as it was captured: its mode, dtype and device."""
-        return self.made_for == _made_for(self.model)
+        """Whether the model is still as it was captured: its modules, mode, dtype, device, and the masks that it holds."""
+        return self.made_for == _made_for(self.model) and all(
+            self.model.get_buffer(name) is buffer and buffer._version == version
+            for name, (buffer, version) in self.constants.items()
+        )
 
     def new_cache(self, max_length: int | None) -> LiveRangeCache:
         device = next(self.model.parameters()).device
@@ -108,7 +123,8 @@ class Decoder:
         Args:
             input_ids: integer `[B, n]`, the new tokens.
             attention_mask: integer or bool `[B, n]` or of the whole text, `[B, length + n]`; 0 for padding.
-            position_ids: integer `[B|1, n]`; the places in the text, padding included, when left out.
+            position_ids: integer `[B|1, n]`; the places in the text, padding included, when left out, if that is what the model
+                itself would take.
             rows: int64 `[m]`, the tokens whose logits are wanted; all when left out.
 
         Returns:
@@ -132,13 +148,18 @@ class Decoder:
             "logits_to_keep": torch.arange(num_new, device=input_ids.device) if rows is None else rows,
         }
         call = self.one if num_new == 1 else self.several
-        logits = self._call(call, arguments, cache)
-        cache.length += num_new
+        cache.is_broken = True
+        try:
+            logits = self._call(call, arguments, cache)
+        except BaseException:
+            if not cache.length:
+                cache.release()
+            raise
         if any(int(table["lost"]) for table in cache.tables):
             raise RuntimeError(
-                "more keys live at once than the policy's pressure() allows, and some were lost; the cache cannot be used any "
-                "more: mend pressure()"
+                "more keys live at once than the policy's pressure() allows, and some were lost: mend pressure()"
             )
+        cache.length, cache.last_ids, cache.is_broken = cache.length + num_new, input_ids[:, -1].clone(), False
         return logits
 
     def _call(self, call: Callable[..., Any], arguments: Mapping[str, Tensor], cache: LiveRangeCache) -> Tensor:
@@ -146,7 +167,12 @@ class Decoder:
         return logits if self.takes_rows else logits[:, arguments["logits_to_keep"]]
 
     def _check_arguments(
-        self, cache: LiveRangeCache, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+        self,
+        cache: LiveRangeCache,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        chunk: int | None = None,
     ) -> None:
         if cache.layout is not self.layout:
             raise CacheError(
@@ -158,6 +184,14 @@ class Decoder:
         if not num_new or not num_batch:
             raise CacheError(f"input_ids is empty, {list(input_ids.shape)}; give at least one token")
         cache.check_rows(num_batch)
+        most = self.graphs.most_tokens
+        if most is not None and (chunk or num_new) > most:
+            raise CacheError(
+                f"{type(self.model).__name__} takes at most {most} tokens at once, got {num_new}; give fewer, or prefill_chunk"
+            )
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= self.vocabulary:
+            raise CacheError(f"input_ids must be from 0 to {self.vocabulary - 1}, got {low if low < 0 else high}")
         if attention_mask is not None:
             sizes = (num_new, cache.length + num_new)
             if attention_mask.dim() != 2 or attention_mask.size(0) != num_batch or attention_mask.size(1) not in sizes:
@@ -165,6 +199,10 @@ class Decoder:
                     f"attention_mask must be [{num_batch}, {num_new}], or [{num_batch}, {sizes[1]}] for the whole text, got "
                     f"{list(attention_mask.shape)}"
                 )
+        if position_ids is None and not self.default_positions:
+            raise CacheError(
+                f"{type(self.model).__name__} does not number tokens by their place in the text; give position_ids [B, n]"
+            )
         if position_ids is not None and tuple(position_ids.shape) not in ((num_batch, num_new), (1, num_new)):
             raise CacheError(f"position_ids must be [{num_batch}, {num_new}], got {list(position_ids.shape)}")
 
@@ -185,7 +223,7 @@ class Decoder:
         }
         if self.takes_rows:
             arguments["logits_to_keep"] = torch.arange(3, device=device)
-        if "use_cache" in _signature(self.model) or hasattr(getattr(self.model, "config", None), "use_cache"):
+        if _takes_use_cache(self.model):
             arguments["use_cache"] = False  # type: ignore[assignment]
 
         parameters = dict(self.policy_parameters.named_parameters(remove_duplicate=False))
@@ -220,10 +258,9 @@ class Decoder:
     def _check(self) -> None:
         """Runs a few tokens at once, and in pieces."""
         random = torch.Generator().manual_seed(0)
-        vocabulary = next((m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding)), 2)
         device = next(self.model.parameters()).device
         # Distinct tokens: scores of equal ones tie, and rounding, which depends on the pieces, would decide.
-        ids = torch.stack([torch.randperm(vocabulary, generator=random)[:TRIAL_LENGTH] for _ in range(2)])
+        ids = torch.stack([torch.randperm(self.vocabulary, generator=random)[:TRIAL_LENGTH] for _ in range(2)])
         ids = ids.repeat(1, -(-TRIAL_LENGTH // ids.size(1)))[:, :TRIAL_LENGTH].to(device)
         mask = torch.ones_like(ids)
         mask[1, 0] = 0
@@ -254,6 +291,27 @@ class Decoder:
                 "tokens, or it does not take its positions from position_ids"
             )
 
+    @torch.no_grad()
+    def _numbers_by_place(self) -> bool:
+        """Whether the model itself, given no positions, takes the places of tokens, padding included."""
+        device = next(self.model.parameters()).device
+        ids = (torch.arange(TRIAL_LENGTH, device=device) % self.vocabulary).repeat(2, 1)
+        mask = torch.ones_like(ids)
+        mask[1, :2] = 0
+        given = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            **({"use_cache": False} if _takes_use_cache(self.model) else {}),
+        }
+        places = torch.arange(TRIAL_LENGTH, device=device).expand(2, -1)
+        try:
+            own = _logits(self.model(**given))
+        except TypeError:  # position_ids is not optional
+            return False
+        by_place = _logits(self.model(**given, position_ids=places))
+        own, by_place = (t[mask.bool()].double() for t in (own, by_place))
+        return bool((own - by_place).norm() <= 1e-3 * own.norm())
+
 
 def cached_forward(
     decoder: Decoder,
@@ -283,7 +341,11 @@ def cached_forward(
             )
     if input_ids is None:
         raise CacheError("a cached call needs input_ids")
-    decoder._check_arguments(cache, input_ids, attention_mask, position_ids)
+    if not isinstance(cache, LiveRangeCache):
+        raise CacheError(
+            f"the model was called without its cache in the middle of a generation (got {type(cache).__name__})"
+        )
+    decoder._check_arguments(cache, input_ids, attention_mask, position_ids, chunk)
     num_new = input_ids.size(1)
     cache.check_room(num_new)
     rows = torch.arange(num_new, device=input_ids.device)
@@ -297,7 +359,9 @@ def cached_forward(
         own = rows[(rows >= begin) & (rows < begin + step)] - begin
         mask, places = (None if t is None else t[:, part] for t in (attention_mask, position_ids))
         logits.append(decoder.run(cache, input_ids[:, part], mask, places, own))
-    return CausalLMOutputWithPast(logits=torch.cat(logits, dim=1), past_key_values=cache)
+    # The rows came chunk by chunk; they go back in the order that was asked for.
+    asked = (rows // step).argsort(stable=True).argsort()
+    return CausalLMOutputWithPast(logits=torch.cat(logits, dim=1)[:, asked], past_key_values=cache)
 
 
 def generate(
@@ -325,6 +389,8 @@ def generate(
             f"past_key_values is a {type(past_key_values).__name__}, which keeps what the policy forgets; make the cache with "
             "new_cache(max_length=...)"
         )
+    else:
+        _check_continues(past_key_values, prompt, options.get("attention_mask"))
 
     @functools.wraps(model.forward)
     def forward(input_ids: Tensor | None = None, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -333,13 +399,36 @@ def generate(
     # A shallow copy shares parameters and modules, and has a forward of its own: the model itself is not touched.
     view = copy.copy(model)
     view.forward = forward
-    return view.generate(inputs, past_key_values=past_key_values, **options)
+    return view.generate(inputs, past_key_values=past_key_values, **{**options, "use_cache": True})
+
+
+def _check_continues(cache: LiveRangeCache, prompt: Tensor, attention_mask: Tensor | None) -> None:
+    """Raises `CacheError` where a prompt does not go on from what a cache holds."""
+    if not cache.length:
+        return
+    cache.check_rows(prompt.size(0))
+    given = prompt.size(1) if attention_mask is None else attention_mask.size(1)
+    if given == prompt.size(1) + cache.length:
+        return  # the new tokens alone, and the mask of the whole text
+    after = "give the whole text, or the new tokens with the attention_mask of the whole text"
+    if given != prompt.size(1) or prompt.size(1) <= cache.length:
+        raise CacheError(
+            f"the cache holds {cache.length} tokens, input_ids are {prompt.size(1)} and attention_mask {given}; {after}"
+        )
+    last = prompt[:, cache.length - 1]
+    if cache.last_ids is not None and not torch.equal(last.to(cache.last_ids.device), cache.last_ids):
+        raise CacheError(f"token {cache.length - 1} of input_ids is not the last one that the cache holds; {after}")
 
 
 def _longest(model: Any, prompt: int, options: Mapping[str, Any]) -> int:
     """Tokens that a generation may have at most; for caches without a bound, rounded up so that few sizes are compiled."""
-    config = options.get("generation_config") or model.generation_config
-    new, length = (options.get(n, getattr(config, n, None)) for n in ("max_new_tokens", "max_length"))
+    sources = [
+        options,
+        *(vars(c) for c in (options.get("generation_config"), model.generation_config) if c is not None),
+    ]
+    new, length = (
+        next((s[n] for s in sources if s.get(n) is not None), None) for n in ("max_new_tokens", "max_length")
+    )
     longest = prompt + new if new is not None else max(length or 0, prompt + 20)
     return max(256, 1 << (longest - 1).bit_length())
 
@@ -361,4 +450,27 @@ def _signature(model: nn.Module) -> Mapping[str, Any]:
 
 def _made_for(model: nn.Module) -> tuple[Any, ...]:
     first = next(model.parameters())
-    return model, model.training, first.dtype, first.device
+    modules = [model]  # model.modules() takes ten times as long, at each token
+    for module in modules:
+        modules.extend(m for m in module._modules.values() if m is not None)
+    shared: dict[int, int] = {}
+    # Which parameters are one: a graph has each once.
+    ties = tuple(
+        shared.setdefault(id(p), len(shared)) for m in modules for p in m._parameters.values() if p is not None
+    )
+    kind = first.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return model, model.training, first.dtype, first.device, autocast, tuple(id(m) for m in modules), ties
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Tokens that the model knows."""
+    config = getattr(model, "config", None)
+    if config is not None and isinstance(getattr(config, "vocab_size", None), int):
+        return int(config.vocab_size)
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    return min(sizes, default=2)
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    return "use_cache" in _signature(model) or hasattr(getattr(model, "config", None), "use_cache")

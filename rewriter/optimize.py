@@ -7,6 +7,7 @@ the policy.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -140,8 +141,9 @@ class OptimizedModel(nn.Module):
 
             cache = kwargs["past_key_values"]
             if isinstance(cache, LiveRangeCache):
-                others = {name: value for name, value in kwargs.items() if name != "past_key_values"}
-                return cached_forward(self.decoder, cache, *args, **others)
+                named = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+                positional = inspect.signature(self.model.forward).bind_partial(*args).arguments
+                return cached_forward(self.decoder, cache, **positional, **named)
         if any(p.positions == "cache" for p in self.policy.parts()):
             kwargs = self._with_positions(args, kwargs)
         if self._compiled_model[0] is not self.model or any(
@@ -165,7 +167,8 @@ class OptimizedModel(nn.Module):
 
         Args:
             inputs: int64 `[B, n]`, the prompts; `input_ids=` is the same. Pad shorter ones on the left, and give
-                `attention_mask`. With a cache that holds a text already: the whole text, or what follows.
+                `attention_mask`. With a cache that holds a text already: the whole text, or what follows with the
+                `attention_mask` of the whole.
             past_key_values: a cache from `new_cache`, for several turns; a new one when left out.
             prefill_chunk: most tokens of a prompt to run at once.
             options: of `transformers.GenerationMixin.generate`.

@@ -11,6 +11,7 @@ import math
 
 import torch
 from rewriter.kernels.cpu.attention import Logits
+from rewriter.kernels.cpu.attention import compute_dtype
 from torch import Tensor
 
 MAX_QUERIES = 4
@@ -45,15 +46,21 @@ def decode(
     num_kv_heads = key.size(1)
     group = num_heads // num_kv_heads
     stacked = query.reshape(num_batch, num_kv_heads, group * num_queries, head_dim)
-    mask = None if everything else _mask(visible, query.dtype)
+    stacked, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (stacked, key, value))
+    dtype = compute_dtype(query)
+    mask: Tensor | None = None  # [B|1, Hkv|1, 1 or G, 1 or Q, K], added to the logits
     if logits.bias is not None:
         bias = logits.bias if everything else logits.bias[:, :, used]
-        mask = _sum(mask, bias[:, :, None, None].to(query.dtype))
+        mask = bias[:, :, None, None].to(dtype)
     if logits.alibi_slopes is not None:
         key_index = logits.key_index if everything else logits.key_index[:, used]
-        distance = (logits.query_index[:, :, None] - key_index[:, None]).abs().to(query.dtype)
-        slopes = logits.alibi_slopes.to(query.dtype).view(num_kv_heads, group, 1, 1)
-        mask = _sum(mask, -slopes * distance[:, None, None])
+        distance = (logits.query_index[:, :, None] - key_index[:, None]).abs().to(dtype)
+        alibi = -logits.alibi_slopes.to(dtype).view(num_kv_heads, group, 1, 1) * distance[:, None, None]
+        mask = alibi if mask is None else mask + alibi
+    if not everything:
+        # Last, as the bias of a dead slot may be NaN too.
+        shown = torch.zeros((), dtype=dtype) if mask is None else mask
+        mask = torch.where(visible[:, :, None], shown, -math.inf)
     if mask is not None:
         mask = mask.expand(num_batch, num_kv_heads, group, num_queries, -1).flatten(2, 3)
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -76,12 +83,3 @@ def _used(alive: Tensor) -> slice:
     """From the first key that is alive in any row and head to the last."""
     places = alive.flatten(0, 1).any(dim=0).nonzero()
     return slice(int(places[0]), int(places[-1]) + 1) if places.numel() else slice(0, 0)
-
-
-def _mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[B|1, Hkv|1, 1, Q, K]`: 0, and -inf where hidden."""
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -math.inf)[:, :, None]
-
-
-def _sum(mask: Tensor | None, term: Tensor) -> Tensor:
-    return term if mask is None else mask + term

@@ -19,6 +19,7 @@ from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import key_scores
 from rewriter.kernels import live_range_attention
+from rewriter.kernels import reference
 from rewriter.kernels import running_topk_ranges
 from rewriter.kernels.cpu import attention as cpu
 from rewriter.kernels.cpu import schedule
@@ -28,6 +29,7 @@ from rewriter.kernels.gpu.launch import INTERPRETED
 from rewriter.testing import ADVERSARIAL_RANGES
 from rewriter.testing import Case
 from rewriter.testing import assert_equivalent
+from rewriter.testing import assert_within_budget
 from rewriter.testing import attention_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -184,3 +186,23 @@ def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
         live_range_attention(query, key, value, live).sum().backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert 0 < largest < 64 * query.numel() * query.element_size()
+
+
+def test_a_row_over_slots_whatever_their_strides_and_what_dead_ones_hold() -> None:
+    """Decoding: inputs whose last dimension is not contiguous, a bias of 16-bit models' size, NaN in the bias of dead keys."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        query = torch.randn(2, 4, 8, 1).to(dtype).transpose(2, 3)
+        key, value = (torch.randn(2, 2, 8, 40).to(dtype).transpose(2, 3) for _ in range(2))
+        bias = 20 * torch.randn(2, 2, 40)
+        end = torch.full((2, 1, 40), FOREVER, dtype=torch.int32)
+        end[0, 0, 5:9] = 0
+        live = LiveRanges(torch.zeros_like(end), end)
+        index = torch.tensor([40])
+        exact = reference.live_range_attention(
+            query.double(), key.double(), value.double(), live, bias=bias.double(), query_index=index
+        )
+        dense = reference.live_range_attention(query, key, value, live, bias=bias, query_index=index)
+        bias[0, :, 5:9] = float("nan")
+        actual = live_range_attention(query, key, value, live, bias=bias, query_index=index)
+        assert_within_budget(actual, dense, exact, str(dtype))

@@ -382,7 +382,7 @@ def test_bad_input_leaves_the_cache_as_it_was(tiny_model: Callable[..., nn.Modul
             r"position_ids must be \[2, 2\]",
         ),
         (lambda: fast.generate(ids, past_key_values=DynamicCache()), "past_key_values is a DynamicCache"),
-        (lambda: fast.generate(torch.randint(0, 64, (2, 30)), past_key_values=cache), "do not fit"),
+        (lambda: fast.generate(torch.cat((ids, ids, ids), dim=1), past_key_values=cache), "do not fit"),
         (lambda: fast.generate(ids[:, :0]), "needs input_ids"),
         (lambda: fast.generate(ids, prefill_chunk=0), "prefill_chunk must be at least 1"),
         (lambda: fast.generate(ids, use_cache=False), "leave use_cache out"),
@@ -459,3 +459,157 @@ def test_a_policy_of_ones_own_goes_on_and_a_wrong_pressure_is_found(tiny_model: 
         torch.testing.assert_close(actual, full, rtol=1e-4, atol=1e-4)
     with pytest.raises(RuntimeError, match=r"more keys live at once than the policy's pressure\(\) allows"):
         in_pieces(rewriter.optimize(fast.model, Alternating(7), backend="eager"), ids, mask, positions, PIECES[1])
+
+
+class Plain(nn.Module):
+    """A hand-written causal model that can be told to do what a cached call must not repeat."""
+
+    def __init__(self, fault: str = "") -> None:
+        super().__init__()
+        self.fault = fault
+        self.embedding = nn.Embedding(64, 32)
+        self.qkv = nn.Linear(32, 96)
+        self.head = nn.Linear(32, 64)
+        self.register_buffer("seen", torch.ones(64, 64, dtype=torch.bool).tril())
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        length = input_ids.size(1)
+        x = self.embedding(input_ids)
+        if self.fault == "branches" and length > 12:
+            x = x.tanh() * 3
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        if self.fault == "numbers":
+            q = q * torch.where(torch.arange(length) > 20, 2.0, 1.0)[:, None]
+        mask = self.seen[:length, :length][None, None]
+        if attention_mask is not None:
+            mask = mask & attention_mask.bool()[:, None, None, :]
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.head(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("branches", "different things for different numbers of tokens"), ("numbers", "numbers the tokens of a call")],
+)
+def test_what_nine_tokens_cannot_show_is_refused(fault: str, reason: str) -> None:
+    """A branch on the length, or positions from an arange of the model's own, as Llama 4's attention scale has them."""
+    torch._dynamo.reset()
+    with pytest.raises(CacheError, match=reason):
+        rewriter.optimize(Plain(fault).eval(), backend="eager").new_cache(30)
+
+
+@torch.no_grad()
+def test_a_changed_model_is_captured_anew(tiny_model: Callable[..., nn.Module]) -> None:
+    """Another submodule, parameters that were one and are two, and a mask that was changed in place."""
+    torch._dynamo.reset()
+    ids = torch.randint(0, 64, (2, 9))
+    fast = ready(tiny_model("gpt2", "eager"), SlidingWindow(5))
+    before = fast(input_ids=ids, past_key_values=fast.new_cache()).logits
+    fast.model.lm_head.weight = nn.Parameter(torch.randn(64, 32))
+    after = fast(input_ids=ids, past_key_values=fast.new_cache()).logits
+    torch.testing.assert_close(after, fast(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(after, before)
+    fast.model.lm_head = nn.Linear(32, 64)
+    replaced = fast(input_ids=ids, past_key_values=fast.new_cache()).logits
+    torch.testing.assert_close(replaced, fast(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    plain = rewriter.optimize(Plain().eval(), backend="eager")
+    causal = plain(input_ids=ids, past_key_values=plain.new_cache(20)).logits
+    plain.model.seen.triu_(-2)
+    windowed = plain(input_ids=ids, past_key_values=plain.new_cache(20)).logits
+    with pytest.raises(CacheError, match="Plain takes at most 63 tokens at once, got 65"):
+        plain(input_ids=torch.zeros(2, 65, dtype=torch.long), past_key_values=plain.new_cache(99))
+    assert not torch.allclose(causal, windowed)
+    torch.testing.assert_close(windowed, plain.model(ids), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_interrupted_call_is_noticed(tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    fast = ready(tiny_model("llama", "sdpa"), SlidingWindow(5))
+    ids = torch.randint(0, 64, (2, 9))
+    cache = fast.new_cache()
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fast.decoder, "_call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fast(input_ids=ids, past_key_values=cache)
+    monkeypatch.undo()
+    expected = fast(input_ids=ids[:1], past_key_values=cache).logits
+    assert cache.batch_size == 1, "an empty cache has no rows yet"
+    monkeypatch.setattr(fast.decoder, "_call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fast(input_ids=ids[:1], past_key_values=cache)
+    monkeypatch.undo()
+    for call in (
+        lambda: fast(input_ids=ids[:1], past_key_values=cache),
+        lambda: cache.crop(-1),
+        lambda: cache.reorder_cache(torch.tensor([0])),
+    ):
+        with pytest.raises(CacheError, match="a call was interrupted while it changed the cache"):
+            call()
+    cache.reset()
+    torch.testing.assert_close(fast(input_ids=ids[:1], past_key_values=cache).logits, expected)
+
+
+@torch.no_grad()
+def test_what_a_prompt_must_say_of_a_cache_that_holds_a_text(tiny_model: Callable[..., nn.Module]) -> None:
+    torch._dynamo.reset()
+    fast = ready(tiny_model("llama", "sdpa"), SlidingWindow(5))
+    ids = torch.randint(2, 64, (1, 30))
+    options = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": 1, "do_sample": False}
+    expected = fast.generate(ids, **options)[:, 30:]
+    cache = fast.new_cache()
+    fast(input_ids=ids[:, :20], past_key_values=cache)
+    kept = copy.deepcopy(cache)
+    for prompt, mask, message in (
+        (ids[:, :20], None, "the cache holds 20 tokens, input_ids are 20 and attention_mask 20"),
+        (ids[:, 20:], None, "the cache holds 20 tokens, input_ids are 10 and attention_mask 10"),
+        (ids.roll(1), None, "token 19 of input_ids is not the last one that the cache holds"),
+        (ids[:, 20:], torch.ones(1, 29), "input_ids are 10 and attention_mask 29"),
+    ):
+        with pytest.raises(CacheError, match=message):
+            fast.generate(prompt, attention_mask=mask, past_key_values=cache, **options)
+        assert cache.length == 20
+    follows = fast.generate(ids[:, 20:], attention_mask=torch.ones(1, 30).long(), past_key_values=cache, **options)
+    assert torch.equal(follows[:, 10:], expected)
+    fast.model.generation_config.use_cache = False  # as training with checkpoints leaves it
+    assert torch.equal(fast.generate(ids, past_key_values=kept, **options)[:, 30:], expected), "a copy goes on, too"
+
+
+@torch.no_grad()
+def test_rows_of_logits_come_as_they_are_asked_for(tiny_model: Callable[..., nn.Module]) -> None:
+    from rewriter.decoding import cached_forward
+
+    torch._dynamo.reset()
+    fast = ready(tiny_model("llama", "sdpa"), SlidingWindow(5))
+    ids = torch.randint(0, 64, (2, 20))
+    full = fast(input_ids=ids, past_key_values=fast.new_cache()).logits
+    rows = torch.tensor([17, 2, 2, 9])
+    for chunk in (None, 4, 7):
+        output = cached_forward(fast.decoder, fast.new_cache(), ids, logits_to_keep=rows, chunk=chunk)
+        torch.testing.assert_close(output.logits, full[:, rows], rtol=1e-4, atol=1e-4)
+    with pytest.raises(CacheError, match="input_ids must be from 0 to 63, got 64"):
+        cached_forward(fast.decoder, fast.new_cache(), torch.full((2, 9), 64), chunk=4)
+
+
+@torch.no_grad()
+def test_models_that_number_tokens_in_their_own_way_need_position_ids() -> None:
+    """RoBERTa begins at its padding index + 1, whatever is padded."""
+    from transformers import RobertaConfig
+    from transformers import RobertaForCausalLM
+
+    torch._dynamo.reset()
+    config = RobertaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, is_decoder=True
+    )
+    fast = rewriter.optimize(RobertaForCausalLM(config).eval(), SlidingWindow(5), backend="eager", strict=True)
+    ids = torch.randint(3, 64, (2, 9))
+    with pytest.raises(CacheError, match="does not number tokens by their place in the text"):
+        fast(input_ids=ids, past_key_values=fast.new_cache())
+    positions = torch.arange(2, 11).expand(2, -1)
+    actual = fast(input_ids=ids, position_ids=positions, past_key_values=fast.new_cache()).logits
+    torch.testing.assert_close(actual, fast(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
