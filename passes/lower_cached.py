@@ -115,7 +115,7 @@ def _most_tokens(module: GraphModule, planned: list[PlannedSite]) -> int | None:
     }
     limits = []
     output = next(iter(reversed(module.graph.nodes)))
-    if len(output.args[0]) != 1:  # type: ignore[arg-type]
+    if len(output.args[0]) != 1:
         raise NotCacheable("the model changes itself in its forward (frequencies that depend on the length, say)")
     for plan in planned[:1]:
         size = shape(plan.site.query)[-2]  # type: ignore[arg-type]
