@@ -131,9 +131,11 @@ def contestants(model: Any, tokenizer: Any) -> list[Contestant]:
     return result
 
 
-def measure(model: Any, tokenizer: Any, lengths: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    model: Any, tokenizer: Any, lengths: tuple[int, ...], rounds: int, only: str | None
+) -> list[dict[str, Any]]:
     ids = torch.tensor([list(stream_ids(tokenizer, lengths[-1] + 2 * STEPS * rounds * len(lengths)))])
-    everyone = contestants(model, tokenizer)
+    everyone = [c for c in contestants(model, tokenizer) if c.name.startswith(("original", only or ""))]
     rows = []
     for length in lengths:
         running = [
@@ -211,7 +213,8 @@ def read_stream(count: int, log: Path) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="File of the results.")] = Path("bench/results/generate.json"),
     rounds: Annotated[int, typer.Option(help="Times that the contestants take turns.")] = 3,
-    longest: Annotated[int, typer.Option(help="Leave out longer contexts, to try the script.")] = LENGTHS[-1],
+    lengths: Annotated[str, typer.Option(help="Contexts, ascending.")] = ",".join(map(str, LENGTHS)),
+    only: Annotated[str | None, typer.Option(help="Policies whose names begin so, beside the original.")] = None,
     stream: Annotated[int | None, typer.Option(help="Read one stream of so many tokens instead.")] = None,
     log: Annotated[Path, typer.Option(help="Its log.")] = Path("bench/results/stream.log"),
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
@@ -222,7 +225,7 @@ def main(
         read_stream(stream, log)
         return
     model, tokenizer = load_model()
-    rows = measure(model, tokenizer, tuple(n for n in LENGTHS if n <= longest), rounds)
+    rows = measure(model, tokenizer, tuple(int(n) for n in lengths.split(",")), rounds, only)
     out.write_text(json.dumps({"threads": threads, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
     Console(width=150).print(table(rows))
 
