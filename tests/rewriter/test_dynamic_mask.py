@@ -205,7 +205,9 @@ def site_check() -> None:
     live, segment = LiveRanges.causal(23), torch.ones(1, 1, 23, dtype=torch.int32)
     parameters = {"W": inputs["W"], "A": inputs["A"]}
     q, k, v = (inputs[name] for name in ("query", "key", "value"))
-    own, bias = policy.live_ranges(SiteTensors(live, segment, None, q, k, v, parameters))
+    own, bias = policy.live_ranges(
+        SiteTensors(live, segment, live.start, live.start[..., :1], None, q, k, v, parameters)
+    )
     actual = live_range_attention(q, k, v, live & own, bias=bias)
     causal = torch.ones(23, 23, dtype=torch.bool).tril()[None, None]
     expected = dense_attention(q, k, v, parameters, policy, causal)
@@ -432,7 +434,9 @@ def one_site(policy: DynamicMask, W: Tensor, A: Tensor, value: Tensor) -> tuple[
         "A": A.requires_grad_(),
     }
     live = LiveRanges.causal(value.size(2))
-    site = SiteTensors(live, torch.ones_like(live.start), None, query, key, value, {"W": W, "A": A})
+    site = SiteTensors(
+        live, torch.ones_like(live.start), live.start, live.start[..., :1], None, query, key, value, {"W": W, "A": A}
+    )
     own, bias = policy.live_ranges(site)
     output = live_range_attention(query, key, value, live & own, bias=bias)
     return output, dict(zip(inputs, torch.autograd.grad(output.sum(), inputs.values()), strict=True))
@@ -464,7 +468,17 @@ def test_a_key_with_a_nan_score_is_never_seen() -> None:
     value = torch.randn(1, 1, 10, 4)
     value[0, 0, 3] = math.nan
     live = LiveRanges.causal(10)
-    site = SiteTensors(live, torch.ones_like(live.start), None, value, value, value, policy.initial_parameters(0, 1, 4))
+    site = SiteTensors(
+        live,
+        torch.ones_like(live.start),
+        live.start,
+        live.start[..., :1],
+        None,
+        value,
+        value,
+        value,
+        policy.initial_parameters(0, 1, 4),
+    )
     own, bias = policy.live_ranges(site)
     assert own.end[0, 0].tolist()[3] == 0
     assert bool(bias.isfinite().all())
