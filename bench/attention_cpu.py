@@ -110,7 +110,9 @@ def mask_builder(mask: str, value: Tensor) -> Callable[[], Visible]:
         named = policy.initial_parameters(0, KV_HEADS, HEAD_DIM)
         own = {name: parameter.requires_grad_() for name, parameter in named.items()}
         causal = LiveRanges.causal(length)
-        site = SiteTensors(causal, torch.ones_like(causal.start), None, value, value, value, own)
+        site = SiteTensors(
+            causal, torch.ones_like(causal.start), causal.start, causal.start[..., :1], None, value, value, value, own
+        )
 
         def build() -> Visible:
             ranges, bias = policy.live_ranges(site)
