@@ -28,6 +28,7 @@ from rewriter.caches import CacheError
 from rewriter.caches import LiveRangeCache
 from rewriter.passes import CachedGraphs
 from rewriter.passes import NotCacheable
+from rewriter.passes import PolicyError
 from rewriter.passes import Rewritten
 from rewriter.passes import rewrite
 from rewriter.passes.capture import GraphInput
@@ -84,7 +85,7 @@ class Decoder:
         try:
             self._check()
             self.default_positions = self._numbers_by_place()
-        except CacheError:
+        except (CacheError, PolicyError):
             raise
         except Exception as error:  # whatever the model's own operators raise on a few tokens
             raise CacheError(
