@@ -236,7 +236,7 @@ class _Analysis:
         return visible
 
     def conjunction(self, predicates: list[Expression]) -> Interval:
-        parts = [part for predicate in predicates for part in _flatten("and", _normal(predicate))]
+        parts = [part for predicate in predicates for part in flatten("and", _normal(predicate))]
         positions = [p for part in parts if (p := self._document_positions(part)) is not None]
         result = EVERYTHING
         for part in parts:
@@ -277,7 +277,7 @@ class _Analysis:
         raise Unproven(f"a mask depends on the query through data{self._origin(predicate)}")
 
     def _union(self, predicate: Apply, positions: list[Expression]) -> Interval:
-        parts = _flatten("or", predicate)
+        parts = flatten("or", predicate)
         always: Expression = FALSE
         ranged = []
         for part in parts:
@@ -469,9 +469,10 @@ def _key_plus(offset: int) -> Expression:
     return apply("add", Axis(KEY), Const(offset))
 
 
-def _flatten(name: str, expression: Expression) -> list[Expression]:
+def flatten(name: str, expression: Expression) -> list[Expression]:
+    """The arguments of nested `name`s: `max(a, max(b, c))` -> a, b, c."""
     if isinstance(expression, Apply) and expression.name == name:
-        return [part for argument in expression.args for part in _flatten(name, argument)]
+        return [part for argument in expression.args for part in flatten(name, argument)]
     return [expression]
 
 

@@ -20,6 +20,7 @@ import torch
 from rewriter.passes.analyse_masks import KEY
 from rewriter.passes.analyse_masks import Interval
 from rewriter.passes.analyse_masks import MaskProof
+from rewriter.passes.analyse_masks import flatten
 from rewriter.passes.apply_policy import NO_TOKEN
 from rewriter.passes.apply_policy import PlannedSite
 from rewriter.passes.cache_layout import FREE
@@ -140,7 +141,7 @@ def _check(plan: PlannedSite, proof: MaskProof) -> None:
         raise NotCacheable("heads are folded into the batch")
     if str(shape(site.query)[2]) != str(shape(site.key)[2]):
         raise NotCacheable("it is cross-attention")
-    starts = _flattened("max", interval.start)
+    starts = flatten("max", interval.start)
     if not interval.causal or Axis(KEY) not in starts or any(not _begins_early(s) for s in starts):
         raise NotCacheable(f"a key must be seen from its own query on, and its mask is: {proof.name}")
     for expression in (interval.start, interval.end, interval.segment, proof.bias):
@@ -169,12 +170,6 @@ def _is_state(node: Node) -> bool:
     return node.op == "placeholder" and "." in node.meta.get("source", "")
 
 
-def _flattened(name: str, expression: Expression) -> list[Expression]:
-    if isinstance(expression, Apply) and expression.name == name:
-        return [part for argument in expression.args for part in _flattened(name, argument)]
-    return [expression]
-
-
 def _parts(expression: Expression | None) -> list[Expression]:
     if isinstance(expression, Apply):
         return [expression, *(p for a in expression.args for p in _parts(a))]
@@ -184,7 +179,7 @@ def _parts(expression: Expression | None) -> list[Expression]:
 def _window(interval: Interval) -> int | None:
     """Queries that see a key, where the end of the model's own range is its index and a constant."""
     windows = []
-    for end in _flattened("min", interval.end):
+    for end in flatten("min", interval.end):
         terms = dict(linear_terms(end) or {})
         if terms.pop(Axis(KEY), 0) == 1 and set(terms) <= {Const(1)}:
             windows.append(terms.get(Const(1), 0))
