@@ -136,7 +136,8 @@ class Policy(Protocol):
 
     @property
     def positions(self) -> str:
-        """ "text": a token's position is its place in the text; "cache": its place among the keys that live."""
+        """ "text": a token's position is its place in the text; "cache": its place among the keys that live; "chunk": positions
+        begin anew in each chunk, so that several keys have the same."""
 
     @property
     def most_carried(self) -> int:
@@ -158,6 +159,15 @@ class Policy(Protocol):
     def has_bias(self) -> bool:
         """Whether the policy adds a bias per key."""
 
+    @property
+    def is_chunked(self) -> bool:
+        """Whether it is a program of two phases, not a mask: `lower_chunks` makes the graph of the first."""
+
+    @property
+    def group(self) -> str:
+        """How the query heads of a KV head score its keys together: "mean", "max", or "per_query_head", where each has keys of
+        its own."""
+
     def needs_order(self, one: bool) -> bool:
         """Whether `extend` wants the slots oldest first, when one new key comes, or several."""
 
@@ -171,6 +181,20 @@ class Policy(Protocol):
         """The policy of one attention site, counted from 0 in the order of the graph."""
 
 
+class Calibration(Protocol):
+    """Which keys with abnormally much attention are hidden; see `rewriter.Calibrate`."""
+
+    region: str
+    threshold: float
+    observe: int
+    edge: int
+    phase: str
+    apply: bool
+
+    def layer_range(self, num_layers: int) -> range:
+        """The attention sites that it is for."""
+
+
 class PolicyError(ValueError):
     """A policy cannot be applied to this model or these inputs; the message says what to do."""
 
@@ -182,6 +206,7 @@ class PlannedSite:
     site: AttentionSite
     layer: int
     policy: Any
+    num_layers: int
     proof: MaskProof | None = None
     input_ids: Node | None = None
     parameters: dict[str, Node] = field(default_factory=dict)
@@ -191,6 +216,17 @@ class PlannedSite:
     def num_kv_heads(self) -> int:
         assert self.site.key is not None
         return int(shape(self.site.key)[1])
+
+    @property
+    def num_slot_heads(self) -> int:
+        """Heads of the keys in a cache: the KV heads, or the query heads where each keeps its own."""
+        assert self.site.query is not None
+        return int(shape(self.site.query)[1]) if self.policy.group == "per_query_head" else self.num_kv_heads
+
+    def calibrations(self, phase: str) -> tuple[Calibration, ...]:
+        """The policy's calibrations of this site, in one of the two phases of a chunked eviction."""
+        own: Sequence[Calibration] = self.policy.calibration if self.policy.is_chunked else ()
+        return tuple(c for c in own if c.phase == phase and self.layer in c.layer_range(self.num_layers))
 
     @property
     def value_dim(self) -> int:
@@ -203,7 +239,7 @@ class PlannedSite:
         assert self.site.value is not None
         level, seen = [self.site.value], {self.site.value}
         while level:
-            weights = sorted(n.meta["source"] for n in level if n.meta.get("is_parameter"))
+            weights = sorted(n.meta["source"] for n in level if n.meta.get("kind") == "parameter")
             if weights:
                 return f"{self.site.module_path or '-'} with {', '.join(weights)}"
             level = list(dict.fromkeys(i for n in level for i in n.all_input_nodes if i not in seen))
@@ -226,7 +262,7 @@ def apply_policy(
     parameters = _policy_parameters(module)
     for layer, site in enumerate(sites):
         own = policy.for_layer(layer)
-        plan = PlannedSite(site, layer, own, proofs.get(layer))
+        plan = PlannedSite(site, layer, own, len(sites), proofs.get(layer))
         planned.append(plan)
         if site.reason is not None or plan.proof is None:
             continue

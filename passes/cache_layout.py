@@ -48,10 +48,17 @@ class TableLayout:
     sites: tuple[int, ...]
     state: tuple[StateTensor, ...]
 
+    @property
+    def num_heads(self) -> int:
+        """Heads that have ranges of their own; 1 where all have the same."""
+        return next(int(s.shape[1]) for s in self.state if s.name == "index")
+
     def capacity(self, max_length: int) -> int:
         """Slots that are never too few for a text of so many tokens."""
         pressure = min(max_length, self.policy.pressure(max_length))
-        return pressure if self.window is None or self.policy.competes else min(pressure, self.window)
+        # Several keys of a chunked eviction have the same position, and a window shows them all.
+        unbounded = self.window is None or self.policy.competes or self.policy.positions == "chunk"
+        return pressure if unbounded else min(pressure, self.window)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ class CapturedGraph:
     """A pre-dispatch ATen graph.
 
     Attributes:
-        module: the graph; each placeholder's `meta["source"]` says where its value comes from, `meta["is_parameter"]`
-            whether that is a parameter of the model.
+        module: the graph; each placeholder's `meta["source"]` says where its value comes from, `meta["kind"]` what it
+            is (`GraphInput.kind`).
         buffers: the model's buffers among the placeholders, with their qualified names and present values.
         inputs: what each placeholder that is not a symbolic size holds, in order.
     """
@@ -80,7 +80,7 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
         source = getattr(original, "_dynamo_source", None)
         path = source.name if source is not None and isinstance(source.name, str) else original.target
         node.meta["source"] = readable_source(str(path))
-        node.meta["is_parameter"] = "._parameters[" in str(path)
+        node.meta["kind"] = _kind(str(path))
         if isinstance(value, Tensor) and "._buffers[" in str(path):
             buffers[node] = (node.meta["source"], value)
         if isinstance(node.meta["val"], Tensor):

@@ -7,6 +7,7 @@ ranges.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable
@@ -37,7 +38,10 @@ aten = torch.ops.aten
 
 
 class Attend(nn.Module):
-    """The operator in a site's place: its scale and softcap, its dtype, its rank and, where it matters, its layout."""
+    """The operator in a site's place: its scale and softcap, its dtype, its rank and, where it matters, its layout.
+
+    Computed in the widest dtype of its inputs, returned in that of the original.
+    """
 
     def __init__(self, site: AttentionSite) -> None:
         super().__init__()
@@ -57,14 +61,31 @@ class Attend(nn.Module):
         query_index: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        # Autocast, or a model that upcasts, leaves different dtypes: computed in the widest, returned as the original.
-        widest = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
-        query, key, value = query.to(widest), key.to(widest), value.to(widest)
-        output, _ = torch.ops.rewriter.live_range_attention(
+        return self.with_lse(query, key, value, start, end, query_index, bias)[0]
+
+    def with_lse(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        start: Tensor,
+        end: Tensor,
+        query_index: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The output and the log-sum-exp of each row, fp32 `[B, Hq, Q]`."""
+        query, key, value = widened(query, key, value)
+        output, lse = torch.ops.rewriter.live_range_attention(
             query, key, value, start, end, query_index, None, bias, None, None, self.scale, self.softcap
         )
         output = (output.squeeze(1) if self.flat else output).to(self.dtype)
-        return output.contiguous() if self.needs_copy else output
+        return output.contiguous() if self.needs_copy else output, lse
+
+
+def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in the widest of their dtypes: autocast, or a model that upcasts, leaves different ones."""
+    widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return tuple(t.to(widest) for t in tensors)
 
 
 def call(

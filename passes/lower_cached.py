@@ -28,10 +28,13 @@ from rewriter.passes.cache_layout import CacheLayout
 from rewriter.passes.cache_layout import SiteLayout
 from rewriter.passes.cache_layout import StateTensor
 from rewriter.passes.cache_layout import TableLayout
+from rewriter.passes.calibration import AttendCalibrated
 from rewriter.passes.emit import Attend
 from rewriter.passes.emit import call
 from rewriter.passes.emit import emit_bounds
 from rewriter.passes.emit import inherited
+from rewriter.passes.graph_copy import GraphCopy
+from rewriter.passes.graph_copy import NotCacheable
 from rewriter.passes.index_functions import ZERO
 from rewriter.passes.index_functions import Apply
 from rewriter.passes.index_functions import Axis
@@ -43,12 +46,12 @@ from rewriter.passes.index_functions import axes_of
 from rewriter.passes.index_functions import elements_of
 from rewriter.passes.index_functions import linear_terms
 from rewriter.passes.index_functions import shape
+from rewriter.passes.lower_chunks import lower_chunks
 from rewriter.passes.places import turned
 from rewriter.passes.slots import Extend
 from rewriter.passes.slots import StoreOne
 from rewriter.passes.slots import StoreSeveral
 from torch import Tensor
-from torch.fx import Graph
 from torch.fx import GraphModule
 from torch.fx import Node
 
@@ -64,19 +67,16 @@ class CachedGraphs:
         one: for one.
         layout: the cache that both change.
         most_tokens: so many new tokens at once are what the graphs are for; None for any number.
+        chunk: the first phase of a chunked eviction (`lower_chunks`), which takes no cache; None under other policies.
+        query: `several` for the query of its second phase, where keys are calibrated then; None elsewhere.
     """
 
     several: GraphModule
     one: GraphModule
     layout: CacheLayout
     most_tokens: int | None
-
-
-_ARANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
-
-
-class NotCacheable(Exception):
-    """Why a site cannot go on from a cache."""
+    chunk: GraphModule | None = None
+    query: GraphModule | None = None
 
 
 def lower_cached(module: GraphModule, planned: list[PlannedSite]) -> CachedGraphs:
@@ -98,7 +98,21 @@ def lower_cached(module: GraphModule, planned: list[PlannedSite]) -> CachedGraph
         proofs.append(plan.proof)
     layout = _layout(planned, proofs)
     several, one = (_Lowering(module, planned, proofs, layout, one=one).run() for one in (False, True))
-    return CachedGraphs(several, one, layout, most_tokens)
+    if not planned[0].policy.is_chunked:
+        return CachedGraphs(several, one, layout, most_tokens)
+    for plan, proof in zip(planned, proofs, strict=True):
+        window = layout.tables[layout.sites[plan.layer].table].window
+        if proof.bias is not None or (proof.interval.sliding and window is None):
+            raise NotCacheable(
+                f"site {plan.layer} ({plan.site.module_path or '-'}): keys of several chunks have the same positions, which its "
+                f"mask ({proof.name}) cannot tell apart"
+            )
+        if plan.policy.parity and proof.interval.sliding:
+            raise NotCacheable(f"site {plan.layer} ({plan.site.module_path or '-'}): parity=True knows no {proof.name}")
+    query = None
+    if any(plan.calibrations("merged") for plan in planned):
+        query = _Lowering(module, planned, proofs, layout, one=False, calibrated=True).run()
+    return CachedGraphs(several, one, layout, most_tokens, lower_chunks(module, planned, proofs), query)
 
 
 def _most_tokens(module: GraphModule, planned: list[PlannedSite]) -> int | None:
@@ -167,7 +181,7 @@ def _begins_early(start: Expression) -> bool:
 
 def _is_state(node: Node) -> bool:
     """Whether a node is a parameter or buffer of the model, and not an argument of the call."""
-    return node.op == "placeholder" and "." in node.meta.get("source", "")
+    return node.op == "placeholder" and node.meta.get("kind", "argument") != "argument"
 
 
 def _parts(expression: Expression | None) -> list[Expression]:
@@ -186,16 +200,21 @@ def _window(interval: Interval) -> int | None:
     return min(windows) if windows and min(windows) > 0 else None
 
 
+def _is_per_head(policy: Any, interval: Interval) -> bool:
+    """Whether each head of each site has ranges of its own; under a window the kept keys' positions decide, which differ."""
+    return bool(policy.reads_site or (policy.is_chunked and interval.sliding))
+
+
 def _layout(planned: list[PlannedSite], proofs: list[MaskProof]) -> CacheLayout:
     tables: dict[Any, list[int]] = {}
     for number, (plan, proof) in enumerate(zip(planned, proofs, strict=True)):
-        own = number if plan.policy.reads_site else None
+        own = number if _is_per_head(plan.policy, proof.interval) else None
         tables.setdefault((proof.interval, proof.bias, plan.policy, own), []).append(number)
     table_of = {number: t for t, sites in enumerate(tables.values()) for number in sites}
     sites = []
     for number, plan in enumerate(planned):
         key, value = (t.meta["val"] for t in (plan.site.key, plan.site.value))  # type: ignore[union-attr]
-        heads = plan.num_kv_heads
+        heads = plan.num_slot_heads
         store = (
             StateTensor("key", ("B", heads, "C", int(key.size(3))), key.dtype, 0),
             StateTensor("value", ("B", heads, "C", int(value.size(3))), value.dtype, 0),
@@ -203,7 +222,7 @@ def _layout(planned: list[PlannedSite], proofs: list[MaskProof]) -> CacheLayout:
         sites.append(SiteLayout(plan.layer, table_of[number], store))
     layouts = []
     for (interval, bias, policy, _), members in tables.items():
-        heads = planned[members[0]].num_kv_heads if policy.reads_site else 1
+        heads = planned[members[0]].num_slot_heads if _is_per_head(policy, interval) else 1
         each_key = ("B", heads, "C")
         state = [
             StateTensor("length", (1,), torch.int32, 0),
@@ -233,8 +252,8 @@ class _Table:
     shared: dict[str, Node] = field(default_factory=dict)
 
 
-class _Lowering:
-    """One of the two graphs, in the making."""
+class _Lowering(GraphCopy):
+    """One of the graphs, in the making."""
 
     def __init__(
         self,
@@ -244,21 +263,13 @@ class _Lowering:
         layout: CacheLayout,
         *,
         one: bool,
+        calibrated: bool = False,
     ) -> None:
-        self.planned, self.proofs, self.layout, self.one = planned, proofs, layout, one
-        self.copies: dict[Node, Node] = {}
-        graph = Graph()
-        graph.output(graph.graph_copy(module.graph, self.copies))
-        self.module = GraphModule(module, graph)
-        self.graph = self.module.graph
-        # GraphModule copies the graph that it is given.
-        own = {old.name: new for old, new in zip(graph.nodes, self.graph.nodes, strict=True)}
-        self.copies = {node: own[copy.name] for node, copy in self.copies.items()}
+        super().__init__(module, planned)
+        self.proofs, self.layout, self.one, self.calibrated = proofs, layout, one, calibrated
         self.angles: dict[Any, tuple[Node, ...]] = {}
-        self.body = next(node for node in self.graph.nodes if node.op != "placeholder")
 
     def run(self) -> GraphModule:
-        self._read_sizes_from_tensors()
         tables = [_Table(self._placeholders(f"table{t}", table.state)) for t, table in enumerate(self.layout.tables)]
         sites = [self._placeholders(f"site{s}", site.state) for s, site in enumerate(self.layout.sites)]
         for number, (plan, proof) in enumerate(zip(self.planned, self.proofs, strict=True)):
@@ -267,48 +278,12 @@ class _Lowering:
             with self.graph.inserting_before(node):
                 if not tables[table].shared:
                     self._extend(tables[table], self.layout.tables[table], plan, proof)
-                result = self._attend(tables[table].shared, plan, sites[number])
+                result = self._attend(tables[table], plan, sites[number])
             node.replace_all_uses_with(result)
-        self.graph.eliminate_dead_code()
-        self._check_numbering()
-        self.graph.lint()
-        self.module.recompile()
-        return self.module
-
-    def _check_numbering(self) -> None:
-        """What is left of the model must not number the tokens of a call by itself: its masks, which may, are gone."""
-        alive = set(self.graph.nodes)
-        tokens = shape(self.planned[0].site.query)[-2].node.expr  # type: ignore[arg-type]
-        for node, copied in self.copies.items():
-            if copied in alive and node.target in _ARANGES:
-                sizes = [s.node.expr for s in shape(node) if isinstance(s, torch.SymInt)]
-                if any(tokens in expr.free_symbols for expr in sizes):
-                    raise NotCacheable("the model numbers the tokens of a call by itself, and not by position_ids")
-
-    def _read_sizes_from_tensors(self) -> None:
-        """Symbolic sizes among the inputs become the sizes of tensors."""
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        tensors = [node for node in inputs if isinstance(node.meta["val"], Tensor)]
-        for node in inputs:
-            value = node.meta["val"]
-            if not isinstance(value, torch.SymInt):
-                continue
-            source = next(
-                (t, d)
-                for t in tensors
-                for d, size in enumerate(t.meta["val"].shape)
-                if isinstance(size, torch.SymInt) and size.node.expr == value.node.expr
-            )
-            with self.graph.inserting_before(self.body):
-                size = self.graph.call_function(aten.sym_size.int, source)
-            size.meta = dict(node.meta)
-            node.replace_all_uses_with(size)
-            self.copies = {k: size if v is node else v for k, v in self.copies.items()}
-            self.graph.erase_node(node)
+        return self.finish()
 
     def _placeholders(self, prefix: str, state: tuple[StateTensor, ...]) -> dict[str, Node]:
-        with self.graph.inserting_before(self.body):
-            return {s.name: self.graph.placeholder(f"{prefix}_{s.name}".replace(".", "_")) for s in state}
+        return {s.name: self.placeholder(f"{prefix}_{s.name}") for s in state}
 
     def _extend(self, table: _Table, layout: TableLayout, plan: PlannedSite, proof: MaskProof) -> None:
         """The table's part: which keys live how long, and what becomes of them."""
@@ -323,18 +298,24 @@ class _Lowering:
         if plan.input_ids is not None:
             inputs["input_ids"] = self.copies[plan.input_ids]
         inputs.update({f"parameter.{name}": self.copies[node] for name, node in plan.parameters.items()})
-        module = Extend(layout, self.one, tuple(inputs), tuple(table.state))
+        module = Extend(layout, self.one, tuple(inputs), tuple(table.state), places_in_chunk=self.calibrated)
         nodes = call(self.graph, module, [*inputs.values(), *table.state.values()], len(module.shared))
         table.shared = dict(zip(module.shared, nodes, strict=True))
 
-    def _attend(self, shared: Mapping[str, Node], plan: PlannedSite, store: Mapping[str, Node]) -> Node:
+    def _attend(self, table: _Table, plan: PlannedSite, store: Mapping[str, Node]) -> Node:
         """A site's part: its keys to their slots, and its queries over them."""
+        shared = table.shared
         tensors = [plan.site.query, plan.site.key, plan.site.value]
         if plan.rotations is not None:
             tensors[:2] = [r.content for r in plan.rotations]
         query, key, value = (self.copies[n] for n in tensors)  # type: ignore[index]
         if plan.rotations is not None:
             query, key = (r.by_head(self.graph, n) for r, n in zip(plan.rotations, (query, key), strict=True))
+        copies = plan.num_slot_heads // plan.num_kv_heads
+        if copies > 1:
+            key, value = (
+                self.graph.call_function(aten.repeat_interleave.self_int, (t, copies, 1)) for t in (key, value)
+            )
         where = [shared[name] for name in (("slot", "seen") if self.one else ("chosen", "source")) if name in shared]
         module = StoreOne() if self.one else StoreSeveral()
         keys, values = call(self.graph, module, [key, value, store["key"], store["value"], *where], 2)
@@ -343,4 +324,10 @@ class _Lowering:
             query = turned(self.graph, for_query, query, shared["own_place"], self.angles, self.copies)
             keys = turned(self.graph, for_key, keys, shared["place"], self.angles, self.copies)
         ranges = [shared[name] for name in ("start", "end", "query_index", "bias") if name in shared]
+        calibrations = plan.calibrations("merged") if self.calibrated else ()
+        if calibrations:
+            attend = AttendCalibrated(plan.site, plan.policy.group, plan.policy.parity, calibrations)
+            own = [shared[name] for name in ("from_begin", "to_end", "chosen")]
+            own += [table.state[name] for name in ("index", "end")]
+            return call(self.graph, attend, [query, keys, values, *ranges, *own], meta=inherited(plan.site.node))[0]
         return call(self.graph, Attend(plan.site), [query, keys, values, *ranges], meta=inherited(plan.site.node))[0]

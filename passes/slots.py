@@ -27,9 +27,17 @@ class Extend(nn.Module):
 
     Args:
         inputs, state: names of the arguments, in order.
+        places_in_chunk: the sites need what a chunked eviction keeps of each key.
     """
 
-    def __init__(self, layout: TableLayout, one: bool, inputs: tuple[str, ...], state: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        layout: TableLayout,
+        one: bool,
+        inputs: tuple[str, ...],
+        state: tuple[str, ...],
+        places_in_chunk: bool = False,
+    ) -> None:
         super().__init__()
         self.layout, self.one, self.inputs, self.state = layout, one, inputs, state
         shared = ["slot", "seen"] if one else ["chosen"]
@@ -38,6 +46,8 @@ class Extend(nn.Module):
             shared.append("bias")
         if layout.policy.positions == "cache":
             shared += ["place", "own_place"] if one else ["source", "place", "own_place"]
+        if places_in_chunk:
+            shared += ["from_begin", "to_end"]
         self.shared = tuple(shared)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -186,6 +196,7 @@ def _several_keys(
     if layout.policy.positions == "cache":
         table["position"], split = _several_places(layout, keys, joined, chosen, now, num_new)
         return table, {**shared, **split}
+    shared.update({name: keys[f"slot.{name}"] for name in ("from_begin", "to_end") if f"slot.{name}" in keys})
     start = site.live.start.expand(*keys["end"].shape[:2], num_new)
     shared.update(start=torch.cat((joined.old["index"], start), dim=2), end=_visible_end(keys))
     return table, {**shared, "bias": keys["bias"]} if "bias" in keys else shared

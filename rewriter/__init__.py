@@ -5,6 +5,9 @@ A model in, the same model with its attention proven, rewritten and run over the
 
 from __future__ import annotations
 
+from rewriter.chunked_eviction import MIXED_CALIBRATION
+from rewriter.chunked_eviction import Calibrate
+from rewriter.chunked_eviction import ChunkedEviction
 from rewriter.optimize import OptimizedModel
 from rewriter.optimize import explain
 from rewriter.optimize import optimize
@@ -21,6 +24,9 @@ from rewriter.streaming import stream
 from rewriter.tracing import RewriteError
 
 __all__ = [
+    "MIXED_CALIBRATION",
+    "Calibrate",
+    "ChunkedEviction",
     "DynamicMask",
     "Exact",
     "OptimizedModel",

@@ -6,6 +6,7 @@ slots, and the graphs of that pass change it in place. What is here makes it, an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ class LiveRangeCache(Cache):
         capacities: slots of each table of ranges.
         last_ids: int64 `[B]`, the last token of each row; None where it is not known.
         is_broken: a call was interrupted in the middle; only `reset` helps.
+        position_shift: int64 `[B, 1]`, added to the positions of what comes: after a context that was read in chunks. None for
+            nothing.
+        awaits_query: the next tokens are the query that calibrates what is here.
 
     Raises:
         CacheError: `max_length` is left out, and a table has no bound of its own.
@@ -63,6 +67,8 @@ class LiveRangeCache(Cache):
         self.length = 0
         self.last_ids: Tensor | None = None
         self.is_broken = False
+        self.position_shift: Tensor | None = None
+        self.awaits_query = False
         self.tables: list[dict[str, Tensor]] = []
         self.stores: list[dict[str, Tensor]] = []
 
@@ -103,6 +109,32 @@ class LiveRangeCache(Cache):
     def release(self) -> None:
         """Gives the tensors of an empty cache back; the next call decides the batch size anew."""
         self.tables, self.stores, self.last_ids, self.is_broken = [], [], None, False
+        self.position_shift, self.awaits_query = None, False
+
+    def fill(
+        self, length: int, tables: list[Mapping[str, Tensor]], keys: list[Tensor], values: list[Tensor], shift: Tensor
+    ) -> None:
+        """Puts keys that were computed elsewhere in the first slots of an empty cache.
+
+        Args:
+            length: tokens that they count as.
+            tables: of each table, by the names of its state: `[B, H|1, n]` of the keys; where `index` is negative there is none.
+            keys, values: of each attention, `[B, H, n, D]`.
+            shift: int64 `[B, 1]`, see `position_shift`.
+        """
+        num_keys = keys[0].size(2)
+        self.check_room(length)
+        self.allocate(keys[0].size(0))
+        for table, given in zip(self.tables, tables, strict=True):
+            for name, tensor in given.items():
+                table[name][:, :, :num_keys] = tensor
+            table["length"].fill_(length)
+            table["forgotten"].fill_(length)  # nothing before the end of the context can be cropped to
+            table["origin"].fill_(0)
+        for store, key, value in zip(self.stores, keys, values, strict=True):
+            store["key"][:, :, :num_keys] = key
+            store["value"][:, :, :num_keys] = value
+        self.length, self.position_shift = length, shift
 
     def check_room(self, num_new: int) -> None:
         """Raises `CacheError` where so many more tokens do not fit, or the cache is broken."""
@@ -133,6 +165,7 @@ class LiveRangeCache(Cache):
             for state in layout.state:
                 table[state.name].fill_(state.fill)
         self.length, self.last_ids, self.is_broken = 0, None, False
+        self.position_shift, self.awaits_query = None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row `beam_idx[b]` was."""
@@ -142,7 +175,7 @@ class LiveRangeCache(Cache):
         for part, states in self._parts():
             for tensor in (part[state.name] for state in states if "B" in state.shape):
                 tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
-        self.last_ids = None if self.last_ids is None else self.last_ids[beam_idx.to(self.last_ids.device)]
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps these rows, in this order; they may repeat."""
@@ -151,7 +184,11 @@ class LiveRangeCache(Cache):
             for state in states:
                 if "B" in state.shape:
                     part[state.name] = part[state.name].index_select(0, indices.to(part[state.name].device))
-        self.last_ids = None if self.last_ids is None else self.last_ids[indices.to(self.last_ids.device)]
+        self._select(indices)
+
+    def _select(self, rows: Tensor) -> None:
+        self.last_ids = None if self.last_ids is None else self.last_ids[rows.to(self.last_ids.device)]
+        self.position_shift = None if self.position_shift is None else self.position_shift[rows.to(self.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))

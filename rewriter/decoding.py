@@ -94,9 +94,15 @@ class Decoder:
             ) from error
         self.several: Callable[..., Any] = self.graphs.several
         self.one: Callable[..., Any] = self.graphs.one
+        self.query: Callable[..., Any] | None = self.graphs.query
+        self.chunk: Callable[..., Any] | None = self.graphs.chunk
         if optimized.backend == "inductor":
             self.several = _compiled(self.graphs.several, dynamic=True)
             self.one = _compiled(self.graphs.one, dynamic=False)
+            self.query, self.chunk = (
+                None if graph is None else _compiled(graph, dynamic=True)
+                for graph in (self.graphs.query, self.graphs.chunk)
+            )
 
     @property
     def is_current(self) -> bool:
@@ -106,9 +112,12 @@ class Decoder:
             for name, (buffer, version) in self.constants.items()
         )
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def new_cache(self, max_length: int | None) -> LiveRangeCache:
-        device = next(self.model.parameters()).device
-        return LiveRangeCache(self.layout, max_length, device)
+        return LiveRangeCache(self.layout, max_length, self.device)
 
     @torch.no_grad()
     def run(
@@ -142,6 +151,8 @@ class Decoder:
             attention_mask = torch.ones_like(input_ids)
         if position_ids is None:
             position_ids = torch.arange(cache.length, cache.length + num_new, device=input_ids.device)[None]
+        if cache.position_shift is not None:
+            position_ids = position_ids + cache.position_shift
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask[:, -num_new:].to(torch.int64).contiguous(),
@@ -149,6 +160,8 @@ class Decoder:
             "logits_to_keep": torch.arange(num_new, device=input_ids.device) if rows is None else rows,
         }
         call = self.one if num_new == 1 else self.several
+        if cache.awaits_query and self.query is not None:
+            call = self.query
         cache.is_broken = True
         try:
             logits = self._call(call, arguments, cache)
@@ -161,11 +174,44 @@ class Decoder:
                 "more keys live at once than the policy's pressure() allows, and some were lost: mend pressure()"
             )
         cache.length, cache.last_ids, cache.is_broken = cache.length + num_new, input_ids[:, -1].clone(), False
+        cache.awaits_query = False
         return logits
+
+    @torch.no_grad()
+    def run_chunks(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, num_query: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The first phase of a chunked eviction: chunks of a context, each with the query behind it.
+
+        Args:
+            input_ids, attention_mask, position_ids: int64 `[c, S]`; rows are padded on the left.
+            num_query: tokens of the query, the last of each row; there is at least one before them.
+
+        Returns:
+            The logits for the query's tokens, `[c, num_query, vocabulary]`, and of each site in turn what `lower_chunks.RESULTS`
+            names.
+        """
+        assert self.chunk is not None
+        length = input_ids.size(1)
+        rows = torch.arange(length - num_query, length, device=input_ids.device)
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "logits_to_keep": rows - 1,
+        }
+        logits, *results = self.chunk(*(fetch(arguments) for fetch in self.fetch), rows)
+        return logits if self.takes_rows else logits[:, rows - 1], results
 
     def _call(self, call: Callable[..., Any], arguments: Mapping[str, Tensor], cache: LiveRangeCache) -> Tensor:
         (logits,) = call(*(fetch(arguments) for fetch in self.fetch), *cache.state())
         return logits if self.takes_rows else logits[:, arguments["logits_to_keep"]]
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raises `CacheError` where one is no token of the model's."""
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= self.vocabulary:
+            raise CacheError(f"input_ids must be from 0 to {self.vocabulary - 1}, got {low if low < 0 else high}")
 
     def _check_arguments(
         self,
@@ -190,9 +236,7 @@ class Decoder:
             raise CacheError(
                 f"{type(self.model).__name__} takes at most {most} tokens at once, got {num_new}; give fewer, or prefill_chunk"
             )
-        low, high = (int(bound) for bound in input_ids.aminmax())
-        if low < 0 or high >= self.vocabulary:
-            raise CacheError(f"input_ids must be from 0 to {self.vocabulary - 1}, got {low if low < 0 else high}")
+        self.check_ids(input_ids)
         if attention_mask is not None:
             sizes = (num_new, cache.length + num_new)
             if attention_mask.dim() != 2 or attention_mask.size(0) != num_batch or attention_mask.size(1) not in sizes:
@@ -384,7 +428,7 @@ def generate(
     if options.get("use_cache") is False:
         raise CacheError("generate runs over the policy's own cache; leave use_cache out")
     if past_key_values is None:
-        past_key_values = decoder.new_cache(_longest(model, prompt.size(1), options))
+        past_key_values = decoder.new_cache(rounded_up(longest_text(model, prompt.size(1), options)))
     elif not isinstance(past_key_values, LiveRangeCache):
         raise CacheError(
             f"past_key_values is a {type(past_key_values).__name__}, which keeps what the policy forgets; make the cache with "
@@ -392,6 +436,8 @@ def generate(
         )
     else:
         _check_continues(past_key_values, prompt, options.get("attention_mask"))
+        if past_key_values.length:  # transformers repeats the prompt
+            past_key_values.batch_repeat_interleave(_rows_of_each(model, options))
 
     @functools.wraps(model.forward)
     def forward(input_ids: Tensor | None = None, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -421,17 +467,27 @@ def _check_continues(cache: LiveRangeCache, prompt: Tensor, attention_mask: Tens
         raise CacheError(f"token {cache.length - 1} of input_ids is not the last one that the cache holds; {after}")
 
 
-def _longest(model: Any, prompt: int, options: Mapping[str, Any]) -> int:
-    """Tokens that a generation may have at most; for caches without a bound, rounded up so that few sizes are compiled."""
-    sources = [
-        options,
-        *(vars(c) for c in (options.get("generation_config"), model.generation_config) if c is not None),
-    ]
-    new, length = (
-        next((s[n] for s in sources if s.get(n) is not None), None) for n in ("max_new_tokens", "max_length")
-    )
-    longest = prompt + new if new is not None else max(length or 0, prompt + 20)
-    return max(256, 1 << (longest - 1).bit_length())
+def longest_text(model: Any, prompt: int, options: Mapping[str, Any]) -> int:
+    """Tokens that a generation may have at most, those of its prompt included."""
+    new, length = (_option(model, options, name) for name in ("max_new_tokens", "max_length"))
+    return prompt + new if new is not None else max(length or 0, prompt + 20)
+
+
+def _rows_of_each(model: Any, options: Mapping[str, Any]) -> int:
+    """Rows that transformers' `generate` makes of each prompt, for beams or several answers."""
+    return max(_option(model, options, name) or 1 for name in ("num_beams", "num_return_sequences"))
+
+
+def _option(model: Any, options: Mapping[str, Any], name: str) -> Any:
+    """An option of a generation: as given, or as the configurations have it."""
+    configs = (options.get("generation_config"), model.generation_config)
+    given = [options.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in given if value is not None), None)
+
+
+def rounded_up(length: int) -> int:
+    """A size for caches without a bound of their own, so that few sizes are compiled."""
+    return max(256, 1 << (length - 1).bit_length())
 
 
 def _compiled(module: GraphModule, *, dynamic: bool) -> Callable[..., Any]:

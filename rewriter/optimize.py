@@ -33,6 +33,7 @@ from rewriter.tracing import traced_call
 if TYPE_CHECKING:
     from rewriter.caches import LiveRangeCache
     from rewriter.decoding import Decoder
+    from rewriter.reading import Reading
 
 BACKENDS = ("inductor", "eager")
 
@@ -144,6 +145,11 @@ class OptimizedModel(nn.Module):
                 named = {name: value for name, value in kwargs.items() if name != "past_key_values"}
                 positional = inspect.signature(self.model.forward).bind_partial(*args).arguments
                 return cached_forward(self.decoder, cache, **positional, **named)
+        if self.policy.is_chunked:
+            raise PolicyError(
+                f"{self.policy} is a program of two phases, and one call of the model has no query; use generate(context_ids, "
+                "query_ids=...), answer(context, query, tokenizer=...) or read(context_ids, query_ids)"
+            )
         if any(p.positions == "cache" for p in self.policy.parts()):
             kwargs = self._with_positions(args, kwargs)
         if self._compiled_model[0] is not self.model or any(
@@ -159,25 +165,31 @@ class OptimizedModel(nn.Module):
         self,
         inputs: Tensor | None = None,
         *,
+        query_ids: Tensor | Sequence[Tensor] | None = None,
+        chunk_batch: int = 4,
         past_key_values: Any = None,
         prefill_chunk: int | None = None,
         **options: Any,
     ) -> Any:
         """Continues texts over the policy's own cache; transformers' `generate`, with all its modes and options.
 
+        Under `ChunkedEviction` the inputs are contexts, which are `read` first, and the query is the prompt.
+
         Args:
             inputs: int64 `[B, n]`, the prompts; `input_ids=` is the same. Pad shorter ones on the left, and give
                 `attention_mask`. With a cache that holds a text already: the whole text, or what follows with the
                 `attention_mask` of the whole.
+            query_ids, chunk_batch: of `read`, under `ChunkedEviction` only.
             past_key_values: a cache from `new_cache`, for several turns; a new one when left out.
             prefill_chunk: most tokens of a prompt to run at once.
             options: of `transformers.GenerationMixin.generate`.
 
         Returns:
-            What the model's own `generate` returns.
+            What the model's own `generate` returns; under `ChunkedEviction` for the query, without the context.
 
         Raises:
             CacheError: the model cannot go on from a cache, or the cache cannot take the prompt; it is as it was.
+            PolicyError: under `ChunkedEviction`, as `read`; or `query_ids` are given under another policy.
             RewriteError: the model has no `generate`.
         """
         if not hasattr(self.model, "generate"):
@@ -187,7 +199,67 @@ class OptimizedModel(nn.Module):
             )
         from rewriter.decoding import generate
 
+        if query_ids is not None or (self.policy.is_chunked and past_key_values is None):
+            if past_key_values is not None:
+                raise PolicyError(
+                    "give query_ids with a new context, or past_key_values of one that was read; not both"
+                )
+            if query_ids is None:
+                raise PolicyError(f"{self.policy} chooses chunks by the query; give query_ids=[m] beside the context")
+            context_ids = options.pop("input_ids", inputs)
+            if context_ids is None:
+                raise PolicyError("give the context: generate(context_ids, query_ids=...)")
+            mask = options.pop("attention_mask", None)
+            reading = self.read(context_ids, query_ids, attention_mask=mask, chunk_batch=chunk_batch, **options)
+            inputs, past_key_values = reading.query_ids, reading.cache
+            options["attention_mask"] = reading.attention_mask
         return generate(self, self.decoder, inputs, past_key_values, prefill_chunk, options)
+
+    def read(
+        self,
+        context_ids: Any,
+        query_ids: Tensor | Sequence[Tensor],
+        *,
+        attention_mask: Tensor | None = None,
+        chunk_batch: int = 4,
+        **options: Any,
+    ) -> Reading:
+        """The first phase of `ChunkedEviction`: reads contexts in chunks, and keeps the best keys of the best.
+
+        Args:
+            context_ids: int64 `[N]`; `[B, N]`, padded ones with an `attention_mask`; or a list with one entry for each context:
+                `[N]`, or a list of the chunks themselves. Begin a context with the BOS that the model expects; each chunk
+                gets it.
+            query_ids: int64 `[m]` for all contexts, `[B, m]`, or a list of `[m]`.
+            attention_mask: like `context_ids`, 0 for padding.
+            chunk_batch: chunks that run at once.
+            options: of `generate`, which decide how long the answer may be.
+
+        Raises:
+            PolicyError: the policy is another, a query or context is empty or no token ids, there are not as many queries as
+                contexts, or chunk, query and answer are longer than the model's positions.
+        """
+        from rewriter.reading import read
+
+        return read(self, context_ids, query_ids, attention_mask, chunk_batch, options)
+
+    def answer(self, context: str, query: str, *, tokenizer: Any, chunk_batch: int = 4, **options: Any) -> str:
+        """What the model says to a query about a context, both text, under `ChunkedEviction`.
+
+        Args:
+            tokenizer: of the model; if it puts a BOS before a text, each chunk begins with one, and the query does not.
+            chunk_batch: chunks that run at once.
+            options: of transformers' `generate`.
+
+        Returns:
+            The new tokens as text.
+
+        Raises:
+            PolicyError: as `read`.
+        """
+        from rewriter.reading import answer
+
+        return answer(self, context, query, tokenizer, chunk_batch, options)
 
     def new_cache(self, max_length: int | None = None) -> LiveRangeCache:
         """An empty cache for this model and policy.

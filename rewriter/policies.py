@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
@@ -48,7 +49,10 @@ class Policy:
             `site.origin`) and from no other key, so that a cache can go on with new keys.
         competes: keys compete with each other, and one that the model's own mask hides still takes part.
         has_bias: `live_ranges` returns a bias, too.
-        positions: "text": a token's position is its place in the text; "cache": its place among the keys that live.
+        positions: "text": a token's position is its place in the text; "cache": its place among the keys that live; "chunk":
+            positions begin anew in each chunk.
+        is_chunked: not a mask but a program of two phases, `ChunkedEviction`.
+        group: "per_query_head" where each query head keeps keys of its own.
         slot_fields, row_fields: what `extend` wants a cache to keep of each key, and of each row (-1 at first).
     """
 
@@ -61,6 +65,8 @@ class Policy:
     competes: ClassVar[bool] = False
     has_bias: ClassVar[bool] = False
     positions = "text"  # not annotated: a field of SeparatorMask
+    is_chunked: ClassVar[bool] = False
+    group = "mean"  # a field of ChunkedEviction
     slot_fields: ClassVar[Mapping[str, torch.dtype]] = {}
     row_fields: ClassVar[Mapping[str, torch.dtype]] = {}
 
@@ -176,8 +182,8 @@ class SlidingWindow(Policy):
     sinks: int = 0
 
     def __post_init__(self) -> None:
-        _check_int(self, "window", self.window, 1)
-        _check_int(self, "sinks", self.sinks, 0)
+        check_int(self, "window", self.window, 1)
+        check_int(self, "sinks", self.sinks, 0)
 
     def live_ranges(self, site: SiteTensors) -> LiveRanges:
         return _windowed(site, self.window, self.sinks, None)
@@ -232,11 +238,11 @@ class SeparatorMask(Policy):
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise PolicyError(f"SeparatorMask: separators must be token ids of at least 0, got {token!r}")
         object.__setattr__(self, "separators", tuple(sorted(set(ids))))
-        _check_int(self, "initial", self.initial, 0)
-        _check_int(self, "window", self.window, 1)
-        _check_choice(self, "positions", self.positions, ("text", "cache"))
+        check_int(self, "initial", self.initial, 0)
+        check_int(self, "window", self.window, 1)
+        check_choice(self, "positions", self.positions, ("text", "cache"))
         if self.max_separators is not None:
-            _check_int(self, "max_separators", self.max_separators, 0)
+            check_int(self, "max_separators", self.max_separators, 0)
             # A separator's end depends on those after it.
             object.__setattr__(self, "slot_fields", {"separator": torch.bool})
         object.__setattr__(self, "ends_alone", self.max_separators is None)
@@ -249,7 +255,7 @@ class SeparatorMask(Policy):
             return
         if self.max_separators is None:
             raise PolicyError("SeparatorMask: capacity needs max_separators, or separators alone would fill the cache")
-        _check_int(self, "capacity", self.capacity, self.most_carried)
+        check_int(self, "capacity", self.capacity, self.most_carried)
         object.__setattr__(self, "row_fields", {"due": torch.int32})
 
     @property
@@ -400,13 +406,13 @@ class DynamicMask(Policy):
     on_window: str = "refuse"
 
     def __post_init__(self) -> None:
-        _check_int(self, "keep", self.keep, 1)
-        _check_int(self, "seed", self.seed, 0)
+        check_int(self, "keep", self.keep, 1)
+        check_int(self, "seed", self.seed, 0)
         if self.seed >= 2**63:
             raise PolicyError(f"DynamicMask: seed must be below 2^63, got {self.seed}")
-        _check_int(self, "local", self.local, 0)
-        _check_choice(self, "score", self.score, ("exp", "log"))
-        _check_choice(self, "on_window", self.on_window, ("refuse", "intersect"))
+        check_int(self, "local", self.local, 0)
+        check_choice(self, "score", self.score, ("exp", "log"))
+        check_choice(self, "on_window", self.on_window, ("refuse", "intersect"))
         object.__setattr__(self, "needs_whole_segments", self.on_window == "refuse")
 
     def __str__(self) -> str:
@@ -531,10 +537,12 @@ class PerLayer(Policy):
                 raise PolicyError(f"PerLayer: the policy of {key!r} is {policy!r}, expected a policy such as Exact()")
             if isinstance(policy, PerLayer):
                 raise PolicyError(f"PerLayer: the policy of {key!r} is itself a PerLayer")
+            if policy.is_chunked:
+                raise PolicyError(f"PerLayer: the policy of {key!r} is a program for the whole model, {policy}")
             if key == "default":
                 default = policy
                 continue
-            for layer in _layer_numbers(key):
+            for layer in layer_numbers(key):
                 if layer in by_layer:
                     raise PolicyError(f"PerLayer: layer {layer} is named twice")
                 by_layer[layer] = policy
@@ -609,7 +617,12 @@ def _is_any(input_ids: Tensor, tokens: tuple[int, ...]) -> Tensor:
     return result
 
 
-def _layer_numbers(key: int | str) -> Iterable[int]:
+def layer_numbers(key: int | str, of: str = "PerLayer", examples: str = '3, "1-8" or "default"') -> Sequence[int]:
+    """The attention sites that a user means by `3` or `"1-8"`.
+
+    Raises:
+        PolicyError: neither, in the words of the policy `of`.
+    """
     if isinstance(key, int) and not isinstance(key, bool) and key >= 0:
         return (key,)
     if isinstance(key, str):
@@ -618,15 +631,15 @@ def _layer_numbers(key: int | str) -> Iterable[int]:
             first, last = int(low), int(high) if dash else int(low)
             if first <= last:
                 return range(first, last + 1)
-    raise PolicyError(f'PerLayer: {key!r} is not a layer; write 3, "1-8" or "default"')
+    raise PolicyError(f"{of}: {key!r} is not a layer; write {examples}")
 
 
-def _check_int(policy: Policy, name: str, value: object, least: int) -> None:
+def check_int(policy: object, name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise PolicyError(f"{type(policy).__name__}: {name} must be an integer of at least {least}, got {value!r}")
 
 
-def _check_choice(policy: Policy, name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(policy: object, name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise PolicyError(f"{type(policy).__name__}: {name} must be one of {', '.join(choices)}, got {value!r}")
 

@@ -104,4 +104,6 @@ def softmax_in_full_precision() -> Iterator[None]:
 
 @pytest.fixture
 def law() -> SimpleNamespace:
-    return SimpleNamespace(batch=batch, call=call, Comparison=Comparison)
+    return SimpleNamespace(
+        batch=batch, call=call, Comparison=Comparison, softmax_in_full_precision=softmax_in_full_precision
+    )

@@ -1,0 +1,174 @@
+"""`ChunkedEviction`, the policy for contexts longer than a model was trained for; `rewriter.reading` is its program."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+from typing import ClassVar
+
+import torch
+
+from rewriter.passes import Extended
+from rewriter.passes import PolicyError
+from rewriter.passes import SiteTensors
+from rewriter.passes import Slots
+from rewriter.policies import Policy
+from rewriter.policies import check_choice
+from rewriter.policies import check_int
+from rewriter.policies import layer_numbers
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Hides keys that get abnormally much attention, at some attention sites (ParallelComp, arXiv 2502.14317, section 3.3).
+
+    Args:
+        layers: sites, counted from 0: `"0-25%"`, from 0 up to a quarter of the depth; `"4-7"`, both included; or a number.
+        region: where in its chunk such a key stands: "sink", among the first `edge` keys; "recent", among the last; "middle",
+            in between; "all".
+        threshold: of the mean attention weight; at 1 nothing is hidden.
+        observe: so many last rows of the query are looked at.
+        edge: keys at either end of a chunk that are sinks, or recent.
+        phase: "merged": the query's attention over all kept chunks decides; "local": that over each chunk alone.
+        apply: hide the keys from the rows that decided, too, and not only from what comes after.
+
+    Raises:
+        PolicyError: a field is out of its range.
+    """
+
+    layers: int | str
+    region: str
+    threshold: float = 0.1
+    observe: int = 1
+    edge: int = 100
+    phase: str = "merged"
+    apply: bool = True
+
+    def __post_init__(self) -> None:
+        self.layer_range(100)
+        check_choice(self, "region", self.region, ("sink", "middle", "recent", "all"))
+        if not isinstance(self.threshold, (int, float)) or not self.threshold > 0:
+            raise PolicyError(f"Calibrate: threshold must be a positive number, got {self.threshold!r}")
+        check_int(self, "observe", self.observe, 1)
+        check_int(self, "edge", self.edge, 1)
+        check_choice(self, "phase", self.phase, ("merged", "local"))
+
+    def layer_range(self, num_layers: int) -> range:
+        """The sites that it is for, in a model of so many."""
+        share = re.fullmatch(r"(\d+)-(\d+)%", self.layers) if isinstance(self.layers, str) else None
+        if share is None:
+            numbers = layer_numbers(self.layers, "Calibrate", '3, "1-8" or "0-25%"')
+            return range(min(numbers), max(numbers) + 1)
+        low, high = int(share[1]), int(share[2])
+        if not low < high <= 100:
+            raise PolicyError(f"Calibrate: layers must rise and end at 100% at most, got {self.layers!r}")
+        return range(low * num_layers // 100, high * num_layers // 100)
+
+
+MIXED_CALIBRATION = (
+    Calibrate("0-25%", "middle"),
+    Calibrate("25-50%", "recent"),
+    Calibrate("75-100%", "sink"),
+)
+"""The recipe of the paper's "Ours-calibration" (tables 6 and 8), in shares of the depth."""
+
+
+@dataclass(frozen=True)
+class ChunkedEviction(Policy):
+    """A long context read in chunks, of which the best keys of the best are kept (ParallelComp, arXiv 2502.14317).
+
+    Not a mask but a program of two phases, run by `OptimizedModel.generate(context_ids, query_ids=...)` and `answer`. First
+    each chunk is read alone, with the query behind it and with the positions of a first chunk. The chunks under which the query
+    is most likely are kept, and of their keys those with the most attention from the query's last rows, in each head. Then
+    the query is read again over all that was kept, and the answer generated. A context that fits in one chunk is read as a
+    whole, and nothing is forgotten.
+
+    Args:
+        chunk: most tokens of a chunk, a BOS included; the context is divided evenly. With the query and the answer it should
+            fit what the model was trained for.
+        keep_chunks: chunks that are kept.
+        capacity: keys of each head that are kept of each chunk, besides its BOS; None for all.
+        observe: last rows of the query whose attention decides which keys are kept (eq. 6).
+        calibration: `Calibrate`s; `MIXED_CALIBRATION` is the paper's.
+        group: what the query heads of a KV head make of a key together: their "mean", their "max"; or "per_query_head", where
+            each keeps keys of its own, and the cache is as many times larger.
+        smoothing: a key counts as much as the best of so many around it (odd; 1 for none).
+        align: "left": all chunks begin at position 0, and the query follows the longest kept; "right": all chunks end before the
+            query.
+        bos: where the context begins with a BOS, and so each chunk does: "first" keeps that of the first kept chunk, "all" keeps
+            each.
+        parity: as the original program does it where that is well defined: scores and keys per query head, a BOS in the
+            query counts, the BOS of the first chunk competes, the first kept key of each later chunk is lost, calibration hides
+            as many keys in each head, its regions are those of the merged cache, and even one chunk is evicted from.
+
+    Raises:
+        PolicyError: a field is out of its range, or does not fit the others.
+    """
+
+    is_chunked: ClassVar[bool] = True
+    ends_alone: ClassVar[bool] = True
+    positions = "chunk"
+
+    chunk: int
+    keep_chunks: int = 3
+    capacity: int | None = None
+    observe: int = 8
+    calibration: tuple[Calibrate, ...] = ()
+    group: str = "mean"
+    smoothing: int = 7
+    align: str = "left"
+    bos: str = "first"
+    parity: bool = False
+
+    def __post_init__(self) -> None:
+        check_int(self, "chunk", self.chunk, 2)
+        check_int(self, "keep_chunks", self.keep_chunks, 1)
+        check_int(self, "observe", self.observe, 1)
+        check_int(self, "smoothing", self.smoothing, 1)
+        if self.smoothing % 2 == 0:
+            raise PolicyError(f"ChunkedEviction: smoothing must be odd, got {self.smoothing}")
+        if self.capacity is not None:
+            check_int(self, "capacity", self.capacity, 1)
+        if isinstance(self.calibration, Calibrate) or not all(isinstance(c, Calibrate) for c in self.calibration):
+            raise PolicyError(
+                f"ChunkedEviction: calibration must be a list of Calibrate(...), got {self.calibration!r}"
+            )
+        object.__setattr__(self, "calibration", tuple(self.calibration))
+        check_choice(self, "group", self.group, ("mean", "max", "per_query_head"))
+        check_choice(self, "align", self.align, ("left", "right"))
+        check_choice(self, "bos", self.bos, ("first", "all"))
+        if self.parity:
+            if (self.align, self.bos) != ("left", "first") or any(c.phase == "local" for c in self.calibration):
+                raise PolicyError(
+                    'ChunkedEviction: parity=True is for align="left", bos="first" and calibration in the phase "merged"; the '
+                    "original does nothing else that is well defined"
+                )
+            object.__setattr__(self, "group", "per_query_head")
+        # Keys are hidden in each layer and head.
+        object.__setattr__(self, "reads_site", bool(self.calibration))
+        fields = {"from_begin": torch.int32, "to_end": torch.int32} if self.calibration else {}
+        object.__setattr__(self, "slot_fields", fields)
+
+    def __str__(self) -> str:
+        special = (f for f in dataclasses.fields(self)[1:] if getattr(self, f.name) != f.default)
+        return (
+            f"ChunkedEviction({', '.join([str(self.chunk), *(f'{f.name}={getattr(self, f.name)}' for f in special)])})"
+        )
+
+    def live_ranges(self, site: SiteTensors) -> None:
+        return None
+
+    def extend(self, slots: Slots, site: SiteTensors) -> Extended:
+        """The second phase: what is in the cache stays, and so does what comes."""
+        never = torch.full_like(site.index, -1)
+        return dataclasses.replace(super().extend(slots, site), fields=dict.fromkeys(self.slot_fields, never))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "calibration": [dataclasses.asdict(c) for c in self.calibration]}
+
+    @classmethod
+    def _build(cls, fields: dict[str, Any]) -> Policy:
+        calibration = [Calibrate(**c) for c in fields.get("calibration", ())]
+        return super()._build({**fields, "calibration": calibration})
