@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,test,lint]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,export,test,lint]"
 	touch $@
 
 clean:

@@ -36,7 +36,8 @@ from rewriter import SeparatorMask
 
 TIMES = (1, 2, 4, 8, 16, 32)
 DEPTHS = 4  # bins of the table by depth
-CHUNK, KEEP, CAPACITY = 496, 3, 128
+CHUNK, KEEP, CAPACITY = 502, 3, 128
+BLOCK = 64
 AFTER = 11
 """Tokens of BOS, question and answer."""
 
@@ -63,6 +64,20 @@ def dense(model: Any) -> Answerer:
     return answer
 
 
+def streaming(model: Any, policy: SeparatorMask) -> Answerer:
+    """Over a cache, in which positions are places."""
+    fast = rewriter.optimize(model, policy, backend="eager", strict=True)
+
+    def answer(context: Tensor, question: Tensor, answer: Tensor) -> Tensor:
+        cache, logits = fast.new_cache(), []
+        ids = torch.cat((context, question, answer[:-1]))
+        for part in ids.split(BLOCK):
+            logits.append(fast(input_ids=part[None], past_key_values=cache).logits[0, -answer.numel() :])
+        return torch.cat(logits)[-answer.numel() :]
+
+    return answer
+
+
 def chunked(model: Any, policy: ChunkedEviction) -> Answerer:
     fast = rewriter.optimize(model, policy, backend="eager", strict=True)
 
@@ -77,15 +92,15 @@ def chunked(model: Any, policy: ChunkedEviction) -> Answerer:
 
 
 def answerers(model: Any, trained: int) -> dict[str, Answerer]:
-    # No separators: the first keys, and a window that fills the capacity.
+    # No separators: the first keys, and a window that fills the capacity. It is compacted every 61 tokens and not at each.
     window = SeparatorMask(
-        (0,), initial=4, window=trained - 8, max_separators=0, capacity=trained - 4, positions="cache"
+        (0,), initial=4, window=trained - 4 - BLOCK, max_separators=0, capacity=trained - 4, positions="cache"
     )
     plain = {"chunk": CHUNK, "keep_chunks": KEEP}
     return {
         "middle cut out": cut(model, trained),
         "dense": dense(model),
-        "window with sinks": dense(rewriter.optimize(model, window, backend="eager", strict=True)),
+        "window with sinks": streaming(model, window),
         "chunked": chunked(model, ChunkedEviction(**plain)),
         "chunked, evicting": chunked(model, ChunkedEviction(**plain, capacity=CAPACITY)),
         "chunked, calibrated": chunked(model, ChunkedEviction(**plain, calibration=MIXED_CALIBRATION)),

@@ -38,10 +38,17 @@ class Observe(nn.Module):
         end: Tensor,
         query_index: Tensor,
         bias: Tensor | None = None,
+        is_token: Tensor | None = None,
     ) -> Tensor:
-        """fp32 `[B, H, K]`: the attention mass, of H KV heads, or query heads for "per_query_head"."""
+        """fp32 `[B, H, K]`: the attention mass, of H KV heads, or query heads for "per_query_head".
+
+        Args:
+            is_token: bool `[B, Q]`, false for rows of padding, which do not count.
+        """
         query, key = widened(query[:, :, -self.rows :], key)
         lse, query_index = lse[:, :, -self.rows :], query_index[-self.rows :]
+        if is_token is not None:
+            lse = torch.where(is_token[:, None, -self.rows :], lse, -torch.inf)
         return torch.ops.rewriter.key_scores(
             query.contiguous(), key, lse.contiguous(), start, end, query_index.contiguous(), None, bias, None,
             self.attend.scale, self.attend.softcap, self.group,
@@ -72,6 +79,7 @@ class Abnormal(nn.Module):
         end: Tensor,
         query_index: Tensor,
         bias: Tensor | None = None,
+        is_token: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(keys that are hidden later, keys that are hidden at once): bool `[B, H, K]` each.
 
@@ -82,8 +90,12 @@ class Abnormal(nn.Module):
         later = torch.zeros(query.size(0), 1, key.size(2), dtype=torch.bool, device=key.device)
         at_once = later
         for calibration, observe in zip(self.calibrations, self.observe, strict=True):
-            rows = query_index[-calibration.observe :].size(0)
-            weight = observe(query, key, lse, start, end, query_index, bias) / rows
+            weight = observe(query, key, lse, start, end, query_index, bias, is_token)
+            if is_token is None:
+                weight = weight / query_index[-calibration.observe :].size(0)
+            else:
+                rows = is_token[:, -calibration.observe :].sum(dim=1).clamp(min=1)
+                weight = weight / rows[:, None, None]
             abnormal = (weight > calibration.threshold) & in_region(calibration, from_begin, to_end, self.parity)
             if self.parity:
                 counts = abnormal.sum(dim=2, keepdim=True)
@@ -144,7 +156,10 @@ class AttendCalibrated(nn.Module):
         output, lse = self.attend.with_lse(query, key, value, start, end, query_index)
         if self.parity:  # regions of the original: of everything in the cache, the query included
             from_begin, to_end = start, query_index[-1] - start
-        later, at_once = self.abnormal(from_begin, to_end, query, key, lse, start, end, query_index)
+        # A key of the query is seen from its own row on; those of padding never are.
+        num_queries = query.size(2)
+        is_token = (end > start)[:, :1, -num_queries:].expand(query.size(0), -1, -1)[:, 0]
+        later, at_once = self.abnormal(from_begin, to_end, query, key, lse, start, end, query_index, is_token=is_token)
         if self.at_once:
             output = self.attend(query, key, value, start, end.masked_fill(at_once, 0), query_index)
         gone = later.expand(*chosen.shape[:2], -1).gather(2, chosen)

@@ -47,11 +47,14 @@ class GraphCopy:
             return self.graph.placeholder(name.replace(".", "_"))
 
     def finish(self) -> GraphModule:
-        """The copy, without what is dead.
+        """The copy, without what is dead."""
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        self.module.recompile()
+        return self.module
 
-        Raises:
-            NotCacheable: what is left of the model numbers the tokens of a call by itself; its masks, which may, are gone.
-        """
+    def check_numbering(self) -> None:
+        """Raises `NotCacheable` where what is left of the model, its masks are gone, numbers the tokens of a call by itself."""
         self.graph.eliminate_dead_code()
         alive = set(self.graph.nodes)
         tokens = shape(self.planned[0].site.query)[-2].node.expr  # type: ignore[arg-type]
@@ -60,9 +63,6 @@ class GraphCopy:
                 sizes = [s.node.expr for s in shape(node) if isinstance(s, torch.SymInt)]
                 if any(tokens in expr.free_symbols for expr in sizes):
                     raise NotCacheable("the model numbers the tokens of a call by itself, and not by position_ids")
-        self.graph.lint()
-        self.module.recompile()
-        return self.module
 
     def _read_sizes_from_tensors(self) -> None:
         """Symbolic sizes among the inputs become the sizes of tensors."""

@@ -280,6 +280,7 @@ class _Lowering(GraphCopy):
                     self._extend(tables[table], self.layout.tables[table], plan, proof)
                 result = self._attend(tables[table], plan, sites[number])
             node.replace_all_uses_with(result)
+        self.check_numbering()
         return self.finish()
 
     def _placeholders(self, prefix: str, state: tuple[StateTensor, ...]) -> dict[str, Node]:

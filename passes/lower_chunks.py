@@ -2,7 +2,7 @@
 
 A row is a chunk of a long context, and after it the query. Each site returns, besides its output, its keys and values and
 how much attention each key gets from the last rows of the query: what decides which keys stay. Nothing is kept here; which
-chunks and keys do is decided outside the graph (`rewriter.chunked`).
+chunks and keys do is decided outside the graph (`rewriter.reading`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ def lower_chunks(module: GraphModule, planned: list[PlannedSite], proofs: list[M
     """A copy of the graph, lowered.
 
     Rows are padded on the left, so that the query is at the end of each. The inputs are those of the graph, but for symbolic
-    sizes, and then `query_rows`, int64 `[m]`, the query's places in a row. The results are those of the graph, and then the
+    sizes, and then `query_rows`, int64 `[m]`, the query's places in a row, and `hides`, bool `[1]`: whether calibrations hide
+    anything here. The results are those of the graph, and then the
     `RESULTS` of each site.
     """
     copy = GraphCopy(module, planned)
     graph = copy.graph
-    query_rows = copy.placeholder("query_rows")
+    query_rows, hides = copy.placeholder("query_rows"), copy.placeholder("hides")
     results = []
     shared = {}
     for plan, proof in zip(planned, proofs, strict=True):
@@ -47,12 +48,13 @@ def lower_chunks(module: GraphModule, planned: list[PlannedSite], proofs: list[M
                 shared[sharing] = emit_bounds(graph, proof, key, copy.copies)
             start, end, _, index, *bias = shared[sharing]
             attend = _AttendToChunk(plan)
-            inputs = [query, key, value, start, end, index, query_rows, *bias]
+            inputs = [query, key, value, start, end, index, query_rows, hides, *bias]
             output, *others = call(graph, attend, inputs, 1 + len(RESULTS), inherited(site.node))
         node.replace_all_uses_with(output)
         results += others
     end_of_graph = next(iter(reversed(graph.nodes)))
     end_of_graph.args = ((*end_of_graph.args[0], *results),)
+    copy.check_numbering()
     return copy.finish()
 
 
@@ -75,6 +77,7 @@ class _AttendToChunk(nn.Module):
         end: Tensor,
         index: Tensor,
         query_rows: Tensor,
+        hides: Tensor,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         output, lse = self.attend.with_lse(query, key, value, start, end, None, bias)
@@ -88,6 +91,7 @@ class _AttendToChunk(nn.Module):
             context = (index >= origin) & (index < index.size(2) - num_query)
             from_begin = torch.where(context, index - origin, -1)
             later, at_once = self.abnormal(from_begin, index.size(2) - num_query - 1 - index, *of_query)
+            later, at_once = later & hides, at_once & hides
             hidden = later.expand(hidden.shape)
             if self.at_once:
                 keys = [t.repeat_interleave(self.copies, 1) if self.copies > 1 else t for t in (key, value)]

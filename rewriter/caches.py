@@ -6,6 +6,7 @@ slots, and the graphs of that pass change it in place. What is here makes it, an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ class LiveRangeCache(Cache):
         is_broken: a call was interrupted in the middle; only `reset` helps.
         position_shift: int64 `[B, 1]`, added to the positions of what comes: after a context that was read in chunks. None for
             nothing.
-        awaits_query: the next tokens are the query that calibrates what is here.
+        awaits_query: so many tokens that come next are the query that calibrates what is here; 0 for none.
 
     Raises:
         CacheError: `max_length` is left out, and a table has no bound of its own.
@@ -68,7 +69,7 @@ class LiveRangeCache(Cache):
         self.last_ids: Tensor | None = None
         self.is_broken = False
         self.position_shift: Tensor | None = None
-        self.awaits_query = False
+        self.awaits_query = 0
         self.tables: list[dict[str, Tensor]] = []
         self.stores: list[dict[str, Tensor]] = []
 
@@ -109,31 +110,43 @@ class LiveRangeCache(Cache):
     def release(self) -> None:
         """Gives the tensors of an empty cache back; the next call decides the batch size anew."""
         self.tables, self.stores, self.last_ids, self.is_broken = [], [], None, False
-        self.position_shift, self.awaits_query = None, False
+        self.position_shift, self.awaits_query = None, 0
 
     def fill(
-        self, length: int, tables: list[Mapping[str, Tensor]], keys: list[Tensor], values: list[Tensor], shift: Tensor
+        self,
+        length: int,
+        tables: list[Mapping[str, Tensor]],
+        sites: Iterable[tuple[list[Tensor], list[Tensor]]],
+        shift: Tensor,
     ) -> None:
-        """Puts keys that were computed elsewhere in the first slots of an empty cache.
+        """Puts keys that were computed elsewhere in the first `length` slots of an empty cache.
 
         Args:
-            length: tokens that they count as.
-            tables: of each table, by the names of its state: `[B, H|1, n]` of the keys; where `index` is negative there is none.
-            keys, values: of each attention, `[B, H, n, D]`.
+            tables: of each table, by the names of its state: `[B, H|1, length]` of the keys; where `index` is negative there
+                is none.
+            sites: of each attention the keys and the values of each row, `[H, n, D]`, which go to the last n of these slots.
+                They are taken one by one, so that what has been put here need not stay.
             shift: int64 `[B, 1]`, see `position_shift`.
         """
-        num_keys = keys[0].size(2)
         self.check_room(length)
-        self.allocate(keys[0].size(0))
+        batch_size = shift.size(0)
+        self.tables = [
+            {s.name: s.make(batch_size, capacity, self.device) for s in table.state}
+            for table, capacity in zip(self.layout.tables, self.capacities, strict=True)
+        ]
         for table, given in zip(self.tables, tables, strict=True):
             for name, tensor in given.items():
-                table[name][:, :, :num_keys] = tensor
+                table[name][:, :, :length] = tensor
             table["length"].fill_(length)
             table["forgotten"].fill_(length)  # nothing before the end of the context can be cropped to
             table["origin"].fill_(0)
-        for store, key, value in zip(self.stores, keys, values, strict=True):
-            store["key"][:, :, :num_keys] = key
-            store["value"][:, :, :num_keys] = value
+        self.stores = []
+        for layout, (keys, values) in zip(self.layout.sites, sites, strict=True):
+            store = {s.name: s.make(batch_size, self.capacities[layout.table], self.device) for s in layout.state}
+            for b, (key, value) in enumerate(zip(keys, values, strict=True)):
+                store["key"][b, :, length - key.size(1) : length] = key
+                store["value"][b, :, length - value.size(1) : length] = value
+            self.stores.append(store)
         self.length, self.position_shift = length, shift
 
     def check_room(self, num_new: int) -> None:
@@ -165,7 +178,7 @@ class LiveRangeCache(Cache):
             for state in layout.state:
                 table[state.name].fill_(state.fill)
         self.length, self.last_ids, self.is_broken = 0, None, False
-        self.position_shift, self.awaits_query = None, False
+        self.position_shift, self.awaits_query = None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row `beam_idx[b]` was."""

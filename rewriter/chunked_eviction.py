@@ -168,6 +168,15 @@ class ChunkedEviction(Policy):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "calibration": [dataclasses.asdict(c) for c in self.calibration]}
 
+    def check_layers(self, num_layers: int) -> None:
+        """Raises `PolicyError` where a calibration is for sites that a model of so many does not have."""
+        for calibration in self.calibration:
+            own = calibration.layer_range(num_layers)
+            if len(own) and own[-1] >= num_layers:
+                raise PolicyError(
+                    f"{calibration} is for attention sites that the model, with {num_layers}, does not have"
+                )
+
     @classmethod
     def _build(cls, fields: dict[str, Any]) -> Policy:
         calibration = [Calibrate(**c) for c in fields.get("calibration", ())]

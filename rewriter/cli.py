@@ -1,10 +1,11 @@
-"""The command line: `rewriter demo`, `rewriter explain` and `rewriter verify`."""
+"""The command line: `rewriter demo`, `rewriter explain`, `rewriter export` and `rewriter verify`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 from typing import Annotated
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -52,7 +53,68 @@ def explain(
 
 
 @app.command()
+def export(
+    model: Annotated[Path, typer.Option(help="Folder of a transformers model.")],
+    to: Annotated[str, typer.Option(help="aot, onnx or tensorrt.")],
+    out: Annotated[Path, typer.Option(help="File to write; a report is written beside it.")],
+    policy: Annotated[
+        str, typer.Option(help='As JSON: {"policy": "SlidingWindow", "window": 256, "sinks": 4}')
+    ] = '{"policy": "Exact"}',
+    dtype: Annotated[str, typer.Option(help="Of the weights.")] = "float32",
+    max_length: Annotated[
+        int | None, typer.Option(help="With aot: tokens of a row over the cache, where the policy bounds nothing.")
+    ] = None,
+) -> None:
+    """Write an optimized model as an artifact, reload it in a fresh process, and compare it with the model."""
+    import json
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rewriter import export as exporting
+    from rewriter.optimize import optimize
+    from rewriter.passes import PolicyError
+    from rewriter.policies import Policy
+    from rewriter.tracing import RewriteError
+
+    if not (model / "config.json").is_file():
+        raise typer.BadParameter(f"{model} has no config.json; give the folder of a transformers model")
+    if to not in ("aot", "onnx", "tensorrt"):
+        raise typer.BadParameter(f"--to must be aot, onnx or tensorrt, got {to}")
+    try:
+        chosen = Policy.from_dict(json.loads(policy))
+        instance = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        fast = optimize(instance, chosen, backend="eager")
+        ids = torch.ones(2, 16, dtype=torch.int64)
+        kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        if to == "aot":
+            report = exporting.aot_inductor(fast, kwargs=kwargs, path=out, max_length=max_length)
+        else:
+            report = (exporting.onnx if to == "onnx" else exporting.tensorrt)(fast, kwargs=kwargs, path=out)
+    except (json.JSONDecodeError, PolicyError, RewriteError, exporting.ExportError) as error:
+        raise typer.BadParameter(str(error)) from None
+    _print_comparison(out, report.compared, report.tolerance)
+    if not report.agrees:
+        raise typer.Exit(1)
+
+
+def _print_comparison(path: Path, compared: list[dict[str, Any]], tolerance: float) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{path} against the model, in a fresh process", title_justify="left")
+    for column in ("sizes", "largest difference", "relative difference", f"within {tolerance:g}"):
+        table.add_column(column, justify="right")
+    for row in compared:
+        within = "yes" if row["relative"] <= tolerance else "NO"
+        table.add_row(" x ".join(map(str, row["sizes"])), f"{row['largest']:.1e}", f"{row['relative']:.1e}", within)
+    _console().print(table)
+
+
+@app.command()
 def verify(
+    artifact: Annotated[
+        Path | None, typer.Argument(help="An exported model to compare again, instead of kernels.", show_default=False)
+    ] = None,
     kernel: Annotated[
         str | None, typer.Option(help="package.module:function, instead of the built-in kernels.", show_default=False)
     ] = None,
@@ -75,7 +137,21 @@ def verify(
     ] = False,
     architectures: Annotated[str, typer.Option(help="With --compile-only: for which GPUs.")] = "sm80,sm90,sm100,gfx942",
 ) -> None:
-    """Test a kernel against the dense reference: outputs and gradients, random and adversarial cases."""
+    """Test a kernel against the dense reference: outputs and gradients, random and adversarial cases. Or an artifact."""
+    if artifact is not None:
+        from rewriter.export import ArtifactError
+        from rewriter.export import ExportReport
+        from rewriter.export import compare
+
+        try:
+            compared = compare(artifact)
+            report = ExportReport.read(artifact)
+        except ArtifactError as error:
+            raise typer.BadParameter(str(error)) from None
+        _print_comparison(artifact, compared, report.tolerance)
+        if any(row["relative"] > report.tolerance for row in compared):
+            raise typer.Exit(1)
+        return
     from rewriter import verify as verification
 
     console = _console()

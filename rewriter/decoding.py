@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +65,7 @@ class Decoder:
 
     def __init__(self, optimized: OptimizedModel, on_rewritten: Callable[[Rewritten], None]) -> None:
         self.model = optimized.model
+        self.policy = optimized.policy
         self.policy_parameters = optimized.policy_parameters
         self.takes_rows = "logits_to_keep" in _signature(self.model)
         missing = [name for name in ARGUMENTS if name not in _signature(self.model)]
@@ -77,6 +79,7 @@ class Decoder:
         assert result.cached is not None
         self.graphs: CachedGraphs = result.cached
         self.layout = self.graphs.layout
+        self.inputs = result.inputs
         self.fetch = [self._fetcher(given) for given in result.inputs]
         self.constants = {name: (b := self.model.get_buffer(name), b._version) for name in result.constants}
         self.made_for = _made_for(self.model)
@@ -152,7 +155,8 @@ class Decoder:
         if position_ids is None:
             position_ids = torch.arange(cache.length, cache.length + num_new, device=input_ids.device)[None]
         if cache.position_shift is not None:
-            position_ids = position_ids + cache.position_shift
+            # Padding, which no one sees, may have any.
+            position_ids = (position_ids + cache.position_shift).clamp(min=0)
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask[:, -num_new:].to(torch.int64).contiguous(),
@@ -160,7 +164,13 @@ class Decoder:
             "logits_to_keep": torch.arange(num_new, device=input_ids.device) if rows is None else rows,
         }
         call = self.one if num_new == 1 else self.several
-        if cache.awaits_query and self.query is not None:
+        calibrates = cache.awaits_query > 0
+        if calibrates:
+            assert self.query is not None
+            if num_new != cache.awaits_query:
+                raise CacheError(
+                    f"the query calibrates what was read: its {cache.awaits_query} tokens must come in one call, got {num_new}"
+                )
             call = self.query
         cache.is_broken = True
         try:
@@ -174,18 +184,22 @@ class Decoder:
                 "more keys live at once than the policy's pressure() allows, and some were lost: mend pressure()"
             )
         cache.length, cache.last_ids, cache.is_broken = cache.length + num_new, input_ids[:, -1].clone(), False
-        cache.awaits_query = False
+        if calibrates:
+            cache.awaits_query = 0
+            for table in cache.tables:  # what the query has hidden cannot be taken back
+                table["forgotten"].fill_(cache.length)
         return logits
 
     @torch.no_grad()
     def run_chunks(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, num_query: int
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, num_query: int, hides: bool = True
     ) -> tuple[Tensor, list[Tensor]]:
         """The first phase of a chunked eviction: chunks of a context, each with the query behind it.
 
         Args:
             input_ids, attention_mask, position_ids: int64 `[c, S]`; rows are padded on the left.
             num_query: tokens of the query, the last of each row; there is at least one before them.
+            hides: whether the policy's calibrations hide keys.
 
         Returns:
             The logits for the query's tokens, `[c, num_query, vocabulary]`, and of each site in turn what `lower_chunks.RESULTS`
@@ -200,7 +214,9 @@ class Decoder:
             "position_ids": position_ids,
             "logits_to_keep": rows - 1,
         }
-        logits, *results = self.chunk(*(fetch(arguments) for fetch in self.fetch), rows)
+        logits, *results = self.chunk(
+            *(fetch(arguments) for fetch in self.fetch), rows, torch.tensor([hides], device=rows.device)
+        )
         return logits if self.takes_rows else logits[:, rows - 1], results
 
     def _call(self, call: Callable[..., Any], arguments: Mapping[str, Tensor], cache: LiveRangeCache) -> Tensor:
@@ -399,13 +415,19 @@ def cached_forward(
         attention_mask = attention_mask[:, -num_new:]
     logits = []
     step = chunk or num_new
-    for begin in range(0, num_new, step):
-        part = slice(begin, begin + step)
-        own = rows[(rows >= begin) & (rows < begin + step)] - begin
+    query = min(cache.awaits_query, num_new)  # comes as a whole
+    borders = [*([0] if query else []), *range(query, num_new, step), num_new]
+    for begin, end in itertools.pairwise(borders):
+        part = slice(begin, end)
+        own = rows[(rows >= begin) & (rows < end)] - begin
         mask, places = (None if t is None else t[:, part] for t in (attention_mask, position_ids))
         logits.append(decoder.run(cache, input_ids[:, part], mask, places, own))
-    # The rows came chunk by chunk; they go back in the order that was asked for.
-    asked = (rows // step).argsort(stable=True).argsort()
+    # The rows came part by part; they go back in the order that was asked for.
+    asked = (
+        torch.bucketize(rows, torch.tensor(borders[1:-1], device=rows.device), right=True)
+        .argsort(stable=True)
+        .argsort()
+    )
     return CausalLMOutputWithPast(logits=torch.cat(logits, dim=1)[:, asked], past_key_values=cache)
 
 
@@ -469,25 +491,34 @@ def _check_continues(cache: LiveRangeCache, prompt: Tensor, attention_mask: Tens
 
 def longest_text(model: Any, prompt: int, options: Mapping[str, Any]) -> int:
     """Tokens that a generation may have at most, those of its prompt included."""
-    new, length = (_option(model, options, name) for name in ("max_new_tokens", "max_length"))
-    return prompt + new if new is not None else max(length or 0, prompt + 20)
+    new, length = (option(model, options, name) for name in ("max_new_tokens", "max_length"))
+    if new is not None:
+        return int(prompt + new)
+    return max(options.get("max_length") or max(length or 0, prompt + 20), prompt + 1)
 
 
-def _rows_of_each(model: Any, options: Mapping[str, Any]) -> int:
-    """Rows that transformers' `generate` makes of each prompt, for beams or several answers."""
-    return max(_option(model, options, name) or 1 for name in ("num_beams", "num_return_sequences"))
-
-
-def _option(model: Any, options: Mapping[str, Any], name: str) -> Any:
+def option(model: Any, options: Mapping[str, Any], name: str) -> Any:
     """An option of a generation: as given, or as the configurations have it."""
-    configs = (options.get("generation_config"), model.generation_config)
+    configs = (options.get("generation_config"), getattr(model, "generation_config", None))
     given = [options.get(name), *(getattr(config, name, None) for config in configs)]
     return next((value for value in given if value is not None), None)
 
 
+def _rows_of_each(model: Any, options: Mapping[str, Any]) -> int:
+    """Rows that transformers' `generate` makes of each prompt, for beams or several answers."""
+    return max(option(model, options, name) or 1 for name in ("num_beams", "num_return_sequences"))
+
+
+def text_config(model: Any) -> Any:
+    """A transformers model's configuration of what reads text; None for other models."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def rounded_up(length: int) -> int:
-    """A size for caches without a bound of their own, so that few sizes are compiled."""
-    return max(256, 1 << (length - 1).bit_length())
+    """A size for caches without a bound of their own, so that few sizes are compiled: at most a quarter more, from 1,024 on."""
+    step = max(256, 1 << (max(length - 1, 1).bit_length() - 3))
+    return -(-length // step) * step
 
 
 def _compiled(module: GraphModule, *, dynamic: bool) -> Callable[..., Any]:
@@ -522,9 +553,9 @@ def _made_for(model: nn.Module) -> tuple[Any, ...]:
 
 def _vocabulary(model: nn.Module) -> int:
     """Tokens that the model knows."""
-    config = getattr(model, "config", None)
-    if config is not None and isinstance(getattr(config, "vocab_size", None), int):
-        return int(config.vocab_size)
+    size = getattr(text_config(model), "vocab_size", None)
+    if isinstance(size, int):
+        return size
     sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     return min(sizes, default=2)
 

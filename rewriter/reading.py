@@ -1,15 +1,16 @@
 """Reading a long context in chunks: the program of `ChunkedEviction` (ParallelComp, arXiv 2502.14317).
 
 Phase one runs the chunks of a context, each with the query behind it and some at a time, scores them, and keeps the best keys
-of the best chunks: never more than `keep_chunks` chunks, and those that run. Phase two is generation over a `LiveRangeCache`
-that holds what was kept; the query is its prompt. Keys of several chunks have the same positions, so masks are built from
-places in the cache, and positions only rotate.
+of the best chunks: never the keys of more than `keep_chunks` chunks and those that run. Phase two is generation over a
+`LiveRangeCache` that holds what was kept; the query is its prompt. Keys of several chunks have the same positions, so masks
+are built from places in the cache, and positions only rotate.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from rewriter.caches import LiveRangeCache
 from rewriter.chunked_eviction import ChunkedEviction
 from rewriter.decoding import Decoder
 from rewriter.decoding import longest_text
+from rewriter.decoding import option
 from rewriter.decoding import rounded_up
+from rewriter.decoding import text_config
 from rewriter.kernels import FOREVER
 from rewriter.passes import PolicyError
 from rewriter.passes.cache_layout import FREE
@@ -42,7 +45,7 @@ class Reading:
 
     Attributes:
         cache: the keys that were kept; the query comes next.
-        query_ids, attention_mask: int64 `[B, m]` and `[B, cache.length + m]`, the prompt of phase two.
+        query_ids, attention_mask, position_ids: int64 `[B, m]`, `[B, cache.length + m]` and `[B, m]`, the prompt of phase two.
         chunks: of each context its chunks, int64 `[L]` each.
         scores: of each context the negative log-likelihood of its query under each chunk, nats per token: lower is better.
         kept: of each context the numbers of the chunks that were kept.
@@ -51,6 +54,7 @@ class Reading:
     cache: LiveRangeCache
     query_ids: Tensor
     attention_mask: Tensor
+    position_ids: Tensor
     chunks: list[list[Tensor]]
     scores: list[list[float]]
     kept: list[list[int]]
@@ -74,6 +78,13 @@ class _Chunk:
     hidden: Tensor
     keys: list[Tensor]
     values: list[Tensor]
+
+    def take(self, name: str, site: int) -> Tensor:
+        """The keys or values of a site, which are no longer kept here."""
+        tensors: list[Any] = getattr(self, name)
+        tensor: Tensor = tensors[site]
+        tensors[site] = None
+        return tensor
 
     def without_first(self) -> _Chunk:
         def rest(tensors: list[Tensor]) -> list[Tensor]:
@@ -99,32 +110,51 @@ def read(
         )
     if isinstance(chunk_batch, bool) or not isinstance(chunk_batch, int) or chunk_batch < 1:
         raise PolicyError(f"chunk_batch must be an integer of at least 1, got {chunk_batch!r}")
-    decoder = optimized.decoder
     contexts = _contexts(context_ids, attention_mask)
     queries = _queries(query_ids, len(contexts))
-    bos = getattr(getattr(optimized.model, "config", None), "bos_token_id", None)
+    if policy.parity and policy.calibration and len(contexts) > 1:
+        raise PolicyError("with parity=True a calibration depends on the batch; read one context at a time")
+    decoder = optimized.decoder
+    policy.check_layers(len(decoder.layout.sites))
+    bos = _bos(optimized.model, options)
     chunks = [_divide(context, policy.chunk, bos) for context in contexts]
     for part in (*(c for context in chunks for c in context), *queries):
         decoder.check_ids(part)
-    longest_query = max(q.numel() for q in queries)
-    length = longest_text(optimized.model, longest_query, options)
-    _check_room(optimized.model, chunks, length)
+    most = max(q.numel() for q in queries)
+    new = longest_text(optimized.model, most, options) - most
+    _check_room(optimized.model, chunks, queries, new)
     rows, scores = [], []
     for context, query in zip(chunks, queries, strict=True):
         kept, own_scores = _read_one(decoder, policy, context, query, bos, chunk_batch)
         rows.append(kept)
         scores.append(own_scores)
-    cache = _merge(decoder, policy, rows, [[c.numel() for c in context] for context in chunks], bos, chunks, length)
-    query_ids, mask = _padded(queries, bos or 0)
+    numbers = [[chunk.number for chunk in row] for row in rows]
+    cache = _merge(decoder, policy, rows, chunks, queries, bos, most + new)
+    if decoder.query is not None and any(len(context) > 1 or policy.parity for context in chunks):
+        cache.awaits_query = most
+    pad = option(optimized.model, options, "pad_token_id")
+    ids, mask = _padded(queries, pad if isinstance(pad, int) and 0 <= pad < decoder.vocabulary else bos or 0)
     before = torch.ones(len(rows), cache.length, dtype=torch.int64)
+    positions = cache.length + (mask.cumsum(1) - 1).clamp(min=0)
+    device = cache.device
     return Reading(
         cache,
-        query_ids.to(cache.device),
-        torch.cat((before, mask), dim=1).to(cache.device),
+        ids.to(device),
+        torch.cat((before, mask), dim=1).to(device),
+        positions.to(device),
         chunks,
         scores,
-        [[chunk.number for chunk in row] for row in rows],
+        numbers,
     )
+
+
+def _bos(model: Any, options: Mapping[str, Any]) -> int | None:
+    """The token that begins a text, if the model has one."""
+    config = text_config(model)
+    for bos in (options.get("bos_token_id"), getattr(config, "bos_token_id", None), option(model, {}, "bos_token_id")):
+        if isinstance(bos, int):
+            return bos
+    return None
 
 
 def _read_one(
@@ -141,13 +171,17 @@ def _read_one(
         if policy.align == "right":
             positions = positions + mask * torch.tensor([[longest - c.numel()] for c in group])
         device = decoder.device
-        logits, results = decoder.run_chunks(ids.to(device), mask.to(device), positions.to(device), query.numel())
+        hides = len(chunks) > 1 or policy.parity
+        logits, results = decoder.run_chunks(
+            ids.to(device), mask.to(device), positions.to(device), query.numel(), hides
+        )
         own = [_likelihood(policy, row, query.to(device), bos) for row in logits]
         scores += own
         of_site = {name: results[i :: len(RESULTS)] for i, name in enumerate(RESULTS)}
         numbered = [(score, first + i) for i, score in enumerate(own)]
         # Of equals the later ones stay.
-        ranked = sorted([*((c.score, c.number) for c in best), *numbered], key=lambda c: (_or_worst(c[0]), -c[1]))
+        alive = [c for c in (*((b.score, b.number) for b in best), *numbered) if not math.isnan(c[0])]
+        ranked = sorted(alive, key=lambda c: (c[0], -c[1]))
         stays = {number for _, number in ranked[: policy.keep_chunks]}
         best = [c for c in best if c.number in stays]
         for i, (score, number) in enumerate(numbered):
@@ -156,7 +190,7 @@ def _read_one(
                 own_results = {name: [t[i, :, part] for t in tensors] for name, tensors in of_site.items()}
                 best.append(_keep(policy, number, score, chunks, bos, own_results))
         del logits, results, of_site
-    if all(math.isnan(score) for score in scores):
+    if not best:
         raise PolicyError(
             f"the query has no likelihood under any of the {len(chunks)} chunks, the model's logits are NaN; is its dtype too "
             "narrow for it?"
@@ -171,10 +205,6 @@ def _likelihood(policy: ChunkedEviction, logits: Tensor, query: Tensor, bos: int
         return float(each.sum() / max(query.numel() - 1, 1))
     counts = torch.ones_like(query, dtype=torch.bool) if bos is None else query != bos
     return float(each[counts].mean() if bool(counts.any()) else each.mean())
-
-
-def _or_worst(score: float) -> float:
-    return math.inf if math.isnan(score) else score
 
 
 def _keep(
@@ -213,8 +243,6 @@ def _keep(
         with_bos = first and not policy.parity
         place = torch.cat((torch.zeros_like(chosen[..., :1]), chosen), dim=2) if with_bos else chosen
     hidden = torch.stack(results["hidden"]).gather(2, place)
-    if whole:
-        hidden = torch.zeros_like(hidden)
     keys, values = ([_gathered(t, p) for t, p in zip(results[n], place, strict=True)] for n in ("key", "value"))
     return _Chunk(number, score, length, place, hidden, keys, values)
 
@@ -229,63 +257,64 @@ def _merge(
     decoder: Decoder,
     policy: ChunkedEviction,
     rows: list[list[_Chunk]],
-    lengths: list[list[int]],
-    bos: int | None,
     chunks: list[list[Tensor]],
+    queries: list[Tensor],
+    bos: int | None,
     length: int,
 ) -> LiveRangeCache:
     """A cache with the keys of the kept chunks of each context, in the order of the text; shorter rows begin later.
 
+    The chunks' own keys are given up site by site.
+
     Args:
-        lengths: of all chunks of each context.
         length: tokens that come after the context, at most.
     """
-    rows = [_drop_begins(policy, row, chunks[b], bos) for b, row in enumerate(rows)]
+    rows = [_drop_begins(policy, row, own, bos) for row, own in zip(rows, chunks, strict=True)]
     sizes = [sum(c.place.size(2) for c in row) for row in rows]
     most, num_batch, device = max(sizes), len(rows), decoder.device
+    if not most:
+        raise PolicyError(f"nothing of the context is left under {policy}; give a longer context")
     cache = decoder.new_cache(rounded_up(most + length))
     num_sites, heads, _ = rows[0][0].place.shape
     # Where the query begins: behind the longest chunk that was kept, or behind all.
     begins = [
-        max(c.length for c in row) if policy.align == "left" else max(own)
-        for row, own in zip(rows, lengths, strict=True)
+        max(c.length for c in row) if policy.align == "left" else max(c.numel() for c in own)
+        for row, own in zip(rows, chunks, strict=True)
     ]
     shape = num_sites, num_batch, heads, most
     alive = torch.zeros(shape, dtype=torch.bool, device=device)
     position, from_begin, to_end = (torch.full(shape, -1, dtype=torch.int32, device=device) for _ in range(3))
-    keys, values = (
-        [
-            torch.zeros(num_batch, heads, most, t.size(2), dtype=t.dtype, device=device)
-            for t in getattr(rows[0][0], name)
-        ]
-        for name in ("keys", "values")
-    )
     for b, row in enumerate(rows):
         part = slice(most - sizes[b], most)
         alive[:, b, :, part] = ~torch.cat([c.hidden for c in row], dim=2)
         offsets = [begins[b] - c.length if policy.align == "right" else 0 for c in row]
         position[:, b, :, part] = torch.cat([c.place + o for c, o in zip(row, offsets, strict=True)], dim=2).int()
-        if not (len(chunks[b]) == 1 and not policy.parity):
+        if len(chunks[b]) > 1 or policy.parity:
             from_begin[:, b, :, part] = torch.cat([c.place for c in row], dim=2).int()
             to_end[:, b, :, part] = torch.cat([c.length - 1 - c.place for c in row], dim=2).int()
-        for site in range(num_sites):
-            keys[site][b, :, part] = torch.cat([c.keys[site] for c in row], dim=1)
-            values[site][b, :, part] = torch.cat([c.values[site] for c in row], dim=1)
     shift = torch.tensor(begins, device=device)[:, None] - most
+    # Shorter queries begin later, behind their padding.
+    padding = torch.tensor([max(q.numel() for q in queries) - q.numel() for q in queries], device=device)
     tables: list[Mapping[str, Tensor]] = []
     for layout in decoder.layout.tables:
         site = layout.sites[0]
         end = torch.full_like(position[site], FOREVER)
         if layout.window is not None:  # in positions
-            end = position[site] + layout.window - shift[:, None].int()
+            end = position[site] + layout.window - (shift[:, 0] - padding)[:, None, None].int()
         live = alive[site] & (end > most)
         place = torch.arange(most, dtype=torch.int32, device=device)
         table = {"index": torch.where(live, place, FREE), "end": torch.where(live, end, 0)}
         if policy.slot_fields:
             table.update({"slot.from_begin": from_begin[site], "slot.to_end": to_end[site]})
         tables.append({name: tensor[:, : layout.num_heads] for name, tensor in table.items()})
-    cache.fill(most, tables, keys, values, shift)
-    cache.awaits_query = decoder.query is not None
+
+    def sites() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        for site in range(num_sites):
+            yield tuple(
+                [torch.cat([c.take(name, site) for c in row], dim=1) for row in rows] for name in ("keys", "values")
+            )  # type: ignore[misc]
+
+    cache.fill(most, tables, sites(), shift)
     return cache
 
 
@@ -304,42 +333,59 @@ def _contexts(context_ids: Any, attention_mask: Tensor | None) -> list[Context]:
         not isinstance(context_ids, Tensor) or attention_mask.shape != context_ids.shape
     ):
         raise PolicyError("attention_mask must have the shape of context_ids [B, N]; lists of contexts need none")
-    if isinstance(context_ids, Tensor):
+    if isinstance(context_ids, Tensor) and context_ids.dim() in (1, 2):
         rows = context_ids[None] if context_ids.dim() == 1 else context_ids
         masks = [None] * len(rows) if attention_mask is None else attention_mask.view(rows.shape).bool()
         contexts: list[Context] = [row if mask is None else row[mask] for row, mask in zip(rows, masks, strict=True)]
-    else:
+    elif isinstance(context_ids, (list, tuple)):
         contexts = list(context_ids)
+    else:
+        raise PolicyError(
+            f"context_ids must be token ids [N] or [B, N], or a list of contexts, got {_given(context_ids)}"
+        )
     if not contexts:
         raise PolicyError("context_ids is empty; give token ids [N], or one such tensor for each context")
     for number, context in enumerate(contexts):
-        for part in [context] if isinstance(context, Tensor) else context:
-            if not isinstance(part, Tensor) or part.dim() != 1 or not part.numel() or part.is_floating_point():
-                given = f"{part.dtype} {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-                raise PolicyError(f"context {number} must be token ids [N], or a list of such chunks, got {given}")
-        if not isinstance(context, Tensor) and not len(context):
+        parts = [context] if isinstance(context, Tensor) else context
+        if not isinstance(parts, (list, tuple)) or not all(
+            isinstance(part, Tensor) and part.dim() == 1 and not part.is_floating_point() for part in parts
+        ):
+            wrong = parts if not isinstance(parts, (list, tuple)) else next(p for p in parts if not _is_row(p))
+            raise PolicyError(f"context {number} must be token ids [N], or a list of such chunks, got {_given(wrong)}")
+        if not parts:
             raise PolicyError(f"context {number} has no chunks")
+        if any(not part.numel() for part in parts):
+            raise PolicyError(f"context {number} is empty, or one of its chunks is; give at least one token")
     return contexts
 
 
 def _queries(query_ids: Any, num_contexts: int) -> list[Tensor]:
     """A query for each context, on the CPU."""
-    queries = [query_ids] if isinstance(query_ids, Tensor) and query_ids.dim() == 1 else list(query_ids)
+    one = isinstance(query_ids, Tensor) and query_ids.dim() == 1
+    several = isinstance(query_ids, (list, tuple)) or (isinstance(query_ids, Tensor) and query_ids.dim() == 2)
+    queries = [query_ids] if one else list(query_ids) if several else [query_ids]
+    for query in queries:
+        if not _is_row(query):
+            raise PolicyError(f"query_ids must be token ids [m] or [B, m], or a list of such rows, got {_given(query)}")
+        if not query.numel():
+            raise PolicyError(
+                "the query is empty; chunks are chosen by the likelihood of the query, so it needs a token"
+            )
     if len(queries) == 1:
         queries = queries * num_contexts
     if len(queries) != num_contexts:
         raise PolicyError(
             f"there are {len(queries)} queries for {num_contexts} contexts; give one for each, or one for all"
         )
-    for query in queries:
-        if not isinstance(query, Tensor) or query.dim() != 1 or query.is_floating_point():
-            given = f"{query.dtype} {list(query.shape)}" if isinstance(query, Tensor) else type(query).__name__
-            raise PolicyError(f"query_ids must be token ids [m] or [B, m], or a list of such rows, got {given}")
-        if not query.numel():
-            raise PolicyError(
-                "the query is empty; chunks are chosen by the likelihood of the query, so it needs a token"
-            )
     return [query.long().cpu() for query in queries]
+
+
+def _is_row(ids: Any) -> bool:
+    return isinstance(ids, Tensor) and ids.dim() == 1 and not ids.is_floating_point()
+
+
+def _given(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _begins_with_bos(chunk: Tensor, bos: int | None) -> bool:
@@ -361,14 +407,18 @@ def _divide(context: Context, most: int, bos: int | None) -> list[Tensor]:
     return [torch.cat((head, body[a:b])) for a, b in itertools.pairwise(borders)]
 
 
-def _check_room(model: Any, chunks: list[list[Tensor]], length: int) -> None:
-    longest = max(c.numel() for context in chunks for c in context)
-    room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(room, int) and longest + length > room:
-        raise PolicyError(
-            f"the longest chunk has {longest} tokens, query and answer up to {length}, and the model's positions end at {room}; "
-            f"take a chunk of {room - length} tokens at most, a shorter query or a smaller max_new_tokens"
-        )
+def _check_room(model: Any, chunks: list[list[Tensor]], queries: list[Tensor], new: int) -> None:
+    room = getattr(text_config(model), "max_position_embeddings", None)
+    if not isinstance(room, int):
+        return
+    for context, query in zip(chunks, queries, strict=True):
+        longest = max(c.numel() for c in context)
+        if longest + query.numel() + new > room:
+            raise PolicyError(
+                f"the longest chunk has {longest} tokens, the query {query.numel()} and the answer up to {new}, and the model's "
+                f"positions end at {room}; take a chunk of {max(room - query.numel() - new, 0)} tokens at most, a shorter "
+                "query or a smaller max_new_tokens"
+            )
 
 
 def _padded(rows: list[Tensor], fill: int) -> tuple[Tensor, Tensor]:
@@ -390,6 +440,8 @@ def answer(
         given = context if not isinstance(context, str) else query
         raise PolicyError(f"context and query must be text, got {type(given).__name__}; generate takes token ids")
     begin = [t for t in tokenizer("").input_ids if t == tokenizer.bos_token_id][:1]
+    if begin:
+        options = {"bos_token_id": begin[0], **options}
     context_ids, query_ids = (
         torch.tensor(ids, dtype=torch.int64)
         for ids in (

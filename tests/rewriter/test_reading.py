@@ -312,11 +312,13 @@ def dense(model: Any, *parts: Tensor) -> Tensor:
     return model(input_ids=ids[None], use_cache=False).logits[0, -parts[-1].numel() - parts[-2].numel() :]
 
 
+@pytest.mark.parametrize("phase", ["merged", "local"])
 @pytest.mark.parametrize("align", ["left", "right"])
-def test_a_context_of_one_chunk_is_read_as_a_whole(llama: Any, align: str) -> None:
+def test_a_context_of_one_chunk_is_read_as_a_whole(llama: Any, align: str, phase: str) -> None:
     """Nothing is forgotten, whatever the policy would do with several."""
     context, query, answer = tokens(20, 9, 5)
-    policy = ChunkedEviction(20, capacity=3, align=align, calibration=MIXED_CALIBRATION)
+    calibration = (Calibrate("0-100%", "all", threshold=0.03, phase=phase),)
+    policy = ChunkedEviction(20, capacity=3, align=align, calibration=calibration)
     logits, reading = answered(optimized(llama, policy), context, query, answer)
     torch.testing.assert_close(logits, dense(llama, context, query, answer), rtol=1e-9, atol=1e-9)
     assert reading.kept == [[0]]
@@ -390,6 +392,8 @@ def test_nan_never_wins(llama: Any, chunk_batch: int) -> None:
     fast = optimized(llama, ChunkedEviction(14, keep_chunks=2, capacity=2))
     reading = fast.read([chunks], query, chunk_batch=chunk_batch, max_new_tokens=1)
     assert reading.kept == [[1, 3]] and math.isnan(reading.scores[0][0])
+    reading = optimized(llama, ChunkedEviction(14)).read([chunks], query, chunk_batch=chunk_batch, max_new_tokens=1)
+    assert reading.kept == [[1, 3]], "not even where there is room"
     with pytest.raises(PolicyError, match="logits are NaN"):
         fast.read([chunks[::2]], query, max_new_tokens=1)
 
@@ -417,26 +421,117 @@ def greedy(fast: rewriter.OptimizedModel, context: Any, query: Tensor, count: in
     return tokens
 
 
+OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+CALIBRATED = (Calibrate("0-100%", "all", threshold=0.05, edge=3, observe=6, apply=False),)
+
+
+@pytest.mark.parametrize("calibration", [(), CALIBRATED], ids=["plain", "calibrated"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
+@torch.no_grad()
+def test_a_batch_of_contexts_is_as_one_after_the_other(
+    name: str, calibration: tuple[Calibrate, ...], tiny_model: Callable[..., nn.Module]
+) -> None:
+    """Contexts and queries of different lengths, some shorter than what calibration observes; greedy and with beams."""
+    torch._dynamo.reset()
+    model = sharp(tiny_model(name, "eager"))
+    contexts, queries = tokens(50, 13, 31), tokens(9, 4, 12, bos=False)
+    fast = optimized(model, ChunkedEviction(14, keep_chunks=3, capacity=5, calibration=calibration))
+    several = fast.generate(contexts, query_ids=queries, chunk_batch=2, **OPTIONS)
+    assert several.shape == (3, 12 + 6)
+    reading = fast.read(contexts, queries, max_new_tokens=6)
+    inputs = {"input_ids": reading.query_ids, "attention_mask": reading.attention_mask}
+    together = fast(**inputs, position_ids=reading.position_ids, past_key_values=reading.cache).logits
+    for b, (context, query) in enumerate(zip(contexts, queries, strict=True)):
+        one = fast.read(context, query, max_new_tokens=6)
+        own = {"input_ids": query[None], "position_ids": one.position_ids}
+        alone = fast(**own, past_key_values=one.cache).logits[0]
+        torch.testing.assert_close(together[b, 12 - query.numel() :], alone, rtol=1e-3, atol=1e-3)
+        assert (
+            several[b, 12 - query.numel() :].tolist() == fast.generate(context, query_ids=query, **OPTIONS)[0].tolist()
+        )
+    beams = fast.generate(contexts, query_ids=queries, num_beams=3, **OPTIONS)
+    alone = fast.generate(contexts[0], query_ids=queries[0], num_beams=3, **OPTIONS)
+    assert beams[0, 12 - queries[0].numel() :].tolist() == alone[0].tolist()
+
+
 @torch.no_grad()
 def test_generate(llama: Any) -> None:
-    """Several contexts and queries of different lengths, greedy and with beams, as one after the other."""
+    """Greedy steps; contexts that are padded; ids of other dtypes; `max_length` counts from the query."""
     contexts, queries = tokens(50, 20, 31), tokens(9, 4, 12, bos=False)
     fast = optimized(llama, ChunkedEviction(14, keep_chunks=2, capacity=5))
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    several = fast.generate(contexts, query_ids=queries, chunk_batch=2, **options)
-    assert several.shape == (3, 12 + 6)
-    for b, (context, query) in enumerate(zip(contexts, queries, strict=True)):
-        assert several[b, 12 - query.numel() :].tolist() == [*query.tolist(), *greedy(fast, context, query, 6)]
-    beams = fast.generate(contexts, query_ids=queries, num_beams=3, **options)
-    alone = [fast.generate(c, query_ids=q, num_beams=3, **options) for c, q in zip(contexts, queries, strict=True)]
-    assert [row[12 - q.numel() :].tolist() for row, q in zip(beams, queries, strict=True)] == [
-        t[0].tolist() for t in alone
-    ]
+    expected = greedy(fast, contexts[0], queries[0], 6)
+    assert fast.generate(contexts[0], query_ids=queries[0], **OPTIONS)[0, 9:].tolist() == expected
+    assert fast.generate(contexts[0].int(), query_ids=queries[0].int(), **OPTIONS)[0, 9:].tolist() == expected
+    options = {**OPTIONS, "max_new_tokens": None}
+    assert fast.generate(contexts[0], query_ids=queries[0], max_length=15, **options)[0, 9:].tolist() == expected
     padded = torch.stack([torch.cat((torch.zeros(11, dtype=torch.long), contexts[1])), contexts[2]])
     mask = torch.ones_like(padded)
     mask[0, :11] = 0
-    again = fast.generate(padded, attention_mask=mask, query_ids=queries[0], **options)
-    assert again[0].tolist() == fast.generate(contexts[1], query_ids=queries[0], **options)[0].tolist()
+    again = fast.generate(padded, attention_mask=mask, query_ids=queries[0], **OPTIONS)
+    assert again[0].tolist() == fast.generate(contexts[1], query_ids=queries[0], **OPTIONS)[0].tolist()
+
+
+@torch.no_grad()
+def test_the_query_calibrates_as_a_whole(llama: Any) -> None:
+    context, query, answer = tokens(50, 9, 3)
+    fast = optimized(llama, ChunkedEviction(14, calibration=CALIBRATED))
+    expected, _ = answered(fast, context, query, answer)
+    reading = fast.read(context, query, max_new_tokens=9)
+    with pytest.raises(CacheError, match="9 tokens must come in one call, got 1"):
+        fast(input_ids=query[None, :1], past_key_values=reading.cache)
+    both = torch.cat((query, answer))
+    logits = fast(input_ids=both[None], past_key_values=reading.cache).logits[0]
+    torch.testing.assert_close(logits, expected[: both.numel()], rtol=1e-9, atol=1e-9)
+    with pytest.raises(CacheError, match="can be cropped to"):
+        reading.cache.crop(-answer.numel() - 1)
+    reading.cache.crop(-answer.numel())
+    again = fast(input_ids=answer[None], past_key_values=reading.cache).logits[0]
+    torch.testing.assert_close(again, logits[query.numel() :], rtol=1e-9, atol=1e-9)
+    whole = fast.generate(context, query_ids=query, **OPTIONS)
+    assert whole.tolist() == fast.generate(context, query_ids=query, prefill_chunk=4, **OPTIONS).tolist()
+
+
+@torch.no_grad()
+def test_which_token_begins_a_text(llama: Any) -> None:
+    """It may be known to the call alone."""
+    context, query = tokens(50, 9)
+    policy = ChunkedEviction(14, capacity=4)
+    expected = optimized(llama, policy).generate(context, query_ids=query, **OPTIONS)
+    llama.config.bos_token_id = llama.generation_config.bos_token_id = None
+    fast = optimized(llama, policy)
+    assert [c[0] == BOS for c in fast.read(context, query, max_new_tokens=1).chunks[0]] == [True, False, False, False]
+    assert fast.generate(context, query_ids=query, bos_token_id=BOS, **OPTIONS).tolist() == expected.tolist()
+
+
+class Untransformed(nn.Module):
+    """A model that no library knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(64, 16), nn.Linear(16, 64)
+        self.position, self.qkv = nn.Embedding(64, 16), nn.Linear(16, 48)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids) + self.position(position_ids)
+        q, k, v = (t.unflatten(2, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        causal = torch.ones(x.size(1), x.size(1), dtype=torch.bool).tril()
+        mask = causal & attention_mask.bool()[:, None, None, :]
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.head(x + y.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def test_a_model_that_no_library_knows() -> None:
+    torch._dynamo.reset()
+    model = Untransformed().eval()
+    context, query = tokens(12, 5, bos=False)
+    fast = optimized(model, ChunkedEviction(14))
+    reading = fast.read(context, query, max_new_tokens=3)
+    given = {"input_ids": query[None], "position_ids": reading.position_ids}
+    logits = fast(**given, past_key_values=reading.cache).logits[0]
+    ids = torch.cat((context, query))[None]
+    expected = model(ids, torch.ones_like(ids), torch.arange(17)[None])[0, 12:]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -500,7 +595,7 @@ def test_bad_input(llama: Any) -> None:
     nothing = query[:0]
     cases: list[tuple[str, Callable[[], Any]]] = [
         ("the query is empty", lambda: fast.read(context, nothing, max_new_tokens=1)),
-        ("token ids \\[N\\], or a list", lambda: fast.read(nothing, query, max_new_tokens=1)),
+        ("context 0 is empty", lambda: fast.read(nothing, query, max_new_tokens=1)),
         ("token ids \\[N\\], or a list", lambda: fast.read(context.float(), query, max_new_tokens=1)),
         ("context 1 has no chunks", lambda: fast.read([context, []], query, max_new_tokens=1)),
         ("context_ids is empty", lambda: fast.read([], query, max_new_tokens=1)),
@@ -514,6 +609,15 @@ def test_bad_input(llama: Any) -> None:
             lambda: fast.read([context], query, attention_mask=torch.ones(1, 50), max_new_tokens=1),
         ),
         ("from 0 to 63, got 64", lambda: fast.read(context, query.clamp(max=5) + 59, max_new_tokens=1)),
+        (
+            "must be token ids \\[N\\] or \\[B, N\\], or a list of contexts, got NoneType",
+            lambda: fast.read(None, query),
+        ),
+        ("query_ids must be token ids .* got int", lambda: fast.read(context, 3)),  # type: ignore[arg-type]
+        (
+            "does not have",
+            lambda: optimized(llama, ChunkedEviction(14, calibration=(Calibrate(7, "all"),))).read(context, query),
+        ),
         ("chooses chunks by the query", lambda: fast.generate(context)),
         ("program of two phases", lambda: fast(input_ids=context[None])),
         ("the policy is Exact", lambda: optimized(llama, rewriter.Exact()).read(context, query)),  # type: ignore[arg-type]

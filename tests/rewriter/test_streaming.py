@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch import Tensor
 from torch import nn
 
 import rewriter
@@ -15,6 +18,9 @@ from rewriter import Exact
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
 from rewriter.caches import CacheError
+from rewriter.demo.corpus import held_out_text
+from rewriter.demo.run import load_model
+from rewriter.policies import policy_ranges
 
 POLICY = SeparatorMask(tuple(range(3, 20)), initial=1, window=3, max_separators=2, capacity=9, positions="cache")
 
@@ -61,3 +67,47 @@ def test_bad_input(tiny_model: Callable[..., nn.Module]) -> None:
     fast = rewriter.optimize(model, POLICY, backend="eager")
     with pytest.raises(rewriter.RewriteError, match="optimized already, with SeparatorMask"):
         rewriter.stream(fast, SlidingWindow(4), [1, 2])
+
+
+@pytest.fixture(scope="module")
+def real_text() -> tuple[Tensor, Any]:
+    """A held-out file of the standard library, int64 `[N]`, and its tokenizer."""
+    tokenizer = load_model()[1]
+    return torch.tensor(tokenizer(held_out_text(16_384)).input_ids), tokenizer
+
+
+@pytest.mark.parametrize(
+    ("initial", "separators", "window", "capacity"), [(4, 64, 224, 512), (3, 16, 40, 59), (0, 5, 1, 9)]
+)
+def test_on_real_text_each_query_sees_what_the_cache_holds(
+    initial: int,
+    separators: int,
+    window: int,
+    capacity: int,
+    real_text: tuple[Tensor, Any],
+    cache_itself: Callable[..., Any],
+) -> None:
+    """Against the cache kept as lists of keys, as SepLLM keeps it; and the slots of a cache that reads the text by tokens."""
+    torch._dynamo.reset()
+    ids, tokenizer = real_text
+    policy = SeparatorMask.from_tokenizer(
+        tokenizer, initial=initial, window=window, max_separators=separators, capacity=capacity
+    )
+    is_separator = torch.isin(ids, torch.tensor(policy.separators))
+    assert 0.1 < is_separator.double().mean() < 0.9
+    visible, compactions = cache_itself(is_separator.tolist(), policy)
+    assert len(compactions) > 10
+    ranges = policy_ranges(policy, ids[None])
+    for query, keys in enumerate(visible):
+        seen = (ranges.start[0, 0] <= query) & (query < ranges.end[0, 0])
+        assert seen.nonzero()[:, 0].tolist() == keys
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    fast = rewriter.optimize(transformers.LlamaForCausalLM(config).eval(), policy, backend="eager", strict=True)
+    cache = fast.new_cache()
+    for query in range(2 * capacity if capacity < 100 else 0):
+        fast(input_ids=ids[None, query : query + 1], past_key_values=cache)
+        table = cache.tables[0]
+        held = table["index"][0, 0][table["end"][0, 0] > query]
+        assert held.sort().values.tolist() == visible[query]

@@ -1,0 +1,224 @@
+"""ONNX: an optimized model as a file that any runtime runs.
+
+The operators are model-local functions of standard operators in the domain `rewriter`: a runtime that has kernels for
+`rewriter::LiveRangeAttention` may replace them, any other runs the bodies, which are the dense definition. Masks are
+explicit, because `is_causal` means different things to different runtimes. The Triton kernels do not travel in such a file.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+import torch
+from rewriter.export.artifact import ArtifactError
+from rewriter.export.artifact import ExportReport
+from rewriter.export.entry_points import EntryPoint
+from rewriter.export.entry_points import ExportError
+from rewriter.export.entry_points import bind
+from rewriter.export.entry_points import entry_points
+from rewriter.export.portable import replace_operators
+from rewriter.export.verification import compare_in_a_fresh_process
+from rewriter.export.verification import new_report
+from rewriter.export.verification import write_cases
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rewriter.optimize import OptimizedModel
+
+OPSET = 23
+"""The least: newer attention operators and types begin here."""
+
+
+def onnx(
+    optimized: OptimizedModel,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    path: str | Path = "model.onnx",
+    *,
+    opset: int = OPSET,
+) -> ExportReport:
+    """Writes an optimized model's own call as an ONNX file, and compares what it wrote with the model.
+
+    Args:
+        args, kwargs: of one call of the model, with at least two rows of two tokens; batch and length may then be others.
+        path: file to write, `.onnx`; a report and the compared cases are written beside it.
+        opset: 23 or later.
+
+    Raises:
+        ExportError: the policy has no form in standard operators, a package is missing, or the model cannot be exported so.
+        RewriteError, PolicyError: as `optimize`.
+    """
+    path = Path(path)
+    if opset < OPSET:
+        raise ExportError(f"opset must be at least {OPSET}, got {opset}")
+    need_packages()
+    check_policy(optimized)
+    named = bind(optimized.model, args, kwargs)
+    points, _, _ = entry_points(optimized, named, None, cached=False)
+    write(points[0], path, opset)
+    report = new_report(optimized, "onnx", path, points, "an ONNX file is the model's own call", None)
+    report.versions.update(package_versions())
+    report.functions = local_functions(path)
+    report.notes.append(f"opset {opset}; the functions' bodies are dense: memory grows with the square of the length")
+    write_cases(optimized, named, path, points, None)
+    report.write(path)
+    report.compared = compare_in_a_fresh_process(path)
+    report.write(path)
+    return report
+
+
+def check_policy(optimized: OptimizedModel) -> None:
+    """Raises `ExportError` where a policy has no form in standard operators."""
+    for policy in optimized.policy.parts():
+        if policy.is_chunked or policy.positions == "cache" or getattr(policy, "max_separators", None) is not None:
+            raise ExportError(
+                f"{policy} has no form in ONNX's standard operators: which keys it drops is found by a search that depends on the "
+                "tokens; export it with aot_inductor, or take SeparatorMask without max_separators"
+            )
+
+
+def need_packages() -> None:
+    """Raises `ExportError` where one is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExportError(
+            f"{error}; ONNX export needs onnx, onnxscript and onnxruntime: pip install 'rewriter[export]'"
+        ) from None
+
+
+def package_versions() -> dict[str, str]:
+    """Of what writes and runs such files."""
+    import onnx
+    import onnxruntime
+
+    return {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+
+
+def write(point: EntryPoint, path: Path, opset: int) -> None:
+    """Writes a program; it is checked by ONNX's own checker."""
+    from onnx import checker
+    from onnx import helper
+    from onnx import save_model
+    from rewriter.export.onnx_functions import FUNCTIONS
+
+    module: Any = point.program.module()
+    replace_operators(module, SYMBOLIC)
+    own = point.retraced(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            own.program,
+            point.examples,
+            None,
+            input_names=[i.name for i in point.inputs],
+            output_names=list(point.outputs),
+            opset_version=opset,
+            dynamo=True,
+            optimize=False,  # its fusion of rotations fails where a batch shares its positions
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    # The bodies come last: torch's change of the opset would put them in the place of the calls.
+    used = {node.op_type for node in model.graph.node if node.domain == "rewriter"}
+    model.functions.extend(f.to_function_proto() for f in FUNCTIONS if f.name in used)
+    if not any(entry.domain == "rewriter" for entry in model.opset_import):
+        model.opset_import.extend([helper.make_opsetid("rewriter", 1)])
+    save_model(model, str(path))
+    checker.check_model(str(path), full_check=True)
+
+
+def local_functions(path: Path) -> dict[str, int]:
+    """The functions of our domain in a file, with the number of their calls."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    counts: dict[str, int] = {}
+    for node in model.graph.node:
+        if node.domain == "rewriter":
+            counts[f"rewriter::{node.op_type}"] = counts.get(f"rewriter::{node.op_type}", 0) + 1
+    return counts
+
+
+def session(path: Path, report: ExportReport) -> Callable[..., Sequence[Tensor]]:
+    """A file in ONNX Runtime, on the CPU: tensors in, tensors out.
+
+    Raises:
+        ArtifactError: the runtime is missing, or cannot load it.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ArtifactError("ONNX Runtime is not installed: pip install 'rewriter[export]'") from None
+    try:
+        running = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # whatever the runtime raises
+        raise ArtifactError(f"{path} cannot be loaded: {error}") from error
+    names = [i.name for i in report.inputs("forward")]
+    known = {i.name for i in running.get_inputs()}
+
+    def call(*tensors: Tensor) -> list[Tensor]:
+        given = {n: t.detach().cpu().contiguous().numpy() for n, t in zip(names, tensors, strict=True) if n in known}
+        return [torch.from_numpy(array) for array in running.run(None, given)]
+
+    return call
+
+
+def _live_range_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor,
+    end: Tensor,
+    query_index: Tensor | None = None,
+    key_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Sequence[Tensor]:
+    assert key_index is None and sinks is None and alibi_slopes is None, "no pass emits these"
+    num_queries, num_keys = query.size(2), key.size(2)
+    if query_index is None:
+        query_index = torch.arange(num_queries, device=query.device) + (num_keys - num_queries)
+    if bias is None:
+        bias = torch.zeros(1, 1, num_keys, device=query.device)
+    return torch.onnx.ops.symbolic_multi_out(
+        "rewriter::LiveRangeAttention",
+        (query, key, value, start, end, query_index.view(-1).to(torch.int32), bias.float()),
+        {"scale": 1 / math.sqrt(query.size(3)) if scale is None else scale, "softcap": softcap or 0.0},
+        dtypes=(query.dtype, torch.float32),
+        shapes=((*query.shape[:3], value.size(3)), tuple(query.shape[:3])),
+        version=1,
+    )
+
+
+def _running_topk_end(score: Tensor, keep: int, segment: Tensor | None = None) -> Tensor:
+    if segment is None:
+        segment = torch.ones(1, 1, 1, dtype=torch.int32, device=score.device)
+    return torch.onnx.ops.symbolic(
+        "rewriter::RunningTopKEnd",
+        (score.float(), segment),
+        {"keep": keep},
+        dtype=torch.int32,
+        shape=tuple(score.shape),
+        version=1,
+    )
+
+
+SYMBOLIC: dict[Any, Callable[..., Any]] = {
+    torch.ops.rewriter.live_range_attention.default: _live_range_attention,
+    torch.ops.rewriter.running_topk_end.default: _running_topk_end,
+}
+"""The operators as calls of functions of the file."""
