@@ -209,10 +209,9 @@ def _forward(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> EntryPoint
         kwargs, tensors = {**kwargs, "position_ids": places}, {**tensors, "position_ids": places}
     result = capture_forward(optimized, kwargs)
     optimized._take(result)
-    shapes = {}
-    for node in result.module.graph.nodes:
-        if node.op == "placeholder" and node.meta.get("source") in tensors and isinstance(node.meta["val"], Tensor):
-            shapes[node.meta["source"]] = tuple(node.meta["val"].shape)
+    placeholders = [node for node in result.module.graph.nodes if node.op == "placeholder"]
+    found = {n.meta["source"]: tuple(n.meta["val"].shape) for n in placeholders if isinstance(n.meta["val"], Tensor)}
+    shapes = {name: found[name] for name in tensors if name in found}  # in the order of the call
     names: dict[str, str] = {}
     inputs: list[Input] = []
     ranges: dict[str, tuple[int, int]] = {}
@@ -240,7 +239,8 @@ def _cached(decoder: Decoder, max_length: int | None) -> list[EntryPoint]:
     cache = decoder.new_cache(max_length or _limit(decoder.model))
 
     def sizes(state: StateTensor, slots: int) -> tuple[int | str, ...]:
-        return tuple({"B": "batch", "C": slots}[d] if isinstance(d, str) else d for d in state.shape)
+        varying: dict[int | str, int | str] = {"B": "batch", "C": slots}
+        return tuple(varying.get(d, d) for d in state.shape)
 
     state = [
         Input(f"{prefix}.{s.name}", _dtype(s.dtype), sizes(s, slots), s.fill)
@@ -293,6 +293,7 @@ def _chunk(decoder: Decoder) -> EntryPoint:
     names = ("input_ids", "attention_mask", "position_ids")
     inputs = [Input(n, "int64", ("batch", "tokens")) for n in names]
     inputs += [Input("logits_to_keep", "int64", ("query",)), Input("query_rows", "int64", ("query",))]
+    inputs.append(Input("hides", "bool", (1,)))
     examples = tuple(i.example({"batch": 2, "tokens": 40, "query": 16}, decoder.device) for i in inputs)
     examples[1].fill_(1)
     sources: list[tuple[str | None, Tensor | None]] = [
@@ -325,7 +326,14 @@ def exported(
         with torch.no_grad():
             # A tuple of one: the shapes of `*tensors`.
             shapes = (_dynamic_shapes(inputs, ranges),)
-            return torch.export.export(_Tensors(module), examples, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(
+                _Tensors(module),
+                examples,
+                dynamic_shapes=shapes,
+                strict=False,
+                # Some guards hold for all sizes, which its solver does not see; they are asserted when the program runs.
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
     except torch._dynamo.exc.UserError as error:
         raise ExportError(f"torch.export cannot trace the model for sizes {dict(ranges)}: {error}") from error
 

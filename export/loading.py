@@ -122,13 +122,15 @@ class Artifact:
         return torch.cat(result, dim=1)
 
     def chunk(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, num_query: int
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, num_query: int, hides: bool = True
     ) -> tuple[Tensor, ...]:
         """The first phase of a chunked eviction: the logits of the query's tokens, and each site's keys, values, scores and
-        what calibration hides; rows are chunks with the query behind them, padded on the left."""
+        what calibration hides (nothing unless `hides`); rows are chunks with the query behind them, padded on the left."""
         self._need("chunk")
         rows = torch.arange(input_ids.size(1) - num_query, input_ids.size(1), device=input_ids.device)
-        return tuple(self._run("chunk", [input_ids, attention_mask, position_ids, rows - 1, rows]))
+        return tuple(
+            self._run("chunk", [input_ids, attention_mask, position_ids, rows - 1, rows, torch.tensor([hides])])
+        )
 
     def _need(self, name: str) -> str:
         if name not in self._calls:

@@ -79,8 +79,8 @@ def check_policy(optimized: OptimizedModel) -> None:
     for policy in optimized.policy.parts():
         if policy.is_chunked or policy.positions == "cache" or getattr(policy, "max_separators", None) is not None:
             raise ExportError(
-                f"{policy} has no form in ONNX's standard operators: which keys it drops is found by a search that depends on the "
-                "tokens; export it with aot_inductor, or take SeparatorMask without max_separators"
+                f"{policy} has no form in ONNX's standard operators: which keys it drops is found by a search over the tokens; "
+                "export it with aot_inductor, or take SeparatorMask without max_separators"
             )
 
 
