@@ -24,9 +24,8 @@ from rewriter.export.entry_points import entry_points
 from rewriter.export.portable import PORTABLE
 from rewriter.export.portable import replace_operators
 from rewriter.export.verification import cache_bound
-from rewriter.export.verification import compare_in_a_fresh_process
+from rewriter.export.verification import finish
 from rewriter.export.verification import new_report
-from rewriter.export.verification import write_cases
 
 if TYPE_CHECKING:
     from rewriter.optimize import OptimizedModel
@@ -50,10 +49,10 @@ def aot_inductor(
         cache: False for the model's own call alone, without a decode step.
 
     Returns:
-        The report; `agrees` says whether the package gives what the model does.
+        The report.
 
     Raises:
-        ExportError: the model cannot be exported so.
+        ExportError: the model cannot be exported so, or the package gives other results than the model.
         RewriteError, PolicyError, CacheError: as `optimize`.
     """
     path = Path(path)
@@ -73,11 +72,7 @@ def aot_inductor(
     _compile(points, path, None if decoder is None else decoder.vocabulary, bound)
     report = new_report(optimized, "aot_inductor", path, points, why, bound)
     report.kernels, report.functions = kernels, functions
-    write_cases(optimized, named, path, points, decoder)
-    report.write(path)
-    report.compared = compare_in_a_fresh_process(path)
-    report.write(path)
-    return report
+    return finish(report, optimized, named, path, points, decoder)
 
 
 def _portable(point: EntryPoint, functions: dict[str, int]) -> EntryPoint:

@@ -40,6 +40,7 @@ class ExportReport:
     Attributes:
         target: "aot_inductor", "onnx" or "tensorrt".
         policy: as `Policy.to_dict` has it.
+        dtype: of the model's parameters.
         versions: of what it was made with.
         machine: processor architecture, and "cpu" or "cuda".
         sha256: of the artifact.
@@ -56,6 +57,7 @@ class ExportReport:
 
     target: str
     policy: dict[str, Any]
+    dtype: str
     versions: dict[str, str]
     machine: tuple[str, str]
     sha256: str
@@ -73,8 +75,7 @@ class ExportReport:
     @property
     def tolerance(self) -> float:
         """Of the relative difference."""
-        dtypes = {i["dtype"] for point in self.entry_points.values() for i in point["inputs"]}
-        return 0.05 if dtypes & {"bfloat16", "float16"} else 1e-3
+        return 0.05 if self.dtype in ("bfloat16", "float16") else 1e-3
 
     @property
     def agrees(self) -> bool:

@@ -24,9 +24,8 @@ from rewriter.export.entry_points import ExportError
 from rewriter.export.entry_points import bind
 from rewriter.export.entry_points import entry_points
 from rewriter.export.portable import replace_operators
-from rewriter.export.verification import compare_in_a_fresh_process
+from rewriter.export.verification import finish
 from rewriter.export.verification import new_report
-from rewriter.export.verification import write_cases
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -52,7 +51,8 @@ def onnx(
         opset: 23 or later.
 
     Raises:
-        ExportError: the policy has no form in standard operators, a package is missing, or the model cannot be exported so.
+        ExportError: the policy has no form in standard operators, a package is missing, the model cannot be exported so, or
+            the file gives other results than the model.
         RewriteError, PolicyError: as `optimize`.
     """
     path = Path(path)
@@ -67,11 +67,7 @@ def onnx(
     report.versions.update(package_versions())
     report.functions = local_functions(path)
     report.notes.append(f"opset {opset}; the functions' bodies are dense: memory grows with the square of the length")
-    write_cases(optimized, named, path, points, None)
-    report.write(path)
-    report.compared = compare_in_a_fresh_process(path)
-    report.write(path)
-    return report
+    return finish(report, optimized, named, path, points)
 
 
 def check_policy(optimized: OptimizedModel) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from rewriter.kernels.compaction import _compute_ends
 from rewriter.kernels.compaction import _compute_split
-from rewriter.kernels.topk import _end_by_partition
+from rewriter.kernels.live_ranges import FOREVER
+from rewriter.kernels.topk import MAX_TRACED_KEYS
+from rewriter.kernels.topk import _ordered_bits
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -152,10 +154,50 @@ def key_scores(
     return weights.amax(dim=2) if group == "max" else weights.flatten(1, 2)
 
 
+def running_topk_end(score: Tensor, keep: int, segment: Tensor | None = None) -> Tensor:
+    """As `rewriter::running_topk_end`; the bits of its partition in one loop, where unrolled they compile for minutes."""
+    rank = torch.nan_to_num(score.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    if segment is not None:
+        rank = (segment.long() << 32) + _ordered_bits(rank)
+    order = rank.expand(score.shape).flatten(0, 1).contiguous().argsort(dim=1, descending=True, stable=True)
+    num_rows, num_keys = order.shape
+    prefix = torch.arange(num_keys, dtype=torch.int32, device=score.device).expand(num_rows, -1).contiguous()
+    start = torch.zeros_like(prefix)
+
+    def body(
+        bit: Tensor, values: Tensor, first: Tensor, last: Tensor, wanted: Tensor, answer: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        ones = (values >> bit) & 1
+        ones_before = torch.nn.functional.pad(ones.cumsum(dim=1, dtype=torch.int32), (1, 0))
+        num_zeros = num_keys - ones_before[:, -1:]
+        first_ones, last_ones = (ones_before.gather(1, bound.long()) for bound in (first, last))
+        first_zeros, last_zeros = first - first_ones, last - last_ones
+        zeros = last_zeros - first_zeros
+        right = wanted >= zeros
+        number = torch.arange(num_keys, dtype=torch.int32, device=values.device)
+        before = ones_before[:, :-1]
+        moved = torch.where(ones == 1, num_zeros + before, number - before)
+        return (
+            bit - 1,
+            torch.zeros_like(values).scatter(1, moved.long(), values),
+            torch.where(right, num_zeros + first_ones, first_zeros).to(torch.int32),
+            torch.where(right, num_zeros + last_ones, last_zeros).to(torch.int32),
+            torch.where(right, wanted - zeros, wanted).to(torch.int32),
+            torch.where(right, answer + (1 << bit), answer).to(torch.int32),
+        )
+
+    bit = torch.full((), (MAX_TRACED_KEYS - 1).bit_length() - 1, dtype=torch.int32, device=score.device)
+    carried = (bit, order.to(torch.int32), start, prefix, torch.full_like(prefix, keep - 1), start.clone())
+    answer = torch.while_loop(lambda bit, *_: bit >= 0, body, carried)[-1]
+    # Place r of the order dies at the keep-th oldest of the r better keys, those before it.
+    dies = torch.where(prefix >= keep, torch.maximum(answer, order.to(torch.int32)), FOREVER)
+    return torch.zeros_like(dies).scatter(1, order, dies).view(score.shape)
+
+
 PORTABLE: dict[Any, Callable[..., Any]] = {
     torch.ops.rewriter.live_range_attention.default: attention,
     torch.ops.rewriter.key_scores.default: key_scores,
-    torch.ops.rewriter.running_topk_end.default: _end_by_partition,
+    torch.ops.rewriter.running_topk_end.default: running_topk_end,
     torch.ops.rewriter.separator_cache_ends.default: _compute_ends,
     torch.ops.rewriter.split_by_epoch.default: _compute_split,
 }

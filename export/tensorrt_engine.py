@@ -25,9 +25,8 @@ from rewriter.export.onnx_file import need_packages
 from rewriter.export.onnx_file import package_versions
 from rewriter.export.onnx_file import write
 from rewriter.export.verification import SIZES
-from rewriter.export.verification import compare_in_a_fresh_process
+from rewriter.export.verification import finish
 from rewriter.export.verification import new_report
-from rewriter.export.verification import write_cases
 
 if TYPE_CHECKING:
     from rewriter.optimize import OptimizedModel
@@ -133,8 +132,8 @@ def tensorrt(
         precision: "fp32", "fp16" or "bf16", of the engine.
 
     Raises:
-        ExportError: a package is missing, the policy has no form in standard operators, or an operator is not on the
-            parser's list.
+        ExportError: a package is missing, the policy has no form in standard operators, an operator is not on the parser's
+            list, or the file gives other results than the model.
         RewriteError, PolicyError: as `optimize`.
     """
     path = Path(path)
@@ -159,11 +158,7 @@ def tensorrt(
         command,
         f"precision {precision}; not built here: TensorRT needs an NVIDIA GPU. The comparison ran this file in ONNX Runtime",
     ]
-    write_cases(optimized, named, path, points, None)
-    report.write(path)
-    report.compared = compare_in_a_fresh_process(path)
-    report.write(path)
-    return report
+    return finish(report, optimized, named, path, points)
 
 
 def compile_engine(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from rewriter.export.artifact import ExportReport
 from rewriter.export.artifact import cases_path
 from rewriter.export.artifact import checksum
 from rewriter.export.artifact import describe
+from rewriter.export.artifact import report_path
 from rewriter.export.artifact import versions
 from rewriter.export.entry_points import EntryPoint
 from rewriter.export.entry_points import ExportError
@@ -63,6 +64,7 @@ def new_report(
     return ExportReport(
         target=target,
         policy=optimized.policy.to_dict(),
+        dtype=str(next(optimized.model.parameters()).dtype).removeprefix("torch."),
         versions=versions(),
         machine=(platform.machine(), points[0].examples[0].device.type),
         sha256=checksum(path),
@@ -162,6 +164,32 @@ def _real(result: Tensor, real: Tensor) -> Tensor:
     """A site's result `[B, H, S, ...]` without what belongs to padding."""
     keep = real[:, None, :, None] if result.dim() == 4 else real[:, None, :]
     return torch.where(keep, result, 0).float()
+
+
+def finish(
+    report: ExportReport,
+    optimized: OptimizedModel,
+    kwargs: Mapping[str, Any],
+    path: Path,
+    points: Sequence[EntryPoint],
+    decoder: Decoder | None = None,
+) -> ExportReport:
+    """Compares an artifact that was just written with the model, and writes the report.
+
+    Raises:
+        ExportError: they do not agree; the report says by how much.
+    """
+    write_cases(optimized, kwargs, path, points, decoder)
+    report.write(path)  # which loading reads
+    report.compared = compare_in_a_fresh_process(path)
+    report.write(path)
+    if not report.agrees:
+        largest = max(c["relative"] for c in report.compared)
+        raise ExportError(
+            f"{path} was written, and gives other results than the model: they differ by {largest:.1e} of their size, "
+            f"{report.tolerance:g} is allowed; see {report_path(path)}"
+        )
+    return report
 
 
 def compare_in_a_fresh_process(path: Path) -> list[dict[str, Any]]:
