@@ -77,7 +77,7 @@ class EntryPoint:
         inputs: in order.
         ranges: of each size that varies, its least and largest value.
         outputs: names of the results.
-        layers: where the sites are, for the report.
+        examples: what the program was traced with.
     """
 
     name: str

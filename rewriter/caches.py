@@ -19,6 +19,7 @@ from rewriter.kernels import FOREVER
 from rewriter.passes import CacheLayout
 from rewriter.passes.apply_policy import NO_TOKEN
 from rewriter.passes.cache_layout import FREE
+from rewriter.passes.cache_layout import SiteLayout
 from rewriter.passes.cache_layout import StateTensor
 
 
@@ -94,14 +95,17 @@ class LiveRangeCache(Cache):
     def allocate(self, batch_size: int) -> None:
         """Makes the tensors for so many rows, if they are not there."""
         if not self.stores:
-            self.tables = [
-                {s.name: s.make(batch_size, capacity, self.device) for s in table.state}
-                for table, capacity in zip(self.layout.tables, self.capacities, strict=True)
-            ]
-            self.stores = [
-                {s.name: s.make(batch_size, self.capacities[site.table], self.device) for s in site.state}
-                for site in self.layout.sites
-            ]
+            self.tables = self._make_tables(batch_size)
+            self.stores = [self._make_store(site, batch_size) for site in self.layout.sites]
+
+    def _make_tables(self, batch_size: int) -> list[dict[str, Tensor]]:
+        return [
+            {s.name: s.make(batch_size, capacity, self.device) for s in table.state}
+            for table, capacity in zip(self.layout.tables, self.capacities, strict=True)
+        ]
+
+    def _make_store(self, site: SiteLayout, batch_size: int) -> dict[str, Tensor]:
+        return {s.name: s.make(batch_size, self.capacities[site.table], self.device) for s in site.state}
 
     def state(self) -> list[Tensor]:
         """All tensors, in the order of the graphs' inputs."""
@@ -130,10 +134,7 @@ class LiveRangeCache(Cache):
         """
         self.check_room(length)
         batch_size = shift.size(0)
-        self.tables = [
-            {s.name: s.make(batch_size, capacity, self.device) for s in table.state}
-            for table, capacity in zip(self.layout.tables, self.capacities, strict=True)
-        ]
+        self.tables = self._make_tables(batch_size)
         for table, given in zip(self.tables, tables, strict=True):
             for name, tensor in given.items():
                 table[name][:, :, :length] = tensor
@@ -142,7 +143,7 @@ class LiveRangeCache(Cache):
             table["origin"].fill_(0)
         self.stores = []
         for layout, (keys, values) in zip(self.layout.sites, sites, strict=True):
-            store = {s.name: s.make(batch_size, self.capacities[layout.table], self.device) for s in layout.state}
+            store = self._make_store(layout, batch_size)
             for b, (key, value) in enumerate(zip(keys, values, strict=True)):
                 store["key"][b, :, length - key.size(1) : length] = key
                 store["value"][b, :, length - value.size(1) : length] = value

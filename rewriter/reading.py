@@ -86,12 +86,10 @@ class _Chunk:
         tensors[site] = None
         return tensor
 
-    def without_first(self) -> _Chunk:
-        def rest(tensors: list[Tensor]) -> list[Tensor]:
-            return [t[:, 1:] for t in tensors]
-
-        place, hidden = self.place[..., 1:], self.hidden[..., 1:]
-        return _Chunk(self.number, self.score, self.length, place, hidden, rest(self.keys), rest(self.values))
+    def drop_first(self) -> None:
+        """Gives up the first key of each head."""
+        self.place, self.hidden = self.place[..., 1:], self.hidden[..., 1:]
+        self.keys, self.values = ([t[:, 1:] for t in tensors] for tensors in (self.keys, self.values))
 
 
 def read(
@@ -269,7 +267,8 @@ def _merge(
     Args:
         length: tokens that come after the context, at most.
     """
-    rows = [_drop_begins(policy, row, own, bos) for row, own in zip(rows, chunks, strict=True)]
+    for row, own in zip(rows, chunks, strict=True):
+        _drop_begins(policy, row, own, bos)
     sizes = [sum(c.place.size(2) for c in row) for row in rows]
     most, num_batch, device = max(sizes), len(rows), decoder.device
     if not most:
@@ -318,13 +317,11 @@ def _merge(
     return cache
 
 
-def _drop_begins(policy: ChunkedEviction, row: list[_Chunk], chunks: list[Tensor], bos: int | None) -> list[_Chunk]:
-    """The kept chunks of a context, without what only the first of them keeps: its BOS."""
-    if policy.parity:
-        return [c if i == 0 else c.without_first() for i, c in enumerate(row)]
-    if policy.bos == "all":
-        return row
-    return [c.without_first() if i and _begins_with_bos(chunks[c.number], bos) else c for i, c in enumerate(row)]
+def _drop_begins(policy: ChunkedEviction, row: list[_Chunk], chunks: list[Tensor], bos: int | None) -> None:
+    """Takes from the kept chunks of a context what only the first of them keeps: its BOS."""
+    for chunk in row[1:]:
+        if policy.parity or (policy.bos == "first" and _begins_with_bos(chunks[chunk.number], bos)):
+            chunk.drop_first()
 
 
 def _contexts(context_ids: Any, attention_mask: Tensor | None) -> list[Context]:
