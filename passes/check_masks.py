@@ -47,9 +47,12 @@ def check_mask(
     assert site.query is not None and site.key is not None
     symbols = _symbols([site.query, site.key, *(term.node for term in site.masks)])
     topks = _topks(proof.interval.end)
-    traced = sorted(set(symbols.values()), key=str)
+    total = _sum_of_sizes(shape(site.key)[-2], symbols)
+    traced = sorted({t for t in symbols.values() if total is None or t != total[1]}, key=str)
     for sizes in _sizes(len(traced), proof, constants):
         chosen = dict(zip(traced, sizes, strict=True))
+        if total is not None:
+            chosen[total[1]] = int(total[0].subs({s: chosen[symbols[s]] for s in total[0].free_symbols}))
         for pattern in PATTERNS:
             try:
                 trial = _Trial(functions, constants, {s: chosen[t] for s, t in symbols.items()}, pattern, topks)
@@ -231,6 +234,19 @@ def _symbols(nodes: list[Node]) -> dict[sympy.Symbol, object]:
                 if expression.is_Symbol and size.node.hint is not None:
                     symbols[expression] = size.node.hint
     return symbols
+
+
+def _sum_of_sizes(keys: Any, symbols: Mapping[sympy.Symbol, object]) -> tuple[sympy.Expr, object] | None:
+    """Where keys are those of a cache and those of the call: their number as an expression, with the value it had when traced.
+
+    A padding mask covers all of them, and its length is a symbol of its own: what was equal to the sum belongs to it.
+    """
+    if not isinstance(keys, torch.SymInt) or keys.node.expr.is_Symbol or keys.node.hint is None:
+        return None
+    expression, traced = keys.node.expr, keys.node.hint
+    if traced not in symbols.values() or any(symbols.get(s) in (None, traced) for s in expression.free_symbols):
+        return None
+    return expression, traced
 
 
 def _sizes(count: int, proof: MaskProof, constants: Mapping[Node, Tensor]) -> list[tuple[int, ...]]:
