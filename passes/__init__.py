@@ -12,6 +12,8 @@ from rewriter.passes.lower_cached import CachedGraphs
 from rewriter.passes.lower_cached import NotCacheable
 from rewriter.passes.pipeline import Rewritten
 from rewriter.passes.pipeline import rewrite
+from rewriter.passes.predict import Prediction
+from rewriter.passes.predict import Row
 
 __all__ = [
     "CacheLayout",
@@ -20,7 +22,9 @@ __all__ = [
     "NotCacheable",
     "Policy",
     "PolicyError",
+    "Prediction",
     "Rewritten",
+    "Row",
     "SiteTensors",
     "Slots",
     "rewrite",

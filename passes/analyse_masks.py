@@ -11,6 +11,7 @@ Ranges are in row space: row r of the mask is r, whatever index the query has.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -146,6 +147,7 @@ class _Analysis:
         self.constants = constants
         self.group = group
         self.read: dict[Node, None] = {}
+        self.early: set[Expression] = set()  # starts that are at most their own key
 
     def term(self, term: MaskTerm) -> tuple[Expression, list[Expression]]:
         """(when the key is visible, key biases) of one mask term."""
@@ -242,7 +244,7 @@ class _Analysis:
         for part in parts:
             own = self._interval(part, positions)
             result = Interval(
-                _maximum(result.start, own.start),
+                self._later(result.start, own.start),
                 _minimum(result.end, own.end),
                 result.causal or own.causal,
                 result.sliding or own.sliding,
@@ -250,6 +252,12 @@ class _Analysis:
                 result.traits + own.traits,
             )
         return result
+
+    def _later(self, left: Expression, right: Expression) -> Expression:
+        """The maximum of two starts; of a key and what is known not to be later, the key."""
+        if Axis(KEY) in (left, right) and self.early & {left, right}:
+            return Axis(KEY)
+        return _maximum(left, right)
 
     def _interval(self, predicate: Expression, positions: list[Expression]) -> Interval:
         if predicate == TRUE:
@@ -305,6 +313,16 @@ class _Analysis:
                     apply(predicate.name, apply("mul", right, Const(-1)), inside),
                 ]
             )
+        for side, other in ((left, right), (right, left)):
+            chunk = _chunk(side)
+            if chunk is not None and ROW not in axes_of(other):
+                # x // c <= y  is  x < (y + 1) c;  y <= x // c  is  y c <= x
+                more = (predicate.name == "le") == (side is left)
+                bound = apply("mul", apply("add", other, Const(1)) if more else other, Const(chunk[0]))
+                row = apply("add", Axis(ROW), chunk[1])
+                return self._comparison(
+                    Apply("lt", (row, bound)) if side is left else Apply("le", (bound, row)), positions
+                )
         terms = self._difference(left, right, positions)
         factor = terms.pop(Axis(ROW), 0)
         bound = _sum(terms)
@@ -344,7 +362,17 @@ class _Analysis:
         left, right = predicate.args
         if ROW not in axes_of(left):
             left, right = right, left
-        if KEY in axes_of(left) or substitute(left, {ROW: Axis(KEY)}) != right:
+        same = substitute(left, {ROW: Axis(KEY)}) == right
+        chunk = _chunk(left)
+        if chunk is not None and ROW not in axes_of(right):
+            size, shift = chunk
+            start = apply("add", apply("mul", right, Const(size)), apply("mul", shift, Const(-1)))
+            end = apply("add", start, Const(size))
+            if same:
+                self.early.add(start)
+            trait = f"chunks of {size}" + (" from an offset" if axes_of(shift) else "")
+            return Interval(start, end, sliding=not same, segment=end, traits=(trait,))
+        if KEY in axes_of(left) or not same:
             return self.conjunction([apply("le", left, right), apply("le", right, left)])
         if isinstance(left, Element):
             indices = left.indices
@@ -354,22 +382,10 @@ class _Analysis:
                 and ROW not in {a for i in indices[:-1] for a in axes_of(i)}
             ):
                 document = substitute(left, {ROW: Axis(KEY)})
-                after = Apply("document_end", (document,))
-                return Interval(Apply("document_start", (document,)), after, segment=after, traits=("documents",))
+                start, after = (Apply(f"document_{side}", (document,)) for side in ("start", "end"))
+                self.early.add(start)
+                return Interval(start, after, segment=after, traits=("documents",))
             raise Unproven(f"document ids are not known to be non-decreasing{self._origin(left)}")
-        if isinstance(left, Apply) and left.name == "floordiv" and isinstance(chunk := left.args[1], Const):
-            offset = linear_terms(left.args[0])
-            if (
-                offset is not None
-                and offset.pop(Axis(ROW), 0) == 1
-                and isinstance(chunk.value, int)
-                and chunk.value > 0
-            ):
-                shift = _sum(offset)
-                if not axes_of(shift):
-                    start = apply("add", apply("mul", right, chunk), apply("mul", shift, Const(-1)))
-                    end = apply("add", start, chunk)
-                    return Interval(start, end, segment=end, traits=(f"chunks of {chunk.value}",))
         raise Unproven(f"a mask compares a function of the query with the same of the key{self._origin(predicate)}")
 
     def _document_positions(self, predicate: Expression) -> Expression | None:
@@ -463,6 +479,18 @@ def _cases(element: Expression) -> list[tuple[Expression, float]] | None:
         return None
     cases = [(condition, value) for condition, value in cases if condition != FALSE]
     return cases if len(cases) <= MAX_CASES else None
+
+
+def _chunk(expression: Expression) -> tuple[int, Expression] | None:
+    """`(c, x)` of `(i + x) // c`, where x depends on the batch row alone, if at all."""
+    if not isinstance(expression, Apply) or expression.name != "floordiv":
+        return None
+    dividend, size = expression.args
+    terms = linear_terms(dividend)
+    if terms is None or terms.pop(Axis(ROW), 0) != 1 or not isinstance(size, Const) or not isinstance(size.value, int):
+        return None
+    shift = _sum(terms)
+    return (size.value, shift) if size.value > 0 and axes_of(shift) <= {BATCH} else None
 
 
 def _key_plus(offset: int) -> Expression:
@@ -571,7 +599,8 @@ def materialize(expression: Expression, env: Mapping[Node, object], axes: Mappin
 
     def value(e: Expression) -> Tensor:
         if isinstance(e, Const):
-            return torch.full((), e.value, dtype=_DTYPES[type(e.value)])
+            fits = not isinstance(e.value, float) or not abs(e.value) < math.inf or abs(e.value) <= _LARGEST_FP32
+            return torch.full((), e.value, dtype=_DTYPES[type(e.value)] if fits else torch.float64)
         if isinstance(e, Size):
             return torch.full((), env[e.node], dtype=torch.int64)  # type: ignore[call-overload]
         if isinstance(e, Axis):
@@ -608,6 +637,7 @@ def _document_bound(document: Expression, env: Mapping[Node, object], *, right: 
     return torch.searchsorted(ids, ids, right=right)[:, None, :]
 
 
+_LARGEST_FP32 = torch.finfo(torch.float32).max
 _DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float32}
 
 _OPERATIONS: dict[str, Callable[..., Tensor]] = {

@@ -282,6 +282,8 @@ def apply_policy(
             site.reason = (
                 f"{type(own).__name__} has parameters for each KV head, and here heads are folded into the batch"
             )
+        elif own.is_chunked and site.sinks is not None:
+            site.reason = f"{type(own).__name__} scores keys by their weights, of which the model's sinks take a part"
         elif own.positions == "cache" and (plan.proof.interval.sliding or plan.proof.bias is not None):
             site.reason = (
                 f"{type(own).__name__} numbers keys by their place in the cache, and the distances of the model's own mask "

@@ -1,7 +1,7 @@
 """Canonicalize: erase what does nothing, and make in-place operations visible.
 
 Full slices, casts to the same dtype, expands to the same shape and inactive dropout are erased. An in-place operation
-on a fresh tensor becomes its functional form, where nothing else can see the difference; the tensors that the
+on a fresh tensor, or on a slice of one, becomes its functional form, where nothing else can see the difference; the tensors that the
 remaining ones change are reported, and mask analysis takes them for data.
 """
 
@@ -34,7 +34,10 @@ class Canonicalized:
 
 def canonicalize(module: GraphModule) -> Canonicalized:
     """Rewrites the graph in place; its values stay the same."""
-    functionalized = sum(_functionalize(node) for node in list(module.graph.nodes) if _written(node))
+    functionalized = 0
+    for node in list(module.graph.nodes):
+        if _written(node):
+            functionalized += _functionalize(node) or _scatter(node)
     modified: set[Node] = set()
     for node in module.graph.nodes:
         for written in _written(node):
@@ -142,6 +145,40 @@ def _functionalize(node: Node) -> bool:
     changed.replace_all_uses_with(result, delete_user_cb=lambda user: user not in earlier and user is not result)
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
+    return True
+
+
+def _scatter(node: Node) -> bool:
+    """`x[..., a:b].copy_(y)` -> `z = slice_scatter(x, y)`, later uses of x become z; only where x has no other view by then."""
+    if node.target is not aten.copy_.default or node.users:
+        return False
+    part, source = node.args[:2]
+    if not isinstance(part, Node) or not isinstance(source, Node) or part.target is not aten.slice.Tensor:
+        return False
+    whole = part.args[0]
+    assert isinstance(whole, Node)
+    earlier = set(_until(node))
+    others = [user for user in whole.users if _is_view(user) and user in earlier and user is not part]
+    if _is_view(whole) or whole.op != "call_function" or others or list(part.users) != [node]:
+        return False
+    _, dim, start, end, step = arguments(part, 5)
+    before, after = whole.meta.get("val"), source.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    if [str(size) for size in part.meta["val"].shape] != [str(size) for size in after.shape]:
+        return False  # copy_ broadcasts
+    graph = node.graph
+    with graph.inserting_before(node):
+        if after.dtype != before.dtype:
+            source = graph.call_function(aten.to.dtype, (source, before.dtype))
+            source.meta["val"] = after.to(before.dtype)
+        result = graph.call_function(aten.slice_scatter.default, (whole, source, dim or 0, start, end, step or 1))
+    result.meta = {**node.meta, "val": before}
+    whole.replace_all_uses_with(
+        result, delete_user_cb=lambda user: user not in earlier and user is not result and user is not source
+    )
+    graph.erase_node(node)
+    graph.erase_node(part)
     return True
 
 

@@ -45,26 +45,31 @@ def check_mask(
 ) -> str | None:
     """None where every trial agrees, else the reason for refusal."""
     assert site.query is not None and site.key is not None
-    symbols = _symbols([site.query, site.key, *(term.node for term in site.masks)])
+    nodes = _above([site.query, site.key, *(term.node for term in site.masks)])
+    symbols = _symbols(nodes)
     topks = _topks(proof.interval.end)
-    total = _sum_of_sizes(shape(site.key)[-2], symbols)
-    traced = sorted({t for t in symbols.values() if total is None or t != total[1]}, key=str)
+    traced = sorted(set(symbols.values()), key=str)
+    data = _symbols([n for n in nodes if n.op == "placeholder" and isinstance(n.meta["val"], Tensor)])
+    loose = {symbols[s] for s in data} - {symbols[s] for s in _symbols([site.query, site.key])}
     for sizes in _sizes(len(traced), proof, constants):
         chosen = dict(zip(traced, sizes, strict=True))
-        if total is not None:
-            chosen[total[1]] = int(total[0].subs({s: chosen[symbols[s]] for s in total[0].free_symbols}))
         for pattern in PATTERNS:
-            try:
-                trial = _Trial(functions, constants, {s: chosen[t] for s, t in symbols.items()}, pattern, topks)
-                difference = _compare(site, proof, trial)
-            except Exception as error:  # whatever the model's own operators raise on these shapes
-                return f"the mask could not be evaluated at sizes {sizes}: {type(error).__name__}: {error}"
+            # A padding mask over a cache covers its keys, those of the call and those that a window has dropped: how they
+            # add up is not known. What is read beyond its end is tried with more of it.
+            for more in (0, sum(sizes)):
+                values = {s: chosen[t] + (more if t in loose else 0) for s, t in symbols.items()}
+                try:
+                    difference = _compare(site, proof, Trial(functions, constants, values, pattern, topks))
+                    break
+                except Exception as error:  # whatever the model's own operators raise on these shapes
+                    if more or not loose:
+                        return f"the mask could not be evaluated at sizes {sizes}: {type(error).__name__}: {error}"
             if difference:
                 return f"the proven mask ({proof.name}) disagrees with the model's at sizes {sizes}, {pattern}: {difference}"
     return None
 
 
-def _compare(site: AttentionSite, proof: MaskProof, trial: _Trial) -> str | None:
+def _compare(site: AttentionSite, proof: MaskProof, trial: Trial) -> str | None:
     query, key = (trial.sizes(node) for node in (site.query, site.key))  # type: ignore[arg-type]
     num_batch, num_heads, num_queries, num_keys = query[0], key[1] if len(key) == 4 else 1, query[-2], key[-2]
     group = query[1] // num_heads if len(query) == 4 else 1
@@ -126,7 +131,7 @@ def _topks(expression: Expression) -> list[Apply]:
     return own + [topk for a in expression.args for topk in _topks(a)]
 
 
-class _Trial(Mapping[Node, Any]):
+class Trial(Mapping[Node, Any]):
     """Values of nodes at one choice of sizes and data; computed when asked for."""
 
     def __init__(
@@ -175,9 +180,7 @@ class _Trial(Mapping[Node, Any]):
         if node in self.constants:
             return self.constants[node].detach().cpu()
         if self._computed(node):
-            read = lambda n: self.known[n]  # noqa: E731
-            args: Any = torch.fx.map_arg(node.args, read)
-            kwargs: Any = torch.fx.map_arg(node.kwargs, read)
+            args, kwargs = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), self._argument)  # type: ignore[misc]
             kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
             if node.target is torch.ops.aten.topk.default:
                 args = (args[0], max(1, min(args[1] - self.fewer, args[0].size(-1))), *args[2:])
@@ -188,6 +191,12 @@ class _Trial(Mapping[Node, Any]):
             sizes = self.sizes(node)
             return torch.randperm(math.prod(sizes), generator=self.random).view(sizes).float()
         return self._data(self.sizes(node), value.dtype)
+
+    def _argument(self, argument: Any) -> Any:
+        """A node's value; trials are run on the CPU, wherever the model is."""
+        if isinstance(argument, Node):
+            return self.known[argument]
+        return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
     def _concrete(self, size: Any) -> Any:
         return int(size.node.expr.subs(self.symbols)) if isinstance(size, torch.SymInt) else size
@@ -211,20 +220,25 @@ class _Trial(Mapping[Node, Any]):
         return data.to(dtype)
 
 
+def _above(nodes: list[Node]) -> list[Node]:
+    """The nodes and all that they are computed from."""
+    seen: dict[Node, None] = {}
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen[node] = None
+            stack.extend(node.all_input_nodes)
+    return list(seen)
+
+
 def _symbols(nodes: list[Node]) -> dict[sympy.Symbol, object]:
-    """The symbols of the nodes' sizes, and of all that they are computed from, with the value each had when traced.
+    """The symbols of the nodes' sizes, with the value each had when traced.
 
     Sizes that were equal then (the ids' and the padding mask's, say) need not be one symbol, but belong together.
     """
     symbols: dict[sympy.Symbol, object] = {}
-    seen: set[Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        stack.extend(node.all_input_nodes)
+    for node in nodes:
         value = node.meta.get("val")
         for size in value.shape if isinstance(value, Tensor) else (value,):
             if isinstance(size, torch.SymInt):
@@ -234,19 +248,6 @@ def _symbols(nodes: list[Node]) -> dict[sympy.Symbol, object]:
                 if expression.is_Symbol and size.node.hint is not None:
                     symbols[expression] = size.node.hint
     return symbols
-
-
-def _sum_of_sizes(keys: Any, symbols: Mapping[sympy.Symbol, object]) -> tuple[sympy.Expr, object] | None:
-    """Where keys are those of a cache and those of the call: their number as an expression, with the value it had when traced.
-
-    A padding mask covers all of them, and its length is a symbol of its own: what was equal to the sum belongs to it.
-    """
-    if not isinstance(keys, torch.SymInt) or keys.node.expr.is_Symbol or keys.node.hint is None:
-        return None
-    expression, traced = keys.node.expr, keys.node.hint
-    if traced not in symbols.values() or any(symbols.get(s) in (None, traced) for s in expression.free_symbols):
-        return None
-    return expression, traced
 
 
 def _sizes(count: int, proof: MaskProof, constants: Mapping[Node, Tensor]) -> list[tuple[int, ...]]:

@@ -60,8 +60,9 @@ class Attend(nn.Module):
         end: Tensor,
         query_index: Tensor | None = None,
         bias: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        return self.with_lse(query, key, value, start, end, query_index, bias)[0]
+        return self.with_lse(query, key, value, start, end, query_index, bias, sinks)[0]
 
     def with_lse(
         self,
@@ -72,11 +73,12 @@ class Attend(nn.Module):
         end: Tensor,
         query_index: Tensor | None = None,
         bias: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The output and the log-sum-exp of each row, fp32 `[B, Hq, Q]`."""
         query, key, value = widened(query, key, value)
         output, lse = torch.ops.rewriter.live_range_attention(
-            query, key, value, start, end, query_index, None, bias, None, None, self.scale, self.softcap
+            query, key, value, start, end, query_index, None, bias, sinks, None, self.scale, self.softcap
         )
         output = (output.squeeze(1) if self.flat else output).to(self.dtype)
         return output.contiguous() if self.needs_copy else output, lse

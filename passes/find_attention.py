@@ -15,6 +15,7 @@ from dataclasses import field
 from typing import Any
 
 import torch
+from rewriter.passes.index_functions import arguments
 from rewriter.passes.index_functions import rank
 from rewriter.passes.index_functions import shape
 from torch.fx import GraphModule
@@ -46,6 +47,7 @@ class AttentionSite:
         query, key, value: `[B, Hq, Q, D]`, `[B, Hkv, K, D]`, `[B, Hkv, K, Dv]` (or rank 3), heads not repeated.
         scale: factor of the products; None for `1 / sqrt(D)`.
         softcap: None for none.
+        sinks: `[Hq]`, a logit per query head that joins the denominator only; None for none.
         masks: all of them apply.
         is_causal: also causal, top-left aligned.
         path: the nodes between the product of query and key and the output.
@@ -59,6 +61,7 @@ class AttentionSite:
     value: Node | None = None
     scale: float | None = None
     softcap: float | None = None
+    sinks: Node | None = None
     masks: list[MaskTerm] = field(default_factory=list)
     is_causal: bool = False
     path: list[Node] = field(default_factory=list)
@@ -211,6 +214,14 @@ def _walk_up(site: AttentionSite, node: Node, product: Node) -> None:
         if target in _PASSIVE:
             node = node.args[0]  # type: ignore[assignment]
             continue
+        if (shifted := _without_maximum(node)) is not None:
+            node = shifted
+            continue
+        if target is aten.cat.default:
+            if scaled or site.masks or site.sinks is not None:
+                raise Refused("logits are joined to the scores before a mask, scale or softcap")
+            node, site.sinks = _split_sinks(node, product)
+            continue
         scores, other, on_left = _split_scores(node, product)
         if target in (aten.add.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor) or "where" in str(target):
             if scaled:
@@ -244,6 +255,51 @@ def _walk_up(site: AttentionSite, node: Node, product: Node) -> None:
         alpha: Any = product.kwargs.get("alpha", 1)
         site.scale = (site.scale or 1.0) * alpha
         site.masks.append(MaskTerm("add", product.args[0]))  # type: ignore[arg-type]
+
+
+def _without_maximum(node: Node) -> Node | None:
+    """x of `x - x.max(-1)`, which the softmax does not see."""
+    if node.target is not aten.sub.Tensor or node.kwargs.get("alpha", 1) != 1:
+        return None
+    scores, maximum = node.args[:2]
+    if not isinstance(scores, Node) or not isinstance(maximum, Node):
+        return None
+    last = (-1, rank(scores) - 1)
+    if maximum.target is operator.getitem and maximum.args[1] == 0:
+        maximum = maximum.args[0]  # type: ignore[assignment]
+        matches = maximum.target is aten.max.dim and maximum.args[1] in last
+    else:
+        matches = maximum.target is aten.amax.default and list(maximum.args[1]) in ([d] for d in last)  # type: ignore[arg-type]
+    matches = matches and maximum.args[0] is scores and len(maximum.args) > 2 and bool(maximum.args[2])
+    return scores if matches else None
+
+
+def _split_sinks(node: Node, product: Node) -> tuple[Node, Node]:
+    """(the scores, sinks `[Hq]`) of scores with one more column, the same for all rows of a head."""
+    parts, dim = node.args[0], (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))
+    assert isinstance(parts, (list, tuple))
+    if len(parts) != 2 or dim not in (-1, rank(node) - 1) or not _leads_to(parts[0], product):  # type: ignore[arg-type]
+        raise Refused("other tensors are joined to the logits")
+    scores, column = parts
+    assert isinstance(scores, Node) and isinstance(column, Node)
+    single = _skip_casts(column)
+    while single.target is aten.expand.default:
+        single = _skip_casts(single.args[0])  # type: ignore[arg-type]
+    heads = shape(scores)[1] if rank(scores) == 4 else None
+    if [*shape(single)] != [1, heads, 1, 1] or shape(column)[-1] != 1:
+        raise Refused("a column is joined to the logits that is not one number for each head")
+    with node.graph.inserting_after(single):
+        sinks = node.graph.call_function(aten.reshape.default, (single, [heads]))
+    sinks.meta["val"] = single.meta["val"].reshape([heads])
+    return scores, sinks
+
+
+def _drops_sinks(node: Node) -> bool:
+    """`weights[..., :-1]`"""
+    if node.target is not aten.slice.Tensor:
+        return False
+    _, dim, start, end, step = arguments(node, 5)
+    return dim in (-1, rank(node) - 1) and start in (None, 0) and end == -1 and step in (None, 1)
 
 
 def _split_scores(node: Node, product: Node) -> tuple[Node, object, bool]:
@@ -314,13 +370,18 @@ def _skip_casts(node: Node) -> Node:
 
 def _walk_down(site: AttentionSite, node: Node) -> None:
     """From the softmax to the product with the value; the weights may be used for nothing else."""
+    dropped = False
     while True:
         site.path.append(node)
         users = list(node.users)
         if len(users) != 1:
             raise Refused("the attention weights are returned or used elsewhere")
         user = users[0]
-        if user.target in _PASSIVE:
+        if site.sinks is not None and not dropped:
+            if not _drops_sinks(user):
+                raise Refused("the weights of the joined column are used")
+            node, dropped = user, True
+        elif user.target in _PASSIVE:
             node = user
         elif user.target in (aten.dropout.default, aten.native_dropout.default):
             raise Refused(f"dropout {user.args[1]} is active; call .eval() or set the attention dropout to 0")

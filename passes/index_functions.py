@@ -602,7 +602,18 @@ def linear_terms(expression: Expression) -> dict[Expression, int] | None:
                 part = linear_terms(other)
                 return None if part is None else {t: f * constant.value for t, f in part.items()}
         return None
-    return {expression: 1}
+    return {expression: 1} if _is_integer(expression) else None
+
+
+def _is_integer(expression: Expression) -> bool:
+    """Whether the values are integers (or truth values), and not floating-point numbers."""
+    if isinstance(expression, Const):
+        return isinstance(expression.value, int)
+    if isinstance(expression, Element):
+        return not expression.node.meta["val"].dtype.is_floating_point
+    if isinstance(expression, Apply) and expression.name not in ("lt", "le", "eq", "and", "or", "not", "number"):
+        return all(_is_integer(a) for a in (expression.args[1:] if expression.name == "where" else expression.args))
+    return True
 
 
 @_handles(aten.cumsum.default)

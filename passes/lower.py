@@ -61,10 +61,14 @@ def _replace(plan: PlannedSite, proof: MaskProof, shared: dict[Any, tuple[Node, 
             if sharing not in shared:
                 shared[sharing] = _emit_ranges(graph, plan, proof, query, key, value)
 
-            def attend(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, *bias: Tensor) -> Any:
-                return (Attend(site)(query, key, value, start, end, None, *bias),)
+            sinks = [] if site.sinks is None else [site.sinks]
 
-            (result,) = emit(graph, attend, [query, key, value, *shared[sharing]], inherited(site.node))
+            def attend(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, *rest: Tensor) -> Any:
+                bias = rest[: len(rest) - len(sinks)]
+                joined = {"sinks": rest[-1]} if sinks else {}
+                return (Attend(site)(query, key, value, start, end, None, *bias, **joined),)
+
+            (result,) = emit(graph, attend, [query, key, value, *shared[sharing], *sinks], inherited(site.node))
     site.node.replace_all_uses_with(result)
 
 

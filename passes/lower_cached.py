@@ -17,6 +17,7 @@ from typing import Any
 
 import sympy
 import torch
+from rewriter.passes.analyse_masks import HEAD
 from rewriter.passes.analyse_masks import KEY
 from rewriter.passes.analyse_masks import Interval
 from rewriter.passes.analyse_masks import MaskProof
@@ -85,7 +86,6 @@ def lower_cached(module: GraphModule, planned: list[PlannedSite]) -> CachedGraph
     Raises:
         NotCacheable: with the reason, and the site.
     """
-    most_tokens = _most_tokens(module, planned)
     proofs = []
     for plan in planned:
         where = f"site {plan.layer} ({plan.site.module_path or '-'})"
@@ -96,6 +96,7 @@ def lower_cached(module: GraphModule, planned: list[PlannedSite]) -> CachedGraph
         except NotCacheable as reason:
             raise NotCacheable(f"{where}: {reason}") from None
         proofs.append(plan.proof)
+    most_tokens = _most_tokens(module, planned)
     layout = _layout(planned, proofs)
     several, one = (_Lowering(module, planned, proofs, layout, one=one).run() for one in (False, True))
     if not planned[0].policy.is_chunked:
@@ -168,6 +169,8 @@ def _check(plan: PlannedSite, proof: MaskProof) -> None:
                 raise NotCacheable("the model's own top-k has no recurrent form here")
             if isinstance(part, Element) and _is_state(part.node) and any(axes_of(i) & {KEY} for i in part.indices):
                 raise NotCacheable(f"its mask reads {part.node.meta.get('source', part.node.name)} at the key's index")
+            if isinstance(part, Element) and not any(axes_of(i) & {KEY} for i in part.indices) and not _is_state(part.node):
+                raise NotCacheable(f"its mask ({proof.name}) depends on the whole row, of which later tokens are a part")
 
 
 def _begins_early(start: Expression) -> bool:
@@ -205,11 +208,17 @@ def _is_per_head(policy: Any, interval: Interval) -> bool:
     return bool(policy.reads_site or (policy.is_chunked and interval.sliding))
 
 
+def _differs_by_head(bias: Expression | None) -> bool:
+    """Whether each head has a bias of its own per key, as ALiBi is."""
+    return bias is not None and HEAD in axes_of(bias)
+
+
 def _layout(planned: list[PlannedSite], proofs: list[MaskProof]) -> CacheLayout:
     tables: dict[Any, list[int]] = {}
     for number, (plan, proof) in enumerate(zip(planned, proofs, strict=True)):
         own = number if _is_per_head(plan.policy, proof.interval) else None
-        tables.setdefault((proof.interval, proof.bias, plan.policy, own), []).append(number)
+        heads = plan.num_slot_heads if own is not None or _differs_by_head(proof.bias) else 1
+        tables.setdefault((proof.interval, proof.bias, plan.policy, own, heads), []).append(number)
     table_of = {number: t for t, sites in enumerate(tables.values()) for number in sites}
     sites = []
     for number, plan in enumerate(planned):
@@ -221,8 +230,7 @@ def _layout(planned: list[PlannedSite], proofs: list[MaskProof]) -> CacheLayout:
         )
         sites.append(SiteLayout(plan.layer, table_of[number], store))
     layouts = []
-    for (interval, bias, policy, _), members in tables.items():
-        heads = planned[members[0]].num_slot_heads if _is_per_head(policy, interval) else 1
+    for (interval, bias, policy, _, heads), members in tables.items():
         each_key = ("B", heads, "C")
         state = [
             StateTensor("length", (1,), torch.int32, 0),
@@ -331,4 +339,5 @@ class _Lowering(GraphCopy):
             own = [shared[name] for name in ("from_begin", "to_end", "chosen")]
             own += [table.state[name] for name in ("index", "end")]
             return call(self.graph, attend, [query, keys, values, *ranges, *own], meta=inherited(plan.site.node))[0]
+        ranges += [None] * ("bias" not in shared) + [self.copies.get(plan.site.sinks)]
         return call(self.graph, Attend(plan.site), [query, keys, values, *ranges], meta=inherited(plan.site.node))[0]

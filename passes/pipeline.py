@@ -12,6 +12,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rewriter.passes.analyse_masks import MaskProof
 from rewriter.passes.analyse_masks import Unproven
 from rewriter.passes.analyse_masks import prove_mask
@@ -29,6 +30,11 @@ from rewriter.passes.index_functions import IndexFunctions
 from rewriter.passes.lower import lower
 from rewriter.passes.lower_cached import CachedGraphs
 from rewriter.passes.lower_cached import lower_cached
+from rewriter.passes.predict import Prediction
+from rewriter.passes.predict import Row
+from rewriter.passes.predict import predict
+from torch import Tensor
+from torch.fx import Graph
 from torch.fx import GraphModule
 
 
@@ -44,6 +50,8 @@ class Rewritten:
         seconds: time of each pass.
         inputs: what the placeholders of the graph hold, symbolic sizes left out.
         cached: the graphs that go on from a cache, where they were asked for.
+        predictions: what each site would compute and keep, by its number, where that was asked for.
+        graphs: the graph after each pass, as text, where that was asked for; a pass that changed nothing is left out.
     """
 
     module: GraphModule
@@ -53,6 +61,8 @@ class Rewritten:
     seconds: dict[str, float] = field(default_factory=dict)
     inputs: tuple[GraphInput, ...] = ()
     cached: CachedGraphs | None = None
+    predictions: dict[int, Prediction] = field(default_factory=dict)
+    graphs: dict[str, str] = field(default_factory=dict)
 
 
 def rewrite(
@@ -63,6 +73,7 @@ def rewrite(
     replace: bool = True,
     cached: bool = False,
     dump: Path | None = None,
+    explained: Row | None = None,
 ) -> Rewritten:
     """Runs all passes over a Dynamo graph.
 
@@ -71,17 +82,21 @@ def rewrite(
         replace: False to analyse only.
         cached: lower to slots, instead; the graph's arguments are then the new tokens of a text.
         dump: folder for the graph's code before and after each pass.
+        explained: keep the graphs' texts, and predict what each site would compute and keep for such a row.
 
     Raises:
         PolicyError: the policy cannot be applied to these inputs.
         NotCacheable: `cached` is asked for, and a site cannot go on from a cache.
     """
     seconds: dict[str, float] = {}
+    graphs: dict[str, str] = {}
     began = time.perf_counter()
 
     def done(name: str, module: GraphModule) -> None:
         nonlocal began
         seconds[name] = time.perf_counter() - began
+        if explained is not None and (text := graph_text(module.graph)) not in list(graphs.values())[-1:]:
+            graphs[name] = text
         if dump is not None:
             dump.mkdir(parents=True, exist_ok=True)
             (dump / f"{len(seconds)}-{name}.txt").write_text(module.print_readable(print_output=False) + "\n")
@@ -100,15 +115,21 @@ def rewrite(
     done("analyse-masks", module)
     planned = apply_policy(module, sites, proofs, policy)
     done("apply-policy", module)
-    graphs = None
+    predictions = {}
+    if explained is not None:
+        predictions = predict(planned, functions, constants, captured.inputs, explained)
+        done("predict", module)
+    slots = None
     if cached:
-        graphs = lower_cached(module, planned)
-        done("lower-to-slots", graphs.one)
+        slots = lower_cached(module, planned)
+        done("lower-to-slots", slots.one)
     elif replace:
         lower(module, planned)
         done("lower", module)
     read = dict.fromkeys(captured.buffers[node][0] for proof in proofs.values() for node in proof.constants)
-    return Rewritten(module, planned, canonicalized, list(read), seconds, captured.inputs, graphs)
+    return Rewritten(
+        module, planned, canonicalized, list(read), seconds, captured.inputs, slots, predictions, graphs
+    )
 
 
 def _analyse(sites: list[AttentionSite], functions: IndexFunctions, constants: dict[Any, Any]) -> dict[int, MaskProof]:
@@ -133,3 +154,22 @@ def _analyse(sites: list[AttentionSite], functions: IndexFunctions, constants: d
         else:
             site.reason = result
     return proofs
+
+
+def graph_text(graph: Graph) -> str:
+    """One line per node: `name = operator(arguments)  # dtype [sizes], module`."""
+    lines = []
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        sizes = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}" if isinstance(value, Tensor) else ""
+        if node.op in ("placeholder", "output"):
+            text = f"input {node.name}: {node.meta.get('source', '')}" if node.op == "placeholder" else f"output {node.args}"
+        else:
+            operator_name = str(node.target) if isinstance(node.target, str | torch._ops.OpOverload) else node.target.__name__
+            given = [*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())]
+            text = f"{node.name} = {operator_name}({', '.join(given)})"
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        where = stack[-1][0].split("L['model'].")[-1] if stack else ""
+        comment = ", ".join(part for part in (sizes, where) if part)
+        lines.append(f"{text}  # {comment}" if comment else text)
+    return "\n".join(lines)

@@ -28,28 +28,53 @@ def explain(
     model: Annotated[
         Path, typer.Argument(help="Folder of a transformers model (config.json; weights are not needed).")
     ],
+    policy: Annotated[
+        str, typer.Option(help='As JSON: {"policy": "SlidingWindow", "window": 256, "sinks": 4}')
+    ] = '{"policy": "Exact"}',
+    length: Annotated[int, typer.Option(help="Tokens of the row that costs are predicted for.", min=2)] = 4096,
+    text: Annotated[Path | None, typer.Option(help="File of the tokens of that row, for policies that read them.")] = None,
     attention: Annotated[str, typer.Option(help="Attention implementation: sdpa or eager.")] = "sdpa",
-    tokens: Annotated[int, typer.Option(help="Length of the row of tokens to trace with.", min=2)] = 16,
     html: Annotated[Path | None, typer.Option(help="Also write the report as a page.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write it as JSON.")] = None,
 ) -> None:
-    """Show every attention of a model, the mask that is proven, or why it is refused."""
+    """Show every attention of a model, the mask that is proven, or why it is refused, and what a policy would save.
+
+    The model is built on the meta device: its weights are neither needed nor made.
+    """
+    import json as json_format
+
     import torch
     from transformers import AutoConfig
-    from transformers import AutoModel
+    from transformers import AutoModelForCausalLM
+    from transformers import AutoTokenizer
 
     from rewriter.optimize import explain as explain_model
+    from rewriter.passes import PolicyError
+    from rewriter.policies import Policy
+    from rewriter.tracing import RewriteError
 
     if not (model / "config.json").is_file():
         raise typer.BadParameter(f"{model} has no config.json; give the folder of a transformers model")
-    config = AutoConfig.from_pretrained(model)
-    instance = AutoModel.from_config(config, attn_implementation=attention).eval()
-    ids = torch.zeros(3, tokens, dtype=torch.long)
-    mask = torch.ones_like(ids)
-    mask[0, 0] = 0
-    report = explain_model(instance, input_ids=ids, attention_mask=mask)
+    ids = torch.zeros(3, 16, dtype=torch.int64)
+    try:
+        chosen = Policy.from_dict(json_format.loads(policy))
+        if any(part.needs_input_ids for part in chosen.parts()) and text is None:
+            raise typer.BadParameter(f"{chosen} reads tokens; give --text FILE, to be read with the model's tokenizer")
+        if text is not None:
+            tokens = AutoTokenizer.from_pretrained(model)(text.read_text(encoding="utf-8")).input_ids
+            ids = torch.tensor(tokens[:length])[None].expand(3, -1)
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(model)
+            instance = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        report = explain_model(instance, policy=chosen, length=length, **call)
+    except (json_format.JSONDecodeError, PolicyError, RewriteError) as error:
+        raise typer.BadParameter(str(error)) from None
     _console().print(report)
     if html is not None:
         report.to_html(html)
+    if json is not None:
+        report.to_json(json)
 
 
 @app.command()

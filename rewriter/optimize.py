@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 from torch import nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map_only
 
 from rewriter.passes import PolicyError
 from rewriter.passes import Rewritten
+from rewriter.passes import Row
 from rewriter.passes import rewrite
 from rewriter.policies import Exact
 from rewriter.policies import Policy
 from rewriter.report import Report
+from rewriter.report import module_tree
 from rewriter.tracing import RewriteError
 from rewriter.tracing import guarded
 from rewriter.tracing import traced_call
@@ -83,21 +86,54 @@ def optimize(
     return optimized
 
 
-def explain(model: nn.Module, *args: Any, policy: Policy | None = None, **kwargs: Any) -> Report:
-    """What `optimize` would do to a call `model(*args, **kwargs)`; nothing is changed and no code is generated."""
+def explain(
+    model: nn.Module, *args: Any, policy: Policy | None = None, length: int | None = None, **kwargs: Any
+) -> Report:
+    """What `optimize` would do to a call `model(*args, **kwargs)`; nothing is changed and no code is generated.
+
+    The call is run as it is. The model may be on the meta device, where nothing is computed and its weights take no memory; the
+    tensors of the call are moved there, and their values used for the predictions.
+
+    Args:
+        policy: as for `optimize`.
+        length: tokens of the row for which pairs, keys and bytes are predicted; the call's own when left out.
+
+    Returns:
+        The sites with their predictions, the modules, and the graph after each pass; print it, or write it with `to_json` or
+        `to_html`. Under a policy that adds parameters the graph is not lowered: `optimize` makes them.
+
+    Raises:
+        RewriteError, PolicyError: as `optimize` at its first call, but for refused sites.
+    """
     _check_model(model)
+    if length is not None and length < 1:
+        raise RewriteError(f"length must be at least 1 token, got {length}")
     report = Report()
-    for result in _analysed(model, policy or Exact(), args, kwargs):
+    given = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
+    row = Row(length, {name: value for name, value in given.items() if isinstance(value, Tensor)})
+    if any(p.is_meta for p in model.parameters()):
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+    for result in _analysed(model, policy or Exact(), args, kwargs, explained=row):
         report.add(result)
+        graph = report.graphs[-1]
+        graph.modules = module_tree(model, graph.sites)
     return report
 
 
-def _analysed(model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Rewritten]:
+def _analysed(
+    model: nn.Module,
+    policy: Policy,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    explained: Row | None = None,
+) -> list[Rewritten]:
     """What the passes would do to a call; it is run as it is."""
     results: list[Rewritten] = []
+    lowers = explained is not None and not any(part.adds_parameters or part.is_chunked for part in policy.parts())
 
     def analyse(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        results.append(rewrite(graph, example_inputs, policy, replace=False))
+        results.append(rewrite(graph, example_inputs, policy, replace=lowers, explained=explained))
         return graph.forward
 
     with torch.no_grad():

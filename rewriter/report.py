@@ -1,9 +1,14 @@
-"""The report: every attention site of a model, rewritten or refused, and why."""
+"""The report: every attention site of a model, rewritten or refused, and why; from `explain` also what it would cost.
+
+Sites that are alike, as those of a hundred layers are, are one row of the table and one section of the page.
+"""
 
 from __future__ import annotations
 
-import html
+import json
+import re
 from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
@@ -11,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.console import Group
+from rich.console import RenderableType
 from rich.table import Table
 
+from rewriter.passes import Prediction
 from rewriter.passes import Rewritten
 from rewriter.passes.analyse_masks import source_line
 
@@ -32,6 +40,7 @@ class SiteReport:
         kernel: what computes it now, or "-".
         reason: why it was refused, or "".
         source: `file:line` of the attention.
+        prediction: what it would compute and keep; from `explain` only, and None for a refused site.
     """
 
     layer: int
@@ -42,18 +51,71 @@ class SiteReport:
     kernel: str
     reason: str
     source: str
+    prediction: Prediction | None = None
 
     @property
     def rewritten(self) -> bool:
         return not self.reason
 
 
+@dataclass(frozen=True)
+class ModuleReport:
+    """A module, or several neighbours that are alike, and what they hold.
+
+    Attributes:
+        name: within its parent; "0 .. 31" for several.
+        kind: its class.
+        parameters: of one of them, its parts included.
+        sites: numbers of the attention sites of its own, of all of them.
+        children: of one of them.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    sites: tuple[int, ...] = ()
+    children: tuple[ModuleReport, ...] = ()
+
+
 @dataclass
 class GraphReport:
-    """One captured graph: its sites and the time of each pass, in seconds."""
+    """One captured graph.
+
+    Attributes:
+        sites: in the order of the graph.
+        seconds: of each pass.
+        modules: the model's; from `explain` only.
+        graphs: the graph's text after each pass that changed it; from `explain` only.
+    """
 
     sites: list[SiteReport]
     seconds: dict[str, float] = field(default_factory=dict)
+    modules: ModuleReport | None = None
+    graphs: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Sites that differ in nothing but their number and the numbers in their modules' names."""
+
+    sites: tuple[SiteReport, ...]
+
+    @property
+    def first(self) -> SiteReport:
+        return self.sites[0]
+
+    @property
+    def numbers(self) -> str:
+        return _ranges([site.layer for site in self.sites])
+
+    @property
+    def modules(self) -> str:
+        """`model.layers.{0 .. 31}.self_attn`"""
+        if len(self.sites) == 1:
+            return self.first.module or "-"
+        pieces = [re.split(r"(\d+)", site.module) for site in self.sites]
+        columns = [list(dict.fromkeys(column)) for column in zip(*pieces, strict=True)]
+        return "".join(c[0] if len(c) == 1 else "{" + _ranges([int(n) for n in c]) + "}" for c in columns) or "-"
 
 
 @dataclass
@@ -70,6 +132,16 @@ class Report:
     def refused(self) -> list[SiteReport]:
         return [site for site in self.sites if not site.rewritten]
 
+    @property
+    def groups(self) -> list[Alike]:
+        """The newest graph's sites, those that are alike together."""
+        found: dict[Any, list[SiteReport]] = {}
+        for site in self.sites:
+            module = re.sub(r"\d+", "0", site.module)
+            same = (module, site.form, site.mask, site.policy, site.kernel, site.reason, site.source, site.prediction)
+            found.setdefault(same, []).append(site)
+        return [Alike(tuple(sites)) for sites in found.values()]
+
     def add(self, result: Rewritten) -> None:
         """Records what the passes did to one graph."""
         sites = []
@@ -85,24 +157,24 @@ class Report:
                     kernel="-" if reason else KERNEL,
                     reason=reason,
                     source=source_line(plan.site.node),
+                    prediction=result.predictions.get(plan.layer),
                 )
             )
-        self.graphs.append(GraphReport(sites, dict(result.seconds)))
+        self.graphs.append(GraphReport(sites, dict(result.seconds), graphs=dict(result.graphs)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: `{"graphs": [{"sites": [...], "seconds": {...}}]}`."""
+        """Plain data: `{"graphs": [{"sites": [...], "seconds": {...}, "modules": {...}, "graphs": {...}}]}`."""
         return asdict(self)
 
+    def to_json(self, path: str | Path) -> None:
+        """Writes `to_dict()` as a file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
     def to_html(self, path: str | Path) -> None:
-        """Writes the newest graph's sites as a page."""
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS)
-        body = "".join(
-            f'<tr class="{"ok" if site.rewritten else "no"}">'
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(site))
-            + "</tr>\n"
-            for site in self.sites
-        )
-        Path(path).write_text(_PAGE.format(summary=html.escape(self.summary()), head=head, body=body), encoding="utf-8")
+        """Writes the newest graph as one page without external resources: modules, masks as pictures, costs, graphs."""
+        from rewriter.page import page
+
+        Path(path).write_text(page(self), encoding="utf-8")
 
     def summary(self) -> str:
         if not self.graphs:
@@ -110,13 +182,21 @@ class Report:
         count = len(self.sites)
         return f"{count - len(self.refused)} of {count} attention sites rewritten"
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> RenderableType:
         table = Table(title=self.summary(), title_justify="left")
         for name in _COLUMNS:
             table.add_column(name, overflow="fold")
-        for site in self.sites:
-            table.add_row(*_cells(site), style=None if site.rewritten else "yellow")
-        return table
+        for alike in self.groups:
+            table.add_row(*_cells(alike), style=None if alike.first.rewritten else "yellow")
+        predicted = [alike for alike in self.groups if alike.first.prediction is not None]
+        if not predicted:
+            return table
+        costs = Table(title="Predicted for one row without padding", title_justify="left")
+        for name in _PREDICTED:
+            costs.add_column(name, justify="left" if name == "sites" else "right")
+        for alike in predicted:
+            costs.add_row(alike.numbers, *_predicted(alike.first.prediction))
+        return Group(table, costs)
 
     def __str__(self) -> str:
         console = Console(width=160, record=False, force_terminal=False)
@@ -128,16 +208,76 @@ class Report:
         return iter(self.sites)
 
 
-_COLUMNS = ("site", "module", "form", "mask", "policy", "kernel or reason", "source")
-
-_PAGE = """<!doctype html><meta charset="utf-8"><title>rewriter report</title>
-<style>body{{font:14px sans-serif}}table{{border-collapse:collapse}}td,th{{border:1px solid #ccc;padding:4px 8px;text-align:left}}
-.no{{background:#fff3d6}}</style>
-<h1>{summary}</h1><table><tr>{head}</tr>
-{body}</table>
-"""
+_COLUMNS = ("sites", "modules", "form", "mask", "policy", "kernel or reason", "source")
+_PREDICTED = ("sites", "tokens", "live pairs, of all", "computed for each", "most keys alive", "keys and values kept")
 
 
-def _cells(site: SiteReport) -> tuple[str, ...]:
+def _cells(alike: Alike) -> tuple[str, ...]:
+    site = alike.first
     outcome = site.kernel if site.rewritten else f"refused: {site.reason}"
-    return (str(site.layer), site.module or "-", site.form, site.mask, site.policy, outcome, site.source or "-")
+    return (alike.numbers, alike.modules, site.form, site.mask, site.policy, outcome, site.source or "-")
+
+
+def _predicted(prediction: Prediction | None) -> tuple[str, ...]:
+    assert prediction is not None
+    ratio = prediction.computed_pairs / prediction.live_pairs if prediction.live_pairs else 0.0
+    return (
+        f"{prediction.num_keys:,}",
+        f"{prediction.live_pairs / prediction.dense_pairs:.1%}",
+        f"{ratio:.2f}",
+        f"{prediction.pressure:,}",
+        f"{readable_bytes(prediction.kv_bytes)} of {readable_bytes(prediction.dense_kv_bytes)}",
+    )
+
+
+def readable_bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0 .. 7`, `1, 3 .. 31 by 2`, `0, 1, 5`."""
+    numbers = sorted(numbers)
+    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    if len(numbers) > 2 and len(steps) == 1:
+        (step,) = steps
+        return f"{numbers[0]} .. {numbers[-1]}" + (f" by {step}" if step != 1 else "")
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{r[0]} .. {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs)
+
+
+def module_tree(model: Any, sites: Sequence[SiteReport], name: str = "", path: str = "") -> ModuleReport:
+    """The modules of a model with the numbers of their sites; neighbours of a list that are alike become one entry."""
+    children: list[ModuleReport] = []
+    for child_name, child in model.named_children():
+        own = module_tree(child, sites, child_name, f"{path}.{child_name}".lstrip("."))
+        before = children[-1] if children else None
+        if before is not None and child_name.isdigit() and _shape(before, sites) == _shape(own, sites):
+            first = before.name.split(" .. ")[0]
+            children[-1] = _merged(before, own, f"{first} .. {child_name}")
+        else:
+            children.append(own)
+    count = sum(p.numel() for p in model.parameters())
+    numbers = tuple(site.layer for site in sites if site.module == path)
+    return ModuleReport(name or "model", type(model).__name__, count, numbers, tuple(children))
+
+
+def _shape(module: ModuleReport, sites: Sequence[SiteReport]) -> Any:
+    """What makes two modules alike: classes, sizes, and what became of their sites."""
+    outcomes = tuple(
+        dict.fromkeys((s.mask, s.policy, s.reason, s.form) for s in sites if s.layer in module.sites)
+    )
+    return (module.kind, module.parameters, outcomes, tuple(_shape(child, sites) for child in module.children))
+
+
+def _merged(one: ModuleReport, two: ModuleReport, name: str) -> ModuleReport:
+    children = tuple(_merged(a, b, a.name) for a, b in zip(one.children, two.children, strict=True))
+    return ModuleReport(name, one.kind, one.parameters, one.sites + two.sites, children)

@@ -237,7 +237,10 @@ def module(
 
 
 NO_POSITIONS = "forward takes no position_ids"
-EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
+EXPERTS: dict[str, Any] = {
+    "num_experts_per_tok": 2,
+    "experts_implementation": "batched_mm",  # the default, grouped_mm, takes no fp64
+}
 WHISPER: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "num_mel_bins": 8,
@@ -310,7 +313,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         options={**HEADS_OF_8, **EXPERTS, "num_local_experts": 4, "sliding_window": None},
     ),
     language_model("Gemma", "GemmaForCausalLM", options=HEADS_OF_8),
-    language_model("Gemma2", "Gemma2ForCausalLM", options={**HEADS_OF_8, **LOCAL_AND_GLOBAL}),
+    language_model(
+        "Gemma2",
+        "Gemma2ForCausalLM",
+        options={**HEADS_OF_8, **LOCAL_AND_GLOBAL},
+        implementations=("eager",),  # softcap
+    ),
     language_model("Gemma3", "Gemma3ForCausalLM", options={**HEADS_OF_8, **LOCAL_AND_GLOBAL}),
     language_model("Phi-3", "Phi3ForCausalLM", options={**GROUPED, "sliding_window": None}),
     language_model("OLMo2", "Olmo2ForCausalLM", options=GROUPED),
@@ -333,7 +341,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     language_model("GPT-2", "GPT2LMHeadModel", options={**GPT2, **ENDS, "initializer_range": 0.2}),
     language_model("GPT-NeoX", "GPTNeoXForCausalLM", options=COMMON),
-    language_model("GPT-J", "GPTJForCausalLM", options={**GPT2, **ENDS, "rotary_dim": 4, "initializer_range": 0.2}),
+    language_model("GPT-J",
+        "GPTJForCausalLM",
+        options={**GPT2, **ENDS, "rotary_dim": 4, "initializer_range": 0.2},
+        implementations=("eager",),
+    ),
     language_model(
         "OPT",
         "OPTForCausalLM",
@@ -343,6 +355,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "BLOOM",
         "BloomForCausalLM",
         options={**ENDS, "vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        implementations=("eager",),
         caches=NO_POSITIONS,
         packs=False,
     ),
@@ -350,6 +363,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "MPT",
         "MptForCausalLM",
         options={**ENDS, "vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+        implementations=("eager",),
         caches=NO_POSITIONS,
         packs=False,
     ),
@@ -383,8 +397,15 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ),
         4,
         pictures_and_text,
+        causal=frozenset((2, 3)),
     ),
-    Architecture("Whisper", transformers_model("WhisperForConditionalGeneration", **WHISPER), 6, speech),
+    Architecture(
+        "Whisper",
+        transformers_model("WhisperForConditionalGeneration", **WHISPER),
+        6,
+        speech,
+        causal=frozenset((2, 4)),
+    ),
     Architecture(
         "T5",
         transformers_model(
@@ -401,6 +422,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ),
         6,
         translation,
+        refused=dict.fromkeys((0, 1, 2, 4), "relative position bias"),
     ),
     module("nn.TransformerEncoder", TorchEncoder, 2, frozenset()),
     module("nn.TransformerDecoder", TorchDecoder, 4, frozenset((0, 2))),

@@ -1,0 +1,240 @@
+"""Predict: what each planned site would compute and keep, for a row of a chosen length.
+
+Nothing is run: a site's own ranges are evaluated from its proof, for one row, one document without padding, and the policy's
+from the call's own tokens, repeated to the length. Scores that depend on query, key or value are random, which changes which keys are kept
+and not how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+
+import sympy
+import torch
+from rewriter.kernels import LiveRanges
+from rewriter.kernels.cpu.schedule import computed_pairs
+from rewriter.passes.analyse_masks import MaskProof
+from rewriter.passes.analyse_masks import key_bounds
+from rewriter.passes.analyse_masks import key_grid
+from rewriter.passes.apply_policy import PlannedSite
+from rewriter.passes.apply_policy import SiteTensors
+from rewriter.passes.capture import GraphInput
+from rewriter.passes.check_masks import Trial
+from rewriter.passes.index_functions import IndexFunctions
+from rewriter.passes.index_functions import shape
+from torch import Tensor
+from torch.fx import Node
+
+@dataclass(frozen=True)
+class Row:
+    """What is predicted for.
+
+    Attributes:
+        length: tokens; those of the call when left out. A model that fixes its sizes keeps them.
+        values: of the call's arguments, by name, where the call itself was given none (a meta device).
+    """
+
+    length: int | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+PICTURE_KEYS = 96
+"""Most keys of a picture; of a longer row as many are chosen, evenly."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one site would do with one row. Pairs and FLOPs are those of all its query heads.
+
+    Attributes:
+        num_queries, num_keys: of the row.
+        dense_pairs: (query, key) pairs of attention without any mask.
+        own_pairs: those that the model's own mask shows.
+        live_pairs: those that are left under the policy.
+        computed_pairs: those that the CPU kernel computes.
+        flops: of the two products, for `computed_pairs`: `2 (D + Dv)` each.
+        own_pressure, pressure: the most keys alive at one query of a head, by the model's own mask, and under the policy.
+        kv_bytes: of the keys and values alive at once, all KV heads.
+        dense_kv_bytes: of all keys and values.
+        own_bars, bars: first and last query (exclusive) of evenly chosen keys of the first head, without and with the policy;
+            a picture of the mask.
+        note: what was assumed, or why there is no policy in it.
+    """
+
+    num_queries: int
+    num_keys: int
+    dense_pairs: int
+    own_pairs: int
+    live_pairs: int
+    computed_pairs: int
+    flops: int
+    own_pressure: int
+    pressure: int
+    kv_bytes: int
+    dense_kv_bytes: int
+    own_bars: tuple[tuple[int, int, int], ...]
+    bars: tuple[tuple[int, int, int], ...]
+    note: str
+
+
+def predict(
+    planned: list[PlannedSite],
+    functions: IndexFunctions,
+    constants: Mapping[Node, Tensor],
+    inputs: tuple[GraphInput, ...],
+    row: Row,
+) -> dict[int, Prediction]:
+    """Predictions by site number; a refused site has none.
+
+    Args:
+        constants: buffers among the graph's inputs, with their values.
+        inputs: what the call was given, for its token ids.
+    """
+    values = {**{i.name: i.value for i in inputs}, **row.values}
+    result: dict[int, Prediction] = {}
+    known: dict[Any, Prediction] = {}
+    for plan in planned:
+        if plan.site.reason is not None or plan.proof is None:
+            continue
+        sizes = tuple(str(shape(n)) for n in (plan.site.query, plan.site.key, plan.site.value))  # type: ignore[arg-type]
+        same = (plan.proof.interval, plan.policy, sizes)
+        if same not in known:
+            known[same] = _predict(plan, plan.proof, functions, constants, values, row.length)
+        result[plan.layer] = known[same]
+    return result
+
+
+class _OneRow(Trial):
+    """Data of one row without padding: masks are ones, positions count from 0, so that there is one document."""
+
+    def _value(self, node: Node) -> Any:
+        value = node.meta["val"]
+        if isinstance(value, Tensor) and "position" in node.meta.get("source", ""):
+            sizes = self.sizes(node)
+            return torch.arange(sizes[-1]).expand(sizes)
+        return super()._value(node)
+
+
+def _predict(
+    plan: PlannedSite,
+    proof: MaskProof,
+    functions: IndexFunctions,
+    constants: Mapping[Node, Tensor],
+    values: Mapping[str, Any],
+    length: int | None,
+) -> Prediction:
+    site = plan.site
+    assert site.query is not None and site.key is not None and site.value is not None
+    trial = _OneRow(functions, constants, _chosen_sizes(plan, length), "ones", [])
+    query, key, value = (trial.sizes(node) for node in (site.query, site.key, site.value))
+    query_heads, heads = (query[1], key[1]) if len(query) == 4 else (1, 1)
+    grid = key_grid(1, heads, key[-2], torch.device("cpu"))
+    own = LiveRanges(*(key_bounds(e, trial, grid)[:1] for e in (proof.interval.start, proof.interval.end)))
+    live, note = _under_policy(plan, proof, trial, own, grid, values, (query, key, value))
+    rows = torch.arange(query[-2], dtype=torch.int32)
+    group = query_heads // heads
+
+    def per_head(pairs: int, ranges: LiveRanges) -> int:
+        return pairs * query_heads // ranges.shape[1]
+
+    computed = per_head(computed_pairs(live, query[-2], group, rows), live)
+    width = key[-1] + value[-1]
+    slot = heads * width * site.key.meta["val"].element_size()
+    pressure = live.pressure(rows)
+    return Prediction(
+        num_queries=query[-2],
+        num_keys=key[-2],
+        dense_pairs=query[-2] * key[-2] * query_heads,
+        own_pairs=per_head(own.live_pairs(rows), own),
+        live_pairs=per_head(live.live_pairs(rows), live),
+        computed_pairs=computed,
+        flops=2 * width * computed,
+        own_pressure=own.pressure(rows),
+        pressure=pressure,
+        kv_bytes=pressure * slot,
+        dense_kv_bytes=key[-2] * slot,
+        own_bars=_bars(own, query[-2]),
+        bars=_bars(live, query[-2]),
+        note=note,
+    )
+
+
+def _chosen_sizes(plan: PlannedSite, length: int | None) -> dict[sympy.Symbol, int]:
+    """Values of the symbols in a site's sizes: one row; the length for those of its queries and keys."""
+    assert plan.site.query is not None and plan.site.key is not None
+    symbols: dict[sympy.Symbol, int] = {}
+    for node in plan.site.node.graph.nodes:
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, Tensor) else (value,):
+            if isinstance(size, torch.SymInt):
+                for symbol in size.node.expr.free_symbols:
+                    symbols.setdefault(symbol, int(size.node.shape_env.backed_var_to_val.get(symbol, 1)))
+    if length is None:
+        return symbols
+    long = {
+        symbol
+        for node in (plan.site.query, plan.site.key)
+        if isinstance(size := shape(node)[-2], torch.SymInt)
+        for symbol in size.node.expr.free_symbols
+    }
+    traced = {symbols[s] for s in long}
+    # A padding mask's length is a symbol of its own; it was the keys' when traced.
+    return {s: length if s in long or value in traced else value for s, value in symbols.items()}
+
+
+def _under_policy(
+    plan: PlannedSite,
+    proof: MaskProof,
+    trial: Trial,
+    own: LiveRanges,
+    grid: Mapping[int, Tensor],
+    values: Mapping[str, Any],
+    sizes: tuple[list[int], ...],
+) -> tuple[LiveRanges, str]:
+    """The ranges under the site's policy, and what was assumed for them."""
+    policy, notes = plan.policy, []
+    if policy.is_chunked:
+        return own, f"{type(policy).__name__} is a program of two phases; this is the model's own mask"
+    index = torch.arange(own.num_keys, dtype=torch.int32)[None, None, :]
+    ids = None
+    if policy.needs_input_ids:
+        ids = _row_of_ids(plan, values, own.num_keys)
+        if ids is None:
+            return own, "the token ids have no values (a meta device): this is the model's own mask"
+        notes.append("the tokens of the call's last row, repeated")
+    tensors = []
+    random = torch.Generator().manual_seed(0)
+    for size in sizes:
+        whole = [1, *size[-3:]] if len(size) == 4 else [1, 1, *size[-2:]]
+        tensors.append(torch.randn(whole, generator=random) if policy.reads_site else torch.zeros(1).expand(whole))
+    if policy.reads_site:
+        notes.append("random scores")
+    parameters = {}
+    if policy.adds_parameters:
+        parameters = policy.initial_parameters(plan.layer, plan.num_kv_heads, plan.value_dim)
+    segment = key_bounds(proof.interval.segment, trial, grid)[:1]
+    origin = SiteTensors.first_token(own, index)
+    extra = policy.live_ranges(SiteTensors(own, segment, index, origin, ids, *tensors, parameters))
+    extra = extra[0] if isinstance(extra, tuple) else extra
+    return own if extra is None else own & extra, "; ".join(notes)
+
+
+def _row_of_ids(plan: PlannedSite, values: Mapping[str, Any], length: int) -> Tensor | None:
+    """int64 `[1, length]`: the last row of the call's token ids, again and again; None where they have no values."""
+    assert plan.input_ids is not None
+    given = values.get(plan.input_ids.meta["source"])
+    if not isinstance(given, Tensor) or given.is_meta or isinstance(given, torch._subclasses.FakeTensor):
+        return None
+    row = given[-1].detach().cpu()
+    return row.repeat(-(-length // len(row)))[None, :length]
+
+
+def _bars(live: LiveRanges, num_queries: int) -> tuple[tuple[int, int, int], ...]:
+    """`(key, first query, query after the last)` of up to `PICTURE_KEYS` keys of the first head; keys never seen left out."""
+    chosen = torch.linspace(0, live.num_keys - 1, min(live.num_keys, PICTURE_KEYS)).round().long()
+    start, end = (t.expand(live.shape)[0, 0, chosen].clamp(0, num_queries) for t in (live.start, live.end))
+    rows = zip(chosen.tolist(), start.tolist(), end.tolist(), strict=True)
+    return tuple((key, begin, after) for key, begin, after in rows if after > begin)
