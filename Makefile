@@ -24,7 +24,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/work_ratio.py
-	$(BIN)/python bench/passes.py --out bench/results/passes.json
+	$(BIN)/python bench/compile.py --out bench/results/compile.json
 
 # torch first and pinned: a looser range would pull a build with CUDA's libraries.
 $(INSTALLED): pyproject.toml constraints.txt

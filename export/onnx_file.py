@@ -24,6 +24,7 @@ from rewriter.export.entry_points import ExportError
 from rewriter.export.entry_points import bind
 from rewriter.export.entry_points import entry_points
 from rewriter.export.portable import replace_operators
+from rewriter.export.portable import with_sinks
 from rewriter.export.verification import finish
 from rewriter.export.verification import new_report
 from torch import Tensor
@@ -184,13 +185,13 @@ def _live_range_attention(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Sequence[Tensor]:
-    assert key_index is None and sinks is None and alibi_slopes is None, "no pass emits these"
+    assert key_index is None and alibi_slopes is None, "no pass emits these"
     num_queries, num_keys = query.size(2), key.size(2)
     if query_index is None:
         query_index = torch.arange(num_queries, device=query.device) + (num_keys - num_queries)
     if bias is None:
         bias = torch.zeros(1, 1, num_keys, device=query.device)
-    return torch.onnx.ops.symbolic_multi_out(
+    output, lse = torch.onnx.ops.symbolic_multi_out(
         "rewriter::LiveRangeAttention",
         (query, key, value, start, end, query_index.view(-1).to(torch.int32), bias.float()),
         {"scale": 1 / math.sqrt(query.size(3)) if scale is None else scale, "softcap": softcap or 0.0},
@@ -198,6 +199,7 @@ def _live_range_attention(
         shapes=((*query.shape[:3], value.size(3)), tuple(query.shape[:3])),
         version=1,
     )
+    return (output, lse) if sinks is None else with_sinks(output, lse, sinks)
 
 
 def _running_topk_end(score: Tensor, keep: int, segment: Tensor | None = None) -> Tensor:

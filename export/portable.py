@@ -39,7 +39,10 @@ def attention(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `rewriter::live_range_attention`: (output `[B, Hq, Q, Dv]`, log-sum-exp `[B, Hq, Q]`)."""
-    assert key_index is None and sinks is None and alibi_slopes is None, "no pass emits these"
+    assert key_index is None and alibi_slopes is None, "no pass emits these"
+    if sinks is not None:
+        without = attention(query, key, value, start, end, query_index, bias=bias, scale=scale, softcap=softcap)
+        return with_sinks(*without, sinks)
     num_queries, num_keys = query.size(2), key.size(2)
     index = query_index
     if index is None:
@@ -81,6 +84,12 @@ def attention(
     first = torch.zeros((), dtype=torch.int64, device=query.device)
     _, output, lse = torch.while_loop(lambda tile, *_: tile < num_tiles, body, (first, output, lse))
     return output, lse
+
+
+def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention, and its log-sum-exp, with a logit per query head `[Hq]` that joins the denominator."""
+    total = torch.logaddexp(lse, sinks.float()[:, None])
+    return (output * torch.exp(lse - total)[..., None]).to(output.dtype), total
 
 
 def attend(

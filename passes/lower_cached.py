@@ -169,8 +169,14 @@ def _check(plan: PlannedSite, proof: MaskProof) -> None:
                 raise NotCacheable("the model's own top-k has no recurrent form here")
             if isinstance(part, Element) and _is_state(part.node) and any(axes_of(i) & {KEY} for i in part.indices):
                 raise NotCacheable(f"its mask reads {part.node.meta.get('source', part.node.name)} at the key's index")
-            if isinstance(part, Element) and not any(axes_of(i) & {KEY} for i in part.indices) and not _is_state(part.node):
-                raise NotCacheable(f"its mask ({proof.name}) depends on the whole row, of which later tokens are a part")
+            if (
+                isinstance(part, Element)
+                and not any(axes_of(i) & {KEY} for i in part.indices)
+                and not _is_state(part.node)
+            ):
+                raise NotCacheable(
+                    f"its mask ({proof.name}) depends on the whole row, of which later tokens are a part"
+                )
 
 
 def _begins_early(start: Expression) -> bool:

@@ -127,9 +127,7 @@ def rewrite(
         lower(module, planned)
         done("lower", module)
     read = dict.fromkeys(captured.buffers[node][0] for proof in proofs.values() for node in proof.constants)
-    return Rewritten(
-        module, planned, canonicalized, list(read), seconds, captured.inputs, slots, predictions, graphs
-    )
+    return Rewritten(module, planned, canonicalized, list(read), seconds, captured.inputs, slots, predictions, graphs)
 
 
 def _analyse(sites: list[AttentionSite], functions: IndexFunctions, constants: dict[Any, Any]) -> dict[int, MaskProof]:
@@ -163,9 +161,15 @@ def graph_text(graph: Graph) -> str:
         value = node.meta.get("val")
         sizes = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}" if isinstance(value, Tensor) else ""
         if node.op in ("placeholder", "output"):
-            text = f"input {node.name}: {node.meta.get('source', '')}" if node.op == "placeholder" else f"output {node.args}"
+            text = (
+                f"input {node.name}: {node.meta.get('source', '')}"
+                if node.op == "placeholder"
+                else f"output {node.args}"
+            )
         else:
-            operator_name = str(node.target) if isinstance(node.target, str | torch._ops.OpOverload) else node.target.__name__
+            operator_name = (
+                str(node.target) if isinstance(node.target, str | torch._ops.OpOverload) else node.target.__name__
+            )
             given = [*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())]
             text = f"{node.name} = {operator_name}({', '.join(given)})"
         stack = list(node.meta.get("nn_module_stack", {}).values())

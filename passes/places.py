@@ -46,7 +46,12 @@ def attend_by_place(
     keys, values = call(graph, _Gathered(), [key_content, value, source], 2)
     query = turned(graph, for_query, query_content, own_place, shared, {})
     keys = turned(graph, for_key, keys, place, shared, {})
-    return call(graph, Attend(plan.site), [query, keys, values, start, end, index, None, plan.site.sinks], meta=inherited(plan.site.node))[0]
+    return call(
+        graph,
+        Attend(plan.site),
+        [query, keys, values, start, end, index, None, plan.site.sinks],
+        meta=inherited(plan.site.node),
+    )[0]
 
 
 class _Places(nn.Module):

@@ -28,6 +28,7 @@ from rewriter.passes.index_functions import shape
 from torch import Tensor
 from torch.fx import Node
 
+
 @dataclass(frozen=True)
 class Row:
     """What is predicted for.

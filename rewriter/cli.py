@@ -32,7 +32,9 @@ def explain(
         str, typer.Option(help='As JSON: {"policy": "SlidingWindow", "window": 256, "sinks": 4}')
     ] = '{"policy": "Exact"}',
     length: Annotated[int, typer.Option(help="Tokens of the row that costs are predicted for.", min=2)] = 4096,
-    text: Annotated[Path | None, typer.Option(help="File of the tokens of that row, for policies that read them.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="File of the tokens of that row, for policies that read them.")
+    ] = None,
     attention: Annotated[str, typer.Option(help="Attention implementation: sdpa or eager.")] = "sdpa",
     html: Annotated[Path | None, typer.Option(help="Also write the report as a page.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write it as JSON.")] = None,

@@ -413,9 +413,19 @@ def _unchanged(buffer: Tensor, known: Tensor, version: int) -> bool:
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise RewriteError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise RewriteError(
+            "DistributedDataParallel hands its gradients on outside of any graph; optimize the model in it (.module) and wrap "
+            "the result: DistributedDataParallel(rewriter.optimize(model))"
+        )
     for name, module in model.named_modules():
+        where = f"its part {name!r}" if name else "it"
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise RewriteError(
+                f"torch.compile has been applied to {where}; optimize the original (._orig_mod of what torch.compile "
+                "returned, or the model before .compile()): it is compiled with the passes in front"
+            )
         if isinstance(module, OptimizedModel):
-            where = f"its part {name!r}" if name else "it"
             raise RewriteError(
                 f"{where} is optimized already; optimize the original model (.model) once, with one policy"
             )

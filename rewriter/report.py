@@ -24,7 +24,11 @@ from rewriter.passes import Prediction
 from rewriter.passes import Rewritten
 from rewriter.passes.analyse_masks import source_line
 
-KERNEL = "live_range_attention (CPU)"
+KERNELS = {"cpu": "live_range_attention (CPU)", "cuda": "live_range_attention (Triton)"}
+"""What computes a rewritten site, by the type of its device; elsewhere the operator's name alone."""
+
+MOST_RUNS = 4
+"""Numbers that are more runs than this are counted and not listed."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,10 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """A module, or several neighbours that are alike, and what they hold.
+    """A module, or several of a list that are alike, and what they hold.
 
     Attributes:
-        name: within its parent; "0 .. 31" for several.
+        name: within its parent; "0 .. 31" for several of a list.
         kind: its class.
         parameters: of one of them, its parts included.
         sites: numbers of the attention sites of its own, of all of them.
@@ -154,7 +158,7 @@ class Report:
                     form=plan.site.form,
                     mask=plan.proof.name if plan.proof is not None else "-",
                     policy=str(plan.policy),
-                    kernel="-" if reason else KERNEL,
+                    kernel="-" if reason else _kernel(plan.site.node.meta["val"].device.type),
                     reason=reason,
                     source=source_line(plan.site.node),
                     prediction=result.predictions.get(plan.layer),
@@ -238,8 +242,12 @@ def readable_bytes(number: float) -> str:
     return f"{number:.1f} GiB"
 
 
+def _kernel(device: str) -> str:
+    return KERNELS.get(device, "live_range_attention")
+
+
 def _ranges(numbers: Sequence[int]) -> str:
-    """`0 .. 7`, `1, 3 .. 31 by 2`, `0, 1, 5`."""
+    """`0 .. 7`, `1 .. 31 by 2`, `0, 1, 5`, `0 .. 99, 84 of them`."""
     numbers = sorted(numbers)
     steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
     if len(numbers) > 2 and len(steps) == 1:
@@ -251,33 +259,36 @@ def _ranges(numbers: Sequence[int]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
+    if len(runs) > MOST_RUNS:
+        return f"{numbers[0]} .. {numbers[-1]}, {len(numbers)} of them"
     return ", ".join(f"{r[0]} .. {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs)
 
 
 def module_tree(model: Any, sites: Sequence[SiteReport], name: str = "", path: str = "") -> ModuleReport:
-    """The modules of a model with the numbers of their sites; neighbours of a list that are alike become one entry."""
-    children: list[ModuleReport] = []
+    """The modules of a model with the numbers of their sites; those of a list that are alike become one entry."""
+    children: dict[Any, list[ModuleReport]] = {}
     for child_name, child in model.named_children():
         own = module_tree(child, sites, child_name, f"{path}.{child_name}".lstrip("."))
-        before = children[-1] if children else None
-        if before is not None and child_name.isdigit() and _shape(before, sites) == _shape(own, sites):
-            first = before.name.split(" .. ")[0]
-            children[-1] = _merged(before, own, f"{first} .. {child_name}")
-        else:
-            children.append(own)
+        children.setdefault(_shape(own, sites) if child_name.isdigit() else child_name, []).append(own)
     count = sum(p.numel() for p in model.parameters())
     numbers = tuple(site.layer for site in sites if site.module == path)
-    return ModuleReport(name or "model", type(model).__name__, count, numbers, tuple(children))
+    return ModuleReport(
+        name or "model", type(model).__name__, count, numbers, tuple(_merged(alike) for alike in children.values())
+    )
 
 
 def _shape(module: ModuleReport, sites: Sequence[SiteReport]) -> Any:
     """What makes two modules alike: classes, sizes, and what became of their sites."""
-    outcomes = tuple(
-        dict.fromkeys((s.mask, s.policy, s.reason, s.form) for s in sites if s.layer in module.sites)
-    )
+    outcomes = tuple(dict.fromkeys((s.mask, s.policy, s.reason, s.form) for s in sites if s.layer in module.sites))
     return (module.kind, module.parameters, outcomes, tuple(_shape(child, sites) for child in module.children))
 
 
-def _merged(one: ModuleReport, two: ModuleReport, name: str) -> ModuleReport:
-    children = tuple(_merged(a, b, a.name) for a, b in zip(one.children, two.children, strict=True))
-    return ModuleReport(name, one.kind, one.parameters, one.sites + two.sites, children)
+def _merged(alike: Sequence[ModuleReport]) -> ModuleReport:
+    first = alike[0]
+    if len(alike) == 1:
+        return first
+    children = tuple(_merged(parts) for parts in zip(*(module.children for module in alike), strict=True))
+    # Parts have the same name in each.
+    names = [module.name for module in alike]
+    name = names[0] if len(set(names)) == 1 else _ranges([int(n) for n in names])
+    return ModuleReport(name, first.kind, first.parameters, tuple(n for m in alike for n in m.sites), children)

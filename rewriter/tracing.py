@@ -43,7 +43,8 @@ def guarded(
 ) -> Any:
     """Calls a compiled model; errors of the passes come out as they are, those of capture with what to do."""
     try:
-        with torch._dynamo.config.patch(specialize_float=True):
+        # DDP would have the graph cut at its buckets, and each piece seen as a model.
+        with torch._dynamo.config.patch(specialize_float=True, optimize_ddp=False):
             return call(policy_parameters, *args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if isinstance(error.inner_exception, (RewriteError, PolicyError)):

@@ -40,7 +40,7 @@ def pass_seconds(layers: int) -> tuple[float, float, int]:
 
 
 def test_a_hundred_layers_take_seconds_and_time_is_linear() -> None:
-    """Capture, torch's own tracing to ATen, takes most of the time and is measured in `bench/passes.py`."""
+    """Capture, torch's own tracing to ATen, takes most of the time and is measured in `bench/compile.py`."""
     pass_seconds(2)  # imports and caches
     _, ours_25, _ = pass_seconds(25)
     _, ours_100, sites = pass_seconds(100)

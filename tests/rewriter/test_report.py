@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import rewriter
+from rewriter.report import GraphReport
+from rewriter.report import SiteReport
 
 
 def report_of(nano: Any) -> rewriter.Report:
@@ -56,9 +60,101 @@ def test_sites_say_what_they_are(nano: Any, tmp_path: Path) -> None:
 
     report.to_html(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<tr") == 4
-    assert page.count('class="no"') == 1
-    assert "refused: a mask depends on" in page
+    assert page.count('class="card ok"') == page.count('class="card refused"') == 1  # the two that are alike are one
+    assert page.count('<tr class="no">') == 1 and page.count('<tr class="ok">') == 2
+    assert "a mask depends on" in page and "<svg" not in page
+
+
+def explained(model: nn.Module, **options: Any) -> rewriter.Report:
+    torch._dynamo.reset()
+    ids = torch.randint(3, 64, (2, 10))
+    ids[:, ::5] = 2
+    return rewriter.explain(
+        model.eval(), input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **options
+    )
+
+
+def test_predictions_are_those_of_the_masks(tiny_model: Any) -> None:
+    """Pairs, pressure and bytes of a longer row, counted from the mask's definition."""
+    policy = rewriter.SeparatorMask((2,), initial=1, window=4)
+    report = explained(tiny_model("gemma2", "eager"), policy=policy, length=40)
+    i, j = torch.arange(40)[:, None], torch.arange(40)[None, :]
+    own = {"window 8 + causal + padding": (j <= i) & (i - j < 8), "causal + padding": j <= i}
+    kept = (i - j < 4) | (j < 1) | (j % 5 == 0)
+    for site in report.sites:
+        p = site.prediction
+        mask = own[site.mask]
+        assert (p.num_queries, p.num_keys, p.dense_pairs) == (40, 40, 40 * 40 * 4)
+        assert (p.own_pairs, p.live_pairs) == (4 * int(mask.sum()), 4 * int((mask & kept).sum()))
+        assert (p.own_pressure, p.pressure) == (int(mask.sum(1).max()), int((mask & kept).sum(1).max()))
+        assert p.kv_bytes == p.pressure * 2 * (8 + 8) * 4 and p.dense_kv_bytes == 40 * 2 * 16 * 4
+        assert p.live_pairs <= p.computed_pairs and p.flops == 2 * 16 * p.computed_pairs
+        drawn = torch.zeros(40, 40, dtype=torch.bool)
+        for key, begin, end in p.bars:
+            drawn[begin:end, key] = True
+        assert torch.equal(drawn, mask & kept)
+    printed = " ".join(str(report).split())
+    assert "Predicted for one row" in printed and "40" in printed
+
+
+def test_predictions_of_policies_that_rank(tiny_model: Any) -> None:
+    report = explained(tiny_model("qwen3", "sdpa"), policy=rewriter.DynamicMask(6), length=30)
+    pairs = sum(min(i + 1, 6) for i in range(30)) * 4
+    assert {(s.prediction.live_pairs, s.prediction.pressure, s.prediction.note) for s in report.sites} == {
+        (pairs, 6, "random scores")
+    }
+    chunked = explained(tiny_model("llama", "sdpa"), policy=rewriter.ChunkedEviction(8), length=30)
+    assert "program of two phases" in chunked.sites[0].prediction.note
+    with pytest.raises(rewriter.RewriteError, match="length must be at least 1"):
+        rewriter.explain(nn.Linear(2, 2), torch.ones(1, 2), length=0)
+
+
+def test_the_page_shows_modules_masks_costs_and_graphs(tiny_model: Any, tmp_path: Path) -> None:
+    model = tiny_model("gemma2", "eager")
+    report = explained(model, policy=rewriter.SlidingWindow(4), length=64)
+    report.to_html(tmp_path / "page.html")
+    report.to_json(tmp_path / "page.json")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 2 and page.count('<path class="live"') == 2  # a window, and none
+    for text in ("Gemma2Attention", "self_attn", "after <b>capture</b>", "after <b>lower</b>", "FLOPs"):
+        assert text in page, text
+    assert "live_range_attention" in page and "http" not in page.replace("http://www.w3.org", "")
+    parser = Checked()
+    parser.feed(page)
+    parser.close()
+    assert parser.open == []
+    graph = json.loads((tmp_path / "page.json").read_text())["graphs"][-1]
+    assert graph["modules"]["kind"] == "Gemma2ForCausalLM" and list(graph["graphs"])[0] == "capture"
+    assert graph["sites"][0]["prediction"]["num_keys"] == 64
+
+
+class Checked(HTMLParser):
+    """Every element that is opened is closed, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in ("meta", "rect", "path", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("rect", "path"):
+            assert self.open.pop() == tag
+
+
+def test_a_hundred_layers_are_a_few_rows() -> None:
+    sites = [
+        SiteReport(
+            i, f"model.layers.{i}.attention", "sdpa", "window 8" if i % 6 else "causal", "Exact()", "k", "", "a:1"
+        )
+        for i in range(100)
+    ]
+    report = rewriter.Report([GraphReport(sites)])
+    assert [g.numbers for g in report.groups] == ["0 .. 96 by 6", "1 .. 99, 83 of them"]
+    assert [g.modules for g in report.groups][0] == "model.layers.{0 .. 96 by 6}.attention"
+    assert len(str(report).splitlines()) < 20
 
 
 def test_an_empty_report_says_what_to_do() -> None:

@@ -341,7 +341,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     language_model("GPT-2", "GPT2LMHeadModel", options={**GPT2, **ENDS, "initializer_range": 0.2}),
     language_model("GPT-NeoX", "GPTNeoXForCausalLM", options=COMMON),
-    language_model("GPT-J",
+    language_model(
+        "GPT-J",
         "GPTJForCausalLM",
         options={**GPT2, **ENDS, "rotary_dim": 4, "initializer_range": 0.2},
         implementations=("eager",),
@@ -431,7 +432,5 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         module(f"by hand: {phrasing}", lambda attention, phrasing=phrasing: HandWritten(phrasing), 1, frozenset((0,)))
         for phrasing in ("einsum", "baddbmm", "fp32 softmax", "heads by chunk", "fused qkv")
     ),
-    module(
-        "a graph break", GraphBreak, 1, frozenset(), error="cannot be captured as one graph", paddings=("none",)
-    ),
+    module("a graph break", GraphBreak, 1, frozenset(), error="cannot be captured as one graph", paddings=("none",)),
 )

@@ -2,13 +2,13 @@
 
     python tests/zoo/examine.py --out bench/results/zoo.json
 
-examines all of them and prints the table that the README holds; `make zoo` is that, under Inductor.
+examines all of them and prints the table that the README holds (`make zoo`). What is in `--out` already is not run again.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+
 import time
 from collections.abc import Callable
 from collections.abc import Collection
@@ -25,14 +25,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import rewriter
-
 from rewriter import Exact
 from rewriter import Policy
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
 from rewriter.caches import CacheError
 
-sys.path.insert(0, str(Path(__file__).parent))
 
 from architectures import ARCHITECTURES
 from architectures import LENGTH
@@ -59,6 +57,7 @@ class Examined:
         cache: of prefill and one step under that policy over our cache; or why it cannot.
         dynamic_cache: of prefill and one step under `Exact()` over transformers' cache; or why that is refused.
         packed: of two documents in a row; or why that is refused.
+        inductor: of outputs and gradients under `Exact()` in compiled code, one padding; of one implementation.
         error: with which the whole model was refused.
     """
 
@@ -71,6 +70,7 @@ class Examined:
     cache: float | str | None = None
     dynamic_cache: float | str | None = None
     packed: float | str | None = None
+    inductor: float | None = None
     error: str = ""
     seconds: float = 0.0
 
@@ -146,27 +146,36 @@ def visible_keys(policy: Policy, ids: Tensor | None, real: Tensor) -> Tensor:
     return (i - j < policy.window) | (j - origin < policy.initial) | separator[:, None, :]
 
 
-def examine(architecture: Architecture, attention: str, backend: str = "eager") -> Examined:
-    """Runs all that applies to an architecture. Nothing is judged here but by numbers."""
+def examine(architecture: Architecture, attention: str, *, quick: bool = False, compiled: bool = True) -> Examined:
+    """Runs all that applies to an architecture. Nothing is judged here but by numbers.
+
+    Args:
+        quick: only `Exact()`, with one padding, and not in compiled code.
+        compiled: in compiled code, too.
+    """
     began = time.perf_counter()
     torch.manual_seed(0)
     model = architecture.build(attention).double()
     found = Examined(architecture.name, attention)
     policy = _policy_for(architecture)
+    padding = architecture.paddings[-1:]
     try:
-        _forward(architecture, model, Exact(), backend, found.exact, found)
+        _forward(architecture, model, Exact(), found.exact, found, padding if quick else architecture.paddings)
+        if compiled and not quick:
+            differences: dict[str, float] = {}
+            _forward(architecture, model, Exact(), differences, None, padding, backend="inductor")
+            found.inductor = max(differences.values())
     except rewriter.RewriteError as error:
         found.error = str(error).split(":")[0]
-        found.seconds = time.perf_counter() - began
-        return found
-    if architecture.causal:
-        _forward(architecture, model, policy, backend, found.policy, None)
-    if architecture.packs:
-        found.packed = _or_reason(lambda: _packed(model, backend))
-    if architecture.caches is not None:
-        found.cache = _or_reason(lambda: _over_our_cache(architecture, model, policy, backend))
-    if architecture.dynamic_cache:
-        found.dynamic_cache = _or_reason(lambda: _over_dynamic_cache(model, backend))
+    if not quick and not found.error:
+        if architecture.causal:
+            _forward(architecture, model, policy, found.policy, None, architecture.paddings)
+        if architecture.packs:
+            found.packed = _or_reason(lambda: _packed(model))
+        if architecture.caches is not None:
+            found.cache = _or_reason(lambda: _over_our_cache(architecture, model, policy))
+        if architecture.dynamic_cache:
+            found.dynamic_cache = _or_reason(lambda: _over_dynamic_cache(model))
     found.seconds = time.perf_counter() - began
     return found
 
@@ -187,14 +196,15 @@ def _forward(
     architecture: Architecture,
     model: nn.Module,
     policy: Policy,
-    backend: str,
     differences: dict[str, float],
     found: Examined | None,
+    paddings: tuple[str, ...],
+    backend: str = "eager",
 ) -> None:
     """Outputs and all gradients, for each padding."""
     torch._dynamo.reset()
     fast = rewriter.optimize(model, policy, backend=backend)
-    for padding in architecture.paddings:
+    for padding in paddings:
         inputs = architecture.inputs(padding, torch.Generator().manual_seed(1))
         inputs = {n: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in inputs.items()}
         ids = next((v for k, v in inputs.items() if k.endswith("input_ids")), None)
@@ -256,10 +266,10 @@ def _difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float
 
 
 @torch.no_grad()
-def _packed(model: nn.Module, backend: str) -> float:
+def _packed(model: nn.Module) -> float:
     """Two documents in a row, which begin where their positions do."""
     torch._dynamo.reset()
-    fast = rewriter.optimize(model, Exact(), backend=backend, strict=True)
+    fast = rewriter.optimize(model, Exact(), backend="eager", strict=True)
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(2, VOCABULARY, (2, LENGTH), generator=generator)
     first = 5
@@ -271,13 +281,13 @@ def _packed(model: nn.Module, backend: str) -> float:
 
 
 @torch.no_grad()
-def _over_our_cache(architecture: Architecture, model: nn.Module, policy: Policy, backend: str) -> float:
+def _over_our_cache(architecture: Architecture, model: nn.Module, policy: Policy) -> float:
     """The prompt but its last token, then that one, over the policy's cache; or why that is refused."""
     torch._dynamo.reset()
     inputs = architecture.inputs("left", torch.Generator().manual_seed(4))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    fast = rewriter.optimize(model, policy, backend=backend)
+    fast = rewriter.optimize(model, policy, backend="eager")
     cache = fast.new_cache(2 * LENGTH)
     fast(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache)
     last = fast(input_ids=ids[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], past_key_values=cache)
@@ -287,12 +297,12 @@ def _over_our_cache(architecture: Architecture, model: nn.Module, policy: Policy
 
 
 @torch.no_grad()
-def _over_dynamic_cache(model: nn.Module, backend: str) -> float:
+def _over_dynamic_cache(model: nn.Module) -> float:
     """The same under `Exact()` over transformers' own cache."""
     from transformers import DynamicCache
 
     torch._dynamo.reset()
-    fast = rewriter.optimize(model, Exact(), backend=backend, strict=True)
+    fast = rewriter.optimize(model, Exact(), backend="eager", strict=True)
     ids = torch.randint(2, VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(5))
     mask = real_tokens("left")
 
@@ -312,13 +322,16 @@ def _over_dynamic_cache(model: nn.Module, backend: str) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per architecture, its implementations together."""
     lines = [
-        "| architecture | attention | sites | masks proven, of a padded call | `Exact()` | `SeparatorMask` | cache | `DynamicCache` | packed |",
+        "| architecture | attention | sites | masks proven, of a padded call | `Exact()` | `SeparatorMask` | its cache "
+        "| `DynamicCache` | packed |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     by_name: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["name"], []).append(row)
     for name, own in by_name.items():
+        for row in own[1:]:
+            row["inductor"] = own[0]["inductor"]  # compiled in one of them
         cells = [_cells(row) for row in own]
         different = [c for c in cells if c != cells[0]]
         attention = ", ".join(row["attention"] for row in own)
@@ -339,7 +352,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         sites,
         "; ".join(part for part in (masks, f"refused: {refused}" if refused else "") if part),
-        _equal(row["exact"]),
+        _equal(row["exact"]) + ("" if row["inductor"] is None else f"; compiled: {_one(row['inductor'])}"),
         _equal(row["policy"]),
         _one(row["cache"]),
         _one(row["dynamic_cache"]),
@@ -363,25 +376,26 @@ if __name__ == "__main__":
     import typer
 
     def main(
-        out: Annotated[Path | None, typer.Option(help="File of the results.")] = None,
-        backend: Annotated[str, typer.Option(help="eager or inductor.")] = "inductor",
+        out: Annotated[Path, typer.Option(help="File of the results.")],
         only: Annotated[str | None, typer.Option(help="Architectures whose names begin so.")] = None,
-        skip: Annotated[int, typer.Option(help="So many architectures.")] = 0,
         first: Annotated[bool, typer.Option(help="Only the first attention implementation of each.")] = False,
     ) -> None:
         """Examine the zoo and print its table."""
-        rows = []
-        for architecture in ARCHITECTURES[skip:]:
-            if only is None or architecture.name.startswith(only):
-                for attention in architecture.implementations[: 1 if first else None]:
-                    try:
-                        rows.append(asdict(examine(architecture, attention, backend)))
-                    except Exception as e:
-                        import traceback; traceback.print_exc(); print("FAILED", architecture.name, attention, type(e), str(e)[-600:], flush=True); continue
-                    worst = {k: rows[-1][k] for k in ("masks", "refused", "exact", "policy", "cache", "dynamic_cache", "packed", "error")}
-                    print(f"{architecture.name}, {attention}: {rows[-1]['seconds']:.0f} s, {worst}", flush=True)
-        if out is not None:
-            out.write_text(json.dumps(rows, indent=1) + "\n")
-        print(table(rows))
+        torch.set_num_threads(1)
+        rows = {(r["name"], r["attention"]): r for r in (json.loads(out.read_text()) if out.exists() else [])}
+        for architecture in ARCHITECTURES:
+            for attention in architecture.implementations[: 1 if first else None]:
+                wanted = only is None or architecture.name.startswith(only)
+                if wanted and (architecture.name, attention) not in rows:
+                    compiled = attention == architecture.implementations[0]
+                    row = asdict(examine(architecture, attention, compiled=compiled))
+                    rows[architecture.name, attention] = row
+                    print(f"{architecture.name}, {attention}: {row['seconds']:.0f} s", flush=True)
+                    out.write_text(json.dumps(_ordered(rows), indent=1) + "\n")
+        print(table(_ordered(rows)))
+
+    def _ordered(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
+        keys = [(a.name, attention) for a in ARCHITECTURES for attention in a.implementations]
+        return [rows[key] for key in keys if key in rows]
 
     typer.run(main)

@@ -1,0 +1,62 @@
+"""Whatever is claimed of a mask is true: random mask-building programs, at sizes that nothing has seen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from random_masks import Masks
+from random_masks import Tally
+from random_masks import examine
+from random_masks import inputs
+from random_masks import soak
+from rewriter.passes import pipeline
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results" / "soundness.json"
+
+
+def test_no_claim_is_wrong() -> None:
+    """Other programs than those of `make soak`."""
+    tally = soak(150, seed=2**20)
+    assert tally.wrong == []
+    assert tally.caught == []
+    assert tally.proven > 40, "programs that are all refused show nothing"
+
+
+def test_the_last_soak_found_nothing_wrong() -> None:
+    last = json.loads(RESULTS.read_text())
+    assert last["count"] >= 3000 and last["proven"] > last["count"] / 4
+    assert last["wrong"] == last["caught"] == []
+
+
+def test_a_wrong_claim_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An analysis that takes `<=` for `<`, and no check by evaluation behind it."""
+    from rewriter.passes import analyse_masks
+
+    program = "(i - j < 5) & (i >= j)"
+    original = analyse_masks._Analysis._comparison
+
+    def faulty(self, predicate, positions):  # type: ignore[no-untyped-def]
+        interval = original(self, predicate, positions)
+        later = analyse_masks.apply("add", interval.end, analyse_masks.Const(1))
+        return interval if interval.end == analyse_masks.NEVER_ENDS else analyse_masks.Interval(interval.start, later)
+
+    monkeypatch.setattr(analyse_masks._Analysis, "_comparison", faulty)
+    caught = Tally()
+    examine([program], caught)
+    assert len(caught.caught) == 1 and not caught.wrong
+    monkeypatch.setattr(pipeline, "check_mask", lambda *args: None)
+    wrong = Tally()
+    examine([program], wrong)
+    assert len(wrong.wrong) == 2  # at both sizes
+
+
+def test_programs_are_what_they_say() -> None:
+    model = Masks(["i >= j", "torch.where(i >= j, 0.0, -INF).double()"])
+    given = inputs(3, 9, seed=0)
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    outputs = model(**given)
+    expected = torch.nn.functional.scaled_dot_product_attention(given["q"], given["k"], given["v"], attn_mask=causal)
+    assert all(torch.allclose(output, expected) for output in outputs)
