@@ -184,6 +184,15 @@ class _Analysis:
             return known, []
         if isinstance(element, Apply) and element.name == "add":
             parts = [self._additive(argument, lowest) for argument in element.args]
+            for mask, (visible, _), (_, biases) in zip(element.args, parts, reversed(parts), strict=True):
+                if not biases or visible == TRUE:
+                    continue
+                cases = _cases(mask)
+                if cases is None or any(lowest < value < 0 for _, value in cases):
+                    raise Unproven(
+                        f"a bias is added to a mask that need not hide a key beside it, as {lowest:.2g} does"
+                        f"{self._origin(biases[0])}"
+                    )
             return apply("and", parts[0][0], parts[1][0]), parts[0][1] + parts[1][1]
         if ROW in axes_of(element):
             values = _cases(element)
@@ -699,8 +708,9 @@ _BOUNDED = ("document_start", "document_end", "running_topk_end")
 
 
 def bias_tensor(bias: Expression, env: Mapping[Node, object], grid: Mapping[int, Tensor]) -> Tensor:
-    """The key bias `[B|1, Hkv|1, K]`."""
-    return _vector(materialize(bias, env, grid), grid)
+    """The key bias `[B|1, Hkv|1, K]`; fp32 where it is made from integers."""
+    value = _vector(materialize(bias, env, grid), grid)
+    return value if value.is_floating_point() else value.float()
 
 
 def _vector(value: Tensor, grid: Mapping[int, Tensor]) -> Tensor:

@@ -1,8 +1,8 @@
 """Canonicalize: erase what does nothing, and make in-place operations visible.
 
 Full slices, casts to the same dtype, expands to the same shape and inactive dropout are erased. An in-place operation
-on a fresh tensor, or on a slice of one, becomes its functional form, where nothing else can see the difference; the tensors that the
-remaining ones change are reported, and mask analysis takes them for data.
+on a fresh tensor, or on a slice of one, becomes its functional form, where nothing else can see the difference; the
+tensors that the remaining ones change are reported, and mask analysis takes them for data.
 """
 
 from __future__ import annotations

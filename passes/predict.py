@@ -1,8 +1,8 @@
 """Predict: what each planned site would compute and keep, for a row of a chosen length.
 
 Nothing is run: a site's own ranges are evaluated from its proof, for one row, one document without padding, and the policy's
-from the call's own tokens, repeated to the length. Scores that depend on query, key or value are random, which changes which keys are kept
-and not how many.
+from the call's own tokens, repeated to the length. Scores that depend on query, key or value are random, which changes which
+keys are kept and not how many.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Sites that are alike, as those of a hundred layers are, are one row of the table
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -249,7 +250,7 @@ def _kernel(device: str) -> str:
 def _ranges(numbers: Sequence[int]) -> str:
     """`0 .. 7`, `1 .. 31 by 2`, `0, 1, 5`, `0 .. 99, 84 of them`."""
     numbers = sorted(numbers)
-    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    steps = {b - a for a, b in itertools.pairwise(numbers)}
     if len(numbers) > 2 and len(steps) == 1:
         (step,) = steps
         return f"{numbers[0]} .. {numbers[-1]}" + (f" by {step}" if step != 1 else "")

@@ -124,7 +124,7 @@ def test_the_page_shows_modules_masks_costs_and_graphs(tiny_model: Any, tmp_path
     parser.close()
     assert parser.open == []
     graph = json.loads((tmp_path / "page.json").read_text())["graphs"][-1]
-    assert graph["modules"]["kind"] == "Gemma2ForCausalLM" and list(graph["graphs"])[0] == "capture"
+    assert graph["modules"]["kind"] == "Gemma2ForCausalLM" and next(iter(graph["graphs"])) == "capture"
     assert graph["sites"][0]["prediction"]["num_keys"] == 64
 
 
@@ -153,7 +153,7 @@ def test_a_hundred_layers_are_a_few_rows() -> None:
     ]
     report = rewriter.Report([GraphReport(sites)])
     assert [g.numbers for g in report.groups] == ["0 .. 96 by 6", "1 .. 99, 83 of them"]
-    assert [g.modules for g in report.groups][0] == "model.layers.{0 .. 96 by 6}.attention"
+    assert report.groups[0].modules == "model.layers.{0 .. 96 by 6}.attention"
     assert len(str(report).splitlines()) < 20
 
 

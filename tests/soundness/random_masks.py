@@ -158,6 +158,7 @@ class Writer:
         if depth == 0 or self.random.random() < 0.25:
             return self.atom()
         one, two = self.predicate(depth - 1), self.predicate(depth - 1)
+        whole = f"{one}.expand(ids.size(0), 1, n, n)"
         return self.random.choice(
             [f"({one} & {two})"] * 6
             + [f"({one} | {two})"] * 2
@@ -171,11 +172,11 @@ class Writer:
                 f"({one}.long() + {two}.long() == 2)",
                 f"({one}.long() + {two}.long() > 0)",
                 f"torch.full_like({one}, True) & {one}",
-                f"{one}.expand(ids.size(0), 1, n, n)",
-                f"{one}.expand(ids.size(0), 1, n, n).transpose(-1, -2)",
-                f"{one}.expand(ids.size(0), 1, n, n).flip(-1)",
-                f"torch.cat([{one}.expand(ids.size(0), 1, n, n)[..., :1, :], {one}.expand(ids.size(0), 1, n, n)[..., 1:, :]], -2)",
-                f"torch.cat([{one}.expand(ids.size(0), 1, n, n)[..., 1:, :], {one}.expand(ids.size(0), 1, n, n)[..., :1, :]], -2)",
+                whole,
+                f"{whole}.transpose(-1, -2)",
+                f"{whole}.flip(-1)",
+                f"torch.cat([{whole}[..., :1, :], {whole}[..., 1:, :]], -2)",
+                f"torch.cat([{whole}[..., 1:, :], {whole}[..., :1, :]], -2)",
             ]
         )
 
@@ -184,24 +185,26 @@ class Writer:
         predicate = self.predicate(self.random.choice((0, 1, 1, 2, 2, 3)))
         hidden = self.pick("-INF", "LOWEST", "-1e9", "-1e4", "-10000.0")
         zeros = "torch.zeros(1, 1, n, n, dtype=torch.float64)"
+        full = f"torch.full((n, n), {hidden}, dtype=torch.float64)"
+        added, other = (f"torch.where({p}, 0.0, {hidden}).double()" for p in (predicate, self.atom()))
         return self.random.choice(
             [predicate] * 8
             + [
-                f"torch.where({predicate}, 0.0, {hidden}).double()",
+                added,
                 f"torch.where({predicate}, {hidden}, 0.0).double()",
                 f"{zeros}.masked_fill(~{predicate}, {hidden})",
-                f"{zeros} + torch.where({predicate}, 0.0, {hidden}).double() + torch.where({self.atom()}, 0.0, {hidden}).double()",
+                f"{zeros} + {added} + {other}",
                 f"(1.0 - {predicate}.double()) * -10000.0",
                 f"(1.0 - {predicate}.double()) * LOWEST",
                 f"(1.0 - {predicate}.double()) * -5.0",
                 f"({predicate}.double() - 1.0) * 1e9",
-                f"torch.full((n, n), {hidden}, dtype=torch.float64).triu(1) + torch.where({predicate}, 0.0, -1e9).double()",
-                f"torch.full((n, n), {hidden}, dtype=torch.float64).triu({self.small()})",
-                f"torch.minimum(torch.where({predicate}, 0.0, {hidden}).double(), torch.where({self.atom()}, 0.0, {hidden}).double())",
-                f"torch.maximum(torch.where({predicate}, 0.0, {hidden}).double(), torch.where({self.atom()}, 0.0, {hidden}).double())",
-                f"torch.where({predicate}, 0.0, {hidden}).double() * 0.5",
-                f"torch.where({predicate}, 0.0, {hidden}).double() + (ids % 3)[:, None, None, :].double()",
-                f"torch.where({predicate}, 0.0, {hidden}).double() - 0.25 * (i - j).abs()",
+                f"{full}.triu(1) + {added}",
+                f"{full}.triu({self.small()})",
+                f"torch.minimum({added}, {other})",
+                f"torch.maximum({added}, {other})",
+                f"{added} * 0.5",
+                f"{added} + (ids % 3)[:, None, None, :].double()",
+                f"{added} - 0.25 * (i - j).abs()",
                 f"{predicate}.double().log()",
             ]
         )

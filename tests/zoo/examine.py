@@ -8,7 +8,6 @@ examines all of them and prints the table that the README holds (`make zoo`). Wh
 from __future__ import annotations
 
 import json
-
 import time
 from collections.abc import Callable
 from collections.abc import Collection
@@ -20,6 +19,11 @@ from typing import Annotated
 from typing import Any
 
 import torch
+from architectures import ARCHITECTURES
+from architectures import LENGTH
+from architectures import VOCABULARY
+from architectures import Architecture
+from architectures import real_tokens
 from torch import Tensor
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -30,13 +34,6 @@ from rewriter import Policy
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
 from rewriter.caches import CacheError
-
-
-from architectures import ARCHITECTURES
-from architectures import LENGTH
-from architectures import VOCABULARY
-from architectures import Architecture
-from architectures import real_tokens
 
 SEPARATORS, INITIAL, NEAR = (3, 4, 5, 6, 7, 8), 2, 4
 
