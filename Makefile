@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test zoo soak lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/rewriter demo --out demo-output
@@ -13,6 +13,15 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels
+
+# An hour: what has been examined stands in the file, and is not examined again.
+zoo: $(INSTALLED)
+	$(BIN)/python tests/zoo/examine.py --out bench/results/zoo.json
+
+# An hour: the tests that `make test` leaves out, and ten thousand random masks.
+soak: $(INSTALLED)
+	$(BIN)/pytest -n 2 -m soak
+	$(BIN)/python tests/soundness/random_masks.py --count 10000 --out bench/results/soundness.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -53,13 +53,13 @@ def check_mask(
     loose = {symbols[s] for s in data} - {symbols[s] for s in _symbols([site.query, site.key])}
     for sizes in _sizes(len(traced), proof, constants):
         chosen = dict(zip(traced, sizes, strict=True))
+        values = {m: Sizes({s: chosen[t] + (m if t in loose else 0) for s, t in symbols.items()}) for m in (0, sum(sizes))}
         for pattern in PATTERNS:
             # A padding mask over a cache covers its keys, those of the call and those that a window has dropped: how they
             # add up is not known. What is read beyond its end is tried with more of it.
-            for more in (0, sum(sizes)):
-                values = {s: chosen[t] + (more if t in loose else 0) for s, t in symbols.items()}
+            for more, own in values.items():
                 try:
-                    difference = _compare(site, proof, Trial(functions, constants, values, pattern, topks))
+                    difference = _compare(site, proof, Trial(functions, constants, own, pattern, topks))
                     break
                 except Exception as error:  # whatever the model's own operators raise on these shapes
                     if more or not loose:
@@ -131,6 +131,22 @@ def _topks(expression: Expression) -> list[Apply]:
     return own + [topk for a in expression.args for topk in _topks(a)]
 
 
+class Sizes:
+    """Numbers for symbolic sizes. An expression is evaluated once: sympy is slow."""
+
+    def __init__(self, symbols: dict[sympy.Symbol, int]) -> None:
+        self.symbols = symbols
+        self.known: dict[sympy.Expr, int] = {}
+
+    def __call__(self, size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        expression = size.node.expr
+        if expression not in self.known:
+            self.known[expression] = int(expression.subs(self.symbols))
+        return self.known[expression]
+
+
 class Trial(Mapping[Node, Any]):
     """Values of nodes at one choice of sizes and data; computed when asked for."""
 
@@ -138,11 +154,11 @@ class Trial(Mapping[Node, Any]):
         self,
         functions: IndexFunctions,
         constants: Mapping[Node, Tensor],
-        symbols: dict[sympy.Symbol, int],
+        concrete: Sizes,
         pattern: str,
         topks: list[Apply],
     ) -> None:
-        self.functions, self.constants, self.symbols, self.pattern = functions, constants, symbols, pattern
+        self.functions, self.constants, self.concrete, self.pattern = functions, constants, concrete, pattern
         self.ranked = {element.node for topk in topks for element in elements_of(topk.args[0])}
         # Rows of a trial are short: of each top-k, the model's and the proof's, so many keys are left out.
         self.fewer = max([0, *(topk.args[1].value - TRIAL_KEEP for topk in topks)])  # type: ignore[attr-defined]
@@ -170,7 +186,7 @@ class Trial(Mapping[Node, Any]):
         return self.known[node]
 
     def sizes(self, node: Node) -> list[int]:
-        return [self._concrete(size) for size in shape(node)]
+        return [self.concrete(size) for size in shape(node)]
 
     def _computed(self, node: Node) -> bool:
         return isinstance(node.meta.get("val"), (Tensor, tuple, list)) and self.functions.is_opened(node)
@@ -186,7 +202,7 @@ class Trial(Mapping[Node, Any]):
                 args = (args[0], max(1, min(args[1] - self.fewer, args[0].size(-1))), *args[2:])
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if not isinstance(value, Tensor):
-            return self._concrete(value)
+            return self.concrete(value)
         if node in self.ranked:
             sizes = self.sizes(node)
             return torch.randperm(math.prod(sizes), generator=self.random).view(sizes).float()
@@ -197,9 +213,6 @@ class Trial(Mapping[Node, Any]):
         if isinstance(argument, Node):
             return self.known[argument]
         return torch.device("cpu") if isinstance(argument, torch.device) else argument
-
-    def _concrete(self, size: Any) -> Any:
-        return int(size.node.expr.subs(self.symbols)) if isinstance(size, torch.SymInt) else size
 
     def _data(self, size: list[int], dtype: torch.dtype) -> Tensor:
         """Data of the trial's pattern; the last dimension is the key's."""

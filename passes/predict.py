@@ -22,6 +22,7 @@ from rewriter.passes.analyse_masks import key_grid
 from rewriter.passes.apply_policy import PlannedSite
 from rewriter.passes.apply_policy import SiteTensors
 from rewriter.passes.capture import GraphInput
+from rewriter.passes.check_masks import Sizes
 from rewriter.passes.check_masks import Trial
 from rewriter.passes.index_functions import IndexFunctions
 from rewriter.passes.index_functions import shape
@@ -129,7 +130,7 @@ def _predict(
 ) -> Prediction:
     site = plan.site
     assert site.query is not None and site.key is not None and site.value is not None
-    trial = _OneRow(functions, constants, _chosen_sizes(plan, length), "ones", [])
+    trial = _OneRow(functions, constants, Sizes(_chosen_sizes(plan, length)), "ones", [])
     query, key, value = (trial.sizes(node) for node in (site.query, site.key, site.value))
     query_heads, heads = (query[1], key[1]) if len(query) == 4 else (1, 1)
     grid = key_grid(1, heads, key[-2], torch.device("cpu"))

@@ -16,6 +16,7 @@ import random
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -300,11 +301,12 @@ def examine(programs: list[str], tally: Tally) -> None:
                 tally.caught.append(f"{program}  # {site.reason}")
 
 
-def soak(count: int, seed: int, batch: int = 50) -> Tally:
-    """`count` programs in models of `batch`."""
+def soak(count: int, seed: int, batch: int = 50, save: Callable[[Tally], None] = lambda tally: None) -> Tally:
+    """`count` programs in models of `batch`; what is known so far is saved after each."""
     writer, tally = Writer(seed), Tally()
     while tally.count < count:
         examine([writer.mask() for _ in range(min(batch, count - tally.count))], tally)
+        save(tally)
     return tally
 
 
@@ -319,7 +321,14 @@ if __name__ == "__main__":
         """Ask for the proof of many random masks, and see whether any claim is wrong."""
         torch.set_num_threads(1)
         began = time.perf_counter()
-        tally = soak(count, seed)
+
+        def save(tally: Tally) -> None:
+            if out is not None:
+                plain = {"seed": seed, "count": tally.count, "proven": tally.proven, "wrong": tally.wrong}
+                plain |= {"caught": tally.caught, "refused": dict(tally.reasons.most_common())}
+                out.write_text(json.dumps(plain, indent=1) + "\n")
+
+        tally = soak(count, seed, save=save)
         print(
             f"{tally.count:,} masks, {tally.proven:,} proven ({tally.proven / tally.count:.0%}), {len(tally.wrong)} wrong"
         )
@@ -328,10 +337,6 @@ if __name__ == "__main__":
             print(" ", line)
         for reason, number in tally.reasons.most_common(15):
             print(f"{number:>6}  {reason}")
-        if out is not None:
-            plain = {"seed": seed, "count": tally.count, "proven": tally.proven, "wrong": tally.wrong}
-            plain |= {"caught": tally.caught, "refused": dict(tally.reasons.most_common())}
-            out.write_text(json.dumps(plain, indent=1) + "\n")
         raise typer.Exit(1 if tally.wrong else 0)
 
     typer.run(main)
