@@ -16,6 +16,7 @@ import operator
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from rewriter.kernels import FOREVER
@@ -134,6 +135,10 @@ def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mappin
         visible, key_biases = analysis.term(term)
         predicates.append(visible)
         biases.extend(key_biases)
+    if biases and analysis.weakest > -math.inf:
+        raise Unproven(
+            f"a bias is added beside a mask of {analysis.weakest:g}, which need not hide a key then{analysis.origin(biases[0])}"
+        )
     interval = analysis.conjunction(predicates)
     total: Expression | None = None
     for bias in biases:
@@ -148,6 +153,7 @@ class _Analysis:
         self.group = group
         self.read: dict[Node, None] = {}
         self.early: set[Expression] = set()  # starts that are at most their own key
+        self.weakest = -math.inf  # masking value that is added, over the lowest number of its dtype
 
     def term(self, term: MaskTerm) -> tuple[Expression, list[Expression]]:
         """(when the key is visible, key biases) of one mask term."""
@@ -158,9 +164,13 @@ class _Analysis:
             element = substitute(element, {HEAD: apply("join", Axis(HEAD), Axis(GROUP), Const(self.group))})
         if GROUP in axes_of(element):
             raise Unproven(
-                f"mask {term.node.name} differs between heads, as a relative position bias does{self._origin(element)}"
+                f"mask {term.node.name} differs between heads, as a relative position bias does{self.origin(element)}"
             )
+        changed = next((e for e in elements_of(element) if e.node in self.functions.modified), None)
+        if changed is not None:
+            raise Unproven(f"a mask reads what is modified in place{self.origin(changed)}")
         if term.kind in ("keep", "drop"):
+            self._hides(term.fill, -math.inf)
             if not is_bool(term.node):
                 raise Unproven(f"mask {term.node.name} is {term.node.meta['val'].dtype}, expected bool")
             return (element if term.kind == "keep" else negate(element)), []
@@ -177,22 +187,13 @@ class _Analysis:
             for hidden, shown, when in ((left, right, negate(condition)), (right, left, condition)):
                 if isinstance(hidden, Const) and is_masking(hidden.value):
                     visible, biases = self._additive(shown, lowest)
-                    if not biases or hidden.value <= lowest:
-                        return apply("and", when, visible), biases
-        known = self._masking(element)
+                    self._hides(hidden.value, lowest)
+                    return apply("and", when, visible), biases
+        known = self._masking(element, lowest)
         if known is not None:
             return known, []
         if isinstance(element, Apply) and element.name == "add":
             parts = [self._additive(argument, lowest) for argument in element.args]
-            for mask, (visible, _), (_, biases) in zip(element.args, parts, reversed(parts), strict=True):
-                if not biases or visible == TRUE:
-                    continue
-                cases = _cases(mask)
-                if cases is None or any(lowest < value < 0 for _, value in cases):
-                    raise Unproven(
-                        f"a bias is added to a mask that need not hide a key beside it, as {lowest:.2g} does"
-                        f"{self._origin(biases[0])}"
-                    )
             return apply("and", parts[0][0], parts[1][0]), parts[0][1] + parts[1][1]
         if ROW in axes_of(element):
             values = _cases(element)
@@ -202,7 +203,7 @@ class _Analysis:
                     f"an additive mask takes the values {listed}; only 0 and values of at most -1e4 are masks"
                 )
             known_kind = ", as a relative position bias is" if HEAD in axes_of(element) else ""
-            raise Unproven(f"an additive mask is computed from data{known_kind}{self._origin(element)}")
+            raise Unproven(f"an additive mask is computed from data{known_kind}{self.origin(element)}")
         return TRUE, [element]
 
     def _topk(self, predicate: Expression) -> Interval | None:
@@ -219,7 +220,7 @@ class _Analysis:
         sizes = shape(member.node)
         own = [ZERO if type(size) is int and size == 1 else Axis(d) for d, size in enumerate(sizes)]
         if len(sizes) != 4 or list(member.indices) != own:
-            raise Unproven(f"a top-k is not read at its own row and key{self._origin(predicate)}")
+            raise Unproven(f"a top-k is not read at its own row and key{self.origin(predicate)}")
         lowest = torch.finfo(topk.source.meta["val"].dtype).min
         visible, scores = self._additive(self.functions.element(topk.source), lowest)
         among = self.conjunction([visible])
@@ -230,11 +231,15 @@ class _Analysis:
         end = Apply("running_topk_end", (scores[0], Const(topk.keep), among.segment))
         return Interval(ZERO, end, sliding=True, traits=(f"dynamic mask {topk.keep}",))
 
-    @staticmethod
-    def _masking(element: Expression) -> Expression | None:
+    def _hides(self, value: float, lowest: float) -> None:
+        """Notes a masking value that need not hide a key beside a bias."""
+        if value > lowest:
+            self.weakest = max(self.weakest, value)
+
+    def _masking(self, element: Expression, lowest: float) -> Expression | None:
         """When a value that is always 0 or a masking one is 0."""
         if isinstance(element, Apply) and element.name == "add":
-            parts = [_Analysis._masking(argument) for argument in element.args]
+            parts = [self._masking(argument, lowest) for argument in element.args]
             if all(part is not None for part in parts):
                 return apply("and", *parts)  # type: ignore[arg-type]
         values = _cases(element)
@@ -243,6 +248,7 @@ class _Analysis:
         visible: Expression = TRUE
         for condition, value in values:
             if value != 0:
+                self._hides(value, lowest)
                 visible = apply("and", visible, negate(condition))
         return visible
 
@@ -274,7 +280,7 @@ class _Analysis:
         if (running := self._topk(predicate)) is not None:
             return running
         if HEAD in axes_of(predicate):
-            raise Unproven(f"a mask differs between heads{self._origin(predicate)}")
+            raise Unproven(f"a mask differs between heads{self.origin(predicate)}")
         if predicate == FALSE:
             return Interval(ZERO, ZERO, segment=ZERO, traits=("nothing",))
         if ROW not in axes_of(predicate):
@@ -291,7 +297,7 @@ class _Analysis:
                 return self._comparison(predicate, positions)
             if predicate.name == "eq":
                 return self._equality(predicate, positions)
-        raise Unproven(f"a mask depends on the query through data{self._origin(predicate)}")
+        raise Unproven(f"a mask depends on the query through data{self.origin(predicate)}")
 
     def _union(self, predicate: Apply, positions: list[Expression]) -> Interval:
         parts = flatten("or", predicate)
@@ -329,14 +335,14 @@ class _Analysis:
                 more = (predicate.name == "le") == (side is left)
                 bound = apply("mul", apply("add", other, Const(1)) if more else other, Const(chunk[0]))
                 row = apply("add", Axis(ROW), chunk[1])
-                return self._comparison(
-                    Apply("lt", (row, bound)) if side is left else Apply("le", (bound, row)), positions
-                )
+                whole = Apply("lt", (row, bound)) if side is left else Apply("le", (bound, row))
+                interval = self._comparison(whole, positions)
+                return replace(interval, causal=False, traits=(f"blocks of {chunk[0]}",))
         terms = self._difference(left, right, positions)
         factor = terms.pop(Axis(ROW), 0)
         bound = _sum(terms)
         if abs(factor) != 1 or ROW in axes_of(bound):
-            raise Unproven(f"a mask compares the query with data{self._origin(predicate)}")
+            raise Unproven(f"a mask compares the query with data{self.origin(predicate)}")
         strict = predicate.name == "lt"
         if factor == 1:  # i + bound < 0  or  i + bound <= 0
             end = apply("add", apply("mul", bound, Const(-1)), Const(0 if strict else 1))
@@ -355,7 +361,7 @@ class _Analysis:
         for expression, sign in ((left, 1), (right, -1)):
             part = linear_terms(expression)
             if part is None:
-                raise Unproven(f"a mask compares values that are not integers{self._origin(expression)}")
+                raise Unproven(f"a mask compares values that are not integers{self.origin(expression)}")
             for term, factor in part.items():
                 terms[term] = terms.get(term, 0) + sign * factor
         for position in positions:
@@ -394,8 +400,8 @@ class _Analysis:
                 start, after = (Apply(f"document_{side}", (document,)) for side in ("start", "end"))
                 self.early.add(start)
                 return Interval(start, after, segment=after, traits=("documents",))
-            raise Unproven(f"document ids are not known to be non-decreasing{self._origin(left)}")
-        raise Unproven(f"a mask compares a function of the query with the same of the key{self._origin(predicate)}")
+            raise Unproven(f"document ids are not known to be non-decreasing{self.origin(left)}")
+        raise Unproven(f"a mask compares a function of the query with the same of the key{self.origin(predicate)}")
 
     def _document_positions(self, predicate: Expression) -> Expression | None:
         """For `ids[b, i] == ids[b, j]` with ids made from positions: the positions' element, over axes 0 and 1."""
@@ -408,9 +414,11 @@ class _Analysis:
     def _table(self, predicate: Expression) -> Interval:
         """A predicate over constant buffers: evaluated, and read as one interval per column."""
         nodes = {e.node for e in elements_of(predicate)}
+        if any(self.constants[node].is_meta for node in nodes):
+            raise Unproven(f"a buffer on the meta device has no values{self.origin(predicate)}")
         for element in elements_of(predicate):
             if any(i not in (ZERO, Axis(ROW), Axis(KEY)) for i in element.indices):
-                raise Unproven(f"a buffer is read at other places than [row, key]{self._origin(predicate)}")
+                raise Unproven(f"a buffer is read at other places than [row, key]{self.origin(predicate)}")
         size = min(
             shape(element.node)[d]
             for element in elements_of(predicate)
@@ -435,7 +443,7 @@ class _Analysis:
             bounds.append(apply("lt", Axis(ROW), _key_plus(window)))
         return self.conjunction(bounds)
 
-    def _origin(self, expression: Expression) -> str:
+    def origin(self, expression: Expression) -> str:
         """Where the data of an expression comes from, for a reason."""
         names = dict.fromkeys(_describe(e.node) for e in elements_of(expression))
         return f" ({', '.join(names)})" if names else ""

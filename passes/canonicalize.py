@@ -7,10 +7,13 @@ tensors that the remaining ones change are reported, and mask analysis takes the
 
 from __future__ import annotations
 
+import operator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from rewriter.passes.index_functions import arguments
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx import Node
 
@@ -35,8 +38,13 @@ class Canonicalized:
 def canonicalize(module: GraphModule) -> Canonicalized:
     """Rewrites the graph in place; its values stay the same."""
     functionalized = 0
+    modes = _grad_modes(module)
     for node in list(module.graph.nodes):
-        if _written(node):
+        # A write where gradients are off cuts the gradient of what is written to; its functional form would not.
+        if not _written(node) or not isinstance(node.args[0], Node):
+            continue
+        root = _root(node.args[0])
+        if root not in modes or modes[node] == modes[root]:  # what is new here was made in the mode of its own root
             functionalized += _functionalize(node) or _scatter(node)
     modified: set[Node] = set()
     for node in module.graph.nodes:
@@ -51,6 +59,24 @@ def canonicalize(module: GraphModule) -> Canonicalized:
     module.graph.eliminate_dead_code()
     module.recompile()
     return Canonicalized(erased, functionalized, frozenset(n for n in modified if n.graph is module.graph))
+
+
+def _grad_modes(module: GraphModule) -> dict[Node, bool | None]:
+    """Whether gradients are on at each node, None where the graph does not say."""
+    modes: dict[Node, bool | None] = {}
+    mode = None
+    for node in module.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            mode = node.args[0]
+        modes[node] = mode
+    return modes
+
+
+def _root(node: Node) -> Node:
+    """What a view is a view of."""
+    while _is_view(node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _does_nothing(node: Node) -> bool:
@@ -87,11 +113,33 @@ def _written(node: Node) -> list[Node]:
     return [value for value in written if isinstance(value, Node)]
 
 
+_MAY_RETURN_THEIR_INPUT = {
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "atleast_1d",
+    "atleast_2d",
+    "atleast_3d",
+    "broadcast_tensors",
+    "meshgrid",
+    "sum_to_size",
+    "einsum",
+}
+"""Operators that return their input, or a view of it, and whose schema does not say so."""
+
+
 def _is_view(node: Node) -> bool:
     """Whether a node's result may share memory with its first argument."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+    if node.op != "call_function":
         return False
+    if target is operator.getitem:  # a piece of what chunk or split returns
+        return isinstance(node.args[0], Node) and _is_view(node.args[0])
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target._schema.name.split("::")[1] in _MAY_RETURN_THEIR_INPUT:
+        return True
     return any(a.alias_info is not None for a in target._schema.returns) or target in (
         aten.reshape.default,
         aten.contiguous.default,
@@ -139,10 +187,19 @@ def _functionalize(node: Node) -> bool:
     before, after = changed.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
-    with node.graph.inserting_before(node):
-        result = node.graph.call_function(functional, node.args, node.kwargs)
-    result.meta = dict(node.meta)
-    changed.replace_all_uses_with(result, delete_user_cb=lambda user: user not in earlier and user is not result)
+    graph = node.graph
+    with graph.inserting_before(node):
+        result = graph.call_function(functional, node.args, node.kwargs)
+        result.meta = dict(node.meta)
+        new = {result}
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])  # type: ignore[misc]
+        with before.fake_mode if isinstance(before, FakeTensor) else nullcontext():
+            promoted = functional(*args, **kwargs)
+        if promoted.dtype != before.dtype:
+            result.meta["val"] = promoted
+            new.add(cast := graph.call_function(aten.to.dtype, (result, before.dtype)))
+            result, cast.meta = cast, dict(node.meta)
+    changed.replace_all_uses_with(result, delete_user_cb=lambda user: user not in earlier and user not in new)
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
     return True

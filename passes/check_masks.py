@@ -53,7 +53,9 @@ def check_mask(
     loose = {symbols[s] for s in data} - {symbols[s] for s in _symbols([site.query, site.key])}
     for sizes in _sizes(len(traced), proof, constants):
         chosen = dict(zip(traced, sizes, strict=True))
-        values = {m: Sizes({s: chosen[t] + (m if t in loose else 0) for s, t in symbols.items()}) for m in (0, sum(sizes))}
+        values = {
+            m: Sizes({s: chosen[t] + (m if t in loose else 0) for s, t in symbols.items()}) for m in (0, sum(sizes))
+        }
         for pattern in PATTERNS:
             # A padding mask over a cache covers its keys, those of the call and those that a window has dropped: how they
             # add up is not known. What is read beyond its end is tried with more of it.

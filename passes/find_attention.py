@@ -31,10 +31,12 @@ class MaskTerm:
     Attributes:
         kind: "keep" (bool, true where visible), "drop" (bool, true where hidden) or "add" (added to the logits).
         node: the mask, broadcastable to `[B, Hq, Q, K]`.
+        fill: what hidden logits are set to, of a "keep" or "drop"; -inf for all that nothing can be lower than.
     """
 
     kind: str
     node: Node
+    fill: float = -math.inf
 
 
 @dataclass
@@ -128,8 +130,8 @@ def _match_sdpa(site: AttentionSite) -> None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     arguments = {**dict(zip(names, site.node.args, strict=False)), **site.node.kwargs}
     site.query = arguments["query"]  # type: ignore[assignment]
-    site.key = _fold_repeated_heads(arguments["key"])  # type: ignore[arg-type]
-    site.value = _fold_repeated_heads(arguments["value"])  # type: ignore[arg-type]
+    site.key = _fold_repeated_heads(site, arguments["key"])  # type: ignore[arg-type]
+    site.value = _fold_repeated_heads(site, arguments["value"])  # type: ignore[arg-type]
     site.scale = arguments.get("scale")  # type: ignore[assignment]
     site.is_causal = bool(arguments.get("is_causal", False))
     if arguments.get("dropout_p", 0.0) != 0.0:
@@ -198,10 +200,11 @@ def _match_eager(site: AttentionSite) -> None:
     site.scale = 1.0
     _walk_up(site, softmax.args[0], product)  # type: ignore[arg-type]
     _walk_down(site, softmax)
+    site.path.extend(_factors(product))
     site.query, key = _oriented_factors(product)
-    site.key = _fold_repeated_heads(key)
+    site.key = _fold_repeated_heads(site, key)
     assert site.value is not None
-    site.value = _fold_repeated_heads(site.value)
+    site.value = _fold_repeated_heads(site, site.value)
 
 
 def _walk_up(site: AttentionSite, node: Node, product: Node) -> None:
@@ -215,12 +218,14 @@ def _walk_up(site: AttentionSite, node: Node, product: Node) -> None:
             node = node.args[0]  # type: ignore[assignment]
             continue
         if (shifted := _without_maximum(node)) is not None:
+            if site.sinks is not None or site.softcap is not None:
+                raise Refused("the logits' maximum is taken away before a softcap or sinks, which see that")
             node = shifted
             continue
         if target is aten.cat.default:
             if scaled or site.masks or site.sinks is not None:
                 raise Refused("logits are joined to the scores before a mask, scale or softcap")
-            node, site.sinks = _split_sinks(node, product)
+            node, site.sinks = _split_sinks(site, node, product)
             continue
         scores, other, on_left = _split_scores(node, product)
         if target in (aten.add.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor) or "where" in str(target):
@@ -267,14 +272,17 @@ def _without_maximum(node: Node) -> Node | None:
     last = (-1, rank(scores) - 1)
     if maximum.target is operator.getitem and maximum.args[1] == 0:
         maximum = maximum.args[0]  # type: ignore[assignment]
-        matches = maximum.target is aten.max.dim and maximum.args[1] in last
+        matches = maximum.target is aten.max.dim and len(maximum.args) > 2 and maximum.args[1] in last
     else:
-        matches = maximum.target is aten.amax.default and list(maximum.args[1]) in ([d] for d in last)  # type: ignore[arg-type]
-    matches = matches and maximum.args[0] is scores and len(maximum.args) > 2 and bool(maximum.args[2])
-    return scores if matches else None
+        matches = (
+            maximum.target is aten.amax.default
+            and len(maximum.args) > 2
+            and list(maximum.args[1]) in ([d] for d in last)
+        )  # type: ignore[arg-type]
+    return scores if matches and maximum.args[0] is scores and bool(maximum.args[2]) else None
 
 
-def _split_sinks(node: Node, product: Node) -> tuple[Node, Node]:
+def _split_sinks(site: AttentionSite, node: Node, product: Node) -> tuple[Node, Node]:
     """(the scores, sinks `[Hq]`) of scores with one more column, the same for all rows of a head."""
     parts, dim = node.args[0], (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))
     assert isinstance(parts, (list, tuple))
@@ -282,15 +290,17 @@ def _split_sinks(node: Node, product: Node) -> tuple[Node, Node]:
         raise Refused("other tensors are joined to the logits")
     scores, column = parts
     assert isinstance(scores, Node) and isinstance(column, Node)
-    single = _skip_casts(column)
-    while single.target is aten.expand.default:
-        single = _skip_casts(single.args[0])  # type: ignore[arg-type]
+    site.path.append(column)
+    single = column
+    while single.target in _PASSIVE or single.target is aten.expand.default:
+        single = single.args[0]  # type: ignore[assignment]
+        site.path.append(single)
     heads = shape(scores)[1] if rank(scores) == 4 else None
     if [*shape(single)] != [1, heads, 1, 1] or shape(column)[-1] != 1:
         raise Refused("a column is joined to the logits that is not one number for each head")
-    with node.graph.inserting_after(single):
-        sinks = node.graph.call_function(aten.reshape.default, (single, [heads]))
-    sinks.meta["val"] = single.meta["val"].reshape([heads])
+    with node.graph.inserting_before(node):
+        sinks = node.graph.call_function(aten.reshape.default, (single, [-1]))
+    sinks.meta["val"] = single.meta["val"].reshape([-1])
     return scores, sinks
 
 
@@ -340,7 +350,8 @@ def _mask_term(node: Node, other: Any, on_left: bool) -> MaskTerm:
     value = _number(fill)
     if value is None or not (value <= -1e4):
         raise Refused(f"hidden logits are set to {value}, expected -inf or a value of at most -1e4")
-    return MaskTerm(kind, mask)
+    lowest = torch.finfo(node.meta["val"].dtype).min
+    return MaskTerm(kind, mask, -math.inf if value <= lowest else value)
 
 
 def _number(argument: object) -> float | None:
@@ -386,6 +397,7 @@ def _walk_down(site: AttentionSite, node: Node) -> None:
         elif user.target in (aten.dropout.default, aten.native_dropout.default):
             raise Refused(f"dropout {user.args[1]} is active; call .eval() or set the attention dropout to 0")
         elif user.target in _PRODUCTS and user.target is not aten.baddbmm.default:
+            site.path.extend(_factors(user))
             weights, value = _oriented_product_with_value(user, node)
             if weights is not node:
                 raise Refused("the attention weights are the right factor of a product")
@@ -454,8 +466,16 @@ def _einsum_factors(product: Node, *, transpose_right: bool) -> tuple[Node, Node
 _VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints}
 
 
-def _fold_repeated_heads(node: Node) -> Node:
-    """`[B, Hkv, S, D]` behind a `repeat_kv`; the node itself where there is none."""
+def _fold_repeated_heads(site: AttentionSite, node: Node) -> Node:
+    """`[B, Hkv, S, D]` behind a `repeat_kv`, what is between them on the site's path; the node itself where there is none."""
+    found = _behind_repeated_heads(node)
+    while node is not found:
+        site.path.append(node)
+        node = node.all_input_nodes[0]
+    return found
+
+
+def _behind_repeated_heads(node: Node) -> Node:
     source = node
     while source.target in (aten.contiguous.default, aten.clone.default):
         source = source.args[0]  # type: ignore[assignment]

@@ -38,7 +38,8 @@ class GraphCopy:
         # GraphModule copies the graph that it is given.
         own = {old.name: new for old, new in zip(graph.nodes, self.graph.nodes, strict=True)}
         self.copies = {node: own[copy.name] for node, copy in self.copies.items()}
-        self.body = next(node for node in self.graph.nodes if node.op != "placeholder")
+        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        self.body = last.next
         self._read_sizes_from_tensors()
 
     def placeholder(self, name: str) -> Node:

@@ -346,7 +346,19 @@ def _same(functions: IndexFunctions, node: Node) -> Expression | None:
         return negate(apply("eq", element, ZERO))
     if source.meta["val"].is_floating_point() and not node.meta["val"].is_floating_point():
         return None
+    if node.meta["val"].dtype in _NARROW and _reads_index(element):
+        return None  # an index may not fit
     return element
+
+
+_NARROW = (torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16)
+
+
+def _reads_index(expression: Expression) -> bool:
+    """Whether an index is part of a value, and not only of where a value is read."""
+    if isinstance(expression, Apply):
+        return any(_reads_index(argument) for argument in expression.args)
+    return isinstance(expression, (Axis, Size))
 
 
 @_handles(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)

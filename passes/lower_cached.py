@@ -169,6 +169,8 @@ def _check(plan: PlannedSite, proof: MaskProof) -> None:
                 raise NotCacheable("the model's own top-k has no recurrent form here")
             if isinstance(part, Element) and _is_state(part.node) and any(axes_of(i) & {KEY} for i in part.indices):
                 raise NotCacheable(f"its mask reads {part.node.meta.get('source', part.node.name)} at the key's index")
+            if isinstance(part, Element) and part.node.target is aten.cumsum.default:
+                raise NotCacheable(f"its mask ({proof.name}) adds up earlier tokens")
             if (
                 isinstance(part, Element)
                 and not any(axes_of(i) & {KEY} for i in part.indices)

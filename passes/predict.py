@@ -176,15 +176,19 @@ def _chosen_sizes(plan: PlannedSite, length: int | None) -> dict[sympy.Symbol, i
                     symbols.setdefault(symbol, int(size.node.shape_env.backed_var_to_val.get(symbol, 1)))
     if length is None:
         return symbols
-    long = {
-        symbol
-        for node in (plan.site.query, plan.site.key)
-        if isinstance(size := shape(node)[-2], torch.SymInt)
-        for symbol in size.node.expr.free_symbols
-    }
-    traced = {symbols[s] for s in long}
-    # A padding mask's length is a symbol of its own; it was the keys' when traced.
-    return {s: length if s in long or value in traced else value for s, value in symbols.items()}
+    rows, keys = (_symbols_of(node) for node in (plan.site.query, plan.site.key))
+    size = shape(plan.site.key)[-2]
+    traced = int(size.node.expr.subs(symbols)) if isinstance(size, torch.SymInt) else size
+    # A padding mask's length is a symbol of its own; it was the keys' when traced. Keys of a cache are left out.
+    new = rows or keys
+    chosen = {s: length if s in new or value == traced else value for s, value in symbols.items()}
+    return {s: 0 if s in keys - new else value for s, value in chosen.items()}
+
+
+def _symbols_of(node: Node) -> set[sympy.Symbol]:
+    """Of a site's tensor: those of its length."""
+    size = shape(node)[-2]
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
 
 
 def _under_policy(

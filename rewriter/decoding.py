@@ -325,6 +325,7 @@ class Decoder:
         ids = ids.repeat(1, -(-TRIAL_LENGTH // ids.size(1)))[:, :TRIAL_LENGTH].to(device)
         mask = torch.ones_like(ids)
         mask[1, 0] = 0
+        mask[0, 5] = 0  # the first token of the second piece
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)
         logits = []
         for pieces in ((TRIAL_LENGTH,), (5, 3, 1)):

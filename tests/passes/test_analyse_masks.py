@@ -25,6 +25,11 @@ def packed(ids: Tensor) -> Tensor:
     return (ids == 7).cumsum(-1)
 
 
+def first_token(ids: Tensor) -> Tensor:
+    """`[B, 1, 1, 1]`: how many tokens below 12 a row begins with."""
+    return ((ids >= 12).cumsum(-1) == 0).sum(-1)[:, None, None, None]
+
+
 # name -> (scores, token ids) -> masked scores, and what the report must say the mask is
 EAGER: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "no mask": (lambda s, ids: s, "none"),
@@ -96,6 +101,18 @@ EAGER: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
         lambda s, ids: s.masked_fill(row_and_key(s.size(-1))[0] // 4 != row_and_key(s.size(-1))[1] // 4, -INF),
         "chunks of 4",
     ),
+    "chunks from the first token": (
+        lambda s, ids: s.masked_fill(
+            (row_and_key(s.size(-1))[0] - first_token(ids)) // 4
+            != (row_and_key(s.size(-1))[1] - first_token(ids)) // 4,
+            -INF,
+        ),
+        "chunks of 4 from an offset",
+    ),
+    "blocks": (
+        lambda s, ids: s.masked_fill(row_and_key(s.size(-1))[0] // 4 < row_and_key(s.size(-1))[1] // 4, -INF),
+        "blocks of 4",
+    ),
     "prefix": (
         lambda s, ids: s.masked_fill(
             ~((row_and_key(s.size(-1))[1] <= row_and_key(s.size(-1))[0]) | (row_and_key(s.size(-1))[1] < 4)), -INF
@@ -135,6 +152,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
         "not understood|number|data",
     ),
     "a mask of -1": (lambda s, ids: s + torch.full(s.shape[-2:], -1.0).triu(1), "takes the values"),
+    "a bias beside -1e4": (
+        lambda s, ids: s + torch.full(s.shape[-2:], -1e4).triu(1) + ids[:, None, None, :] * 0.1,
+        "a mask of -10000, which need not hide a key",
+    ),
     "hidden logits of -5": (
         lambda s, ids: s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -5.0),
         "expected -inf or a value of at most -1e4",

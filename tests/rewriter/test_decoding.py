@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from crossed import crossed
 from torch import Tensor
 from torch import nn
 
@@ -82,8 +83,7 @@ def in_pieces(
     return torch.cat(outputs, dim=1)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize(("name", "attention"), MODELS)
+@pytest.mark.parametrize(("name", "attention", "policy"), crossed(MODELS, POLICIES))
 @torch.no_grad()
 def test_pieces_equal_the_masked_full_forward(
     name: str, attention: str, policy: Any, tiny_model: Callable[..., nn.Module]

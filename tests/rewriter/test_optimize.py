@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from crossed import crossed
 from torch import Tensor
 from torch import nn
 
@@ -56,8 +57,7 @@ def test_exact(law: SimpleNamespace, name: str, attention: str, tiny_model: Call
     assert len(optimized.report.sites) == (1 if name == "torch" else 2)
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize(("name", "attention"), CAUSAL)
+@pytest.mark.parametrize(("name", "attention", "policy"), crossed(CAUSAL, POLICIES, every=2))
 def test_policy_equals_the_model_given_its_dense_mask(
     law: SimpleNamespace,
     name: str,

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from crossed import crossed
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import live_range_attention
 from torch import Tensor
@@ -272,8 +273,7 @@ POLICIES = {
 MODELS = [("llama", "eager"), ("qwen3", "sdpa"), ("mistral", "eager"), ("gemma2", "eager"), ("gpt2", "eager")]
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-@pytest.mark.parametrize(("name", "attention"), MODELS)
+@pytest.mark.parametrize(("name", "attention", "policy"), crossed(MODELS, POLICIES))
 @torch.no_grad()
 def test_reading_equals_one_dense_forward(
     name: str, attention: str, policy: ChunkedEviction, tiny_model: Callable[..., nn.Module], law: SimpleNamespace

@@ -1,0 +1,236 @@
+"""Models that look like attention and are not quite: each is refused, or gives what it gave. All were wrong once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch import nn
+
+import rewriter
+from rewriter.caches import CacheError
+
+INF = float("inf")
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[..., Tensor], sinks: Tensor | None = None) -> None:
+        super().__init__()
+        self.function = function
+        self.sinks = None if sinks is None else nn.Parameter(sinks)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+        return self.function(self, q, k, v, real)
+
+
+def causal(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+def masked(scores: Tensor) -> Tensor:
+    return scores.masked_fill(~causal(scores.size(-1)), -INF)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def maximum_before_sinks(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    s = masked(q @ k.mT)
+    s = s - s.max(-1, keepdim=True).values
+    column = m.sinks.reshape(1, -1, 1, 1).expand(q.size(0), -1, q.size(2), 1)
+    return torch.cat([s, column], -1).softmax(-1)[..., :-1] @ v
+
+
+def maximum_before_softcap(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    s = q @ k.mT
+    s = s - s.amax(-1, keepdim=True)
+    return masked(5.0 * torch.tanh(s / 5.0)).softmax(-1) @ v
+
+
+def maximum_of_everything(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    s = q @ k.mT
+    return masked(s - s.amax()).softmax(-1) @ v
+
+
+def sinks_changed_later(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    column = m.sinks.reshape(1, -1, 1, 1) * 1
+    s = torch.cat([masked(q @ k.mT), column.expand(q.size(0), -1, q.size(2), 1)], -1)
+    column.fill_(9.0)
+    return s.softmax(-1)[..., :-1] @ v
+
+
+def pieces_written(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    x = q * 1
+    a, b = x.chunk(2, -1)
+    a[..., :2] = 3.0 * v[..., :2]
+    return sdpa(q, k, v)[..., :4] + b + x[..., :4]
+
+
+def unbound_written(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    x = torch.stack([q, k])
+    a, b = x.unbind(0)
+    a.mul_(3.0)
+    return sdpa(q, k, v) + x[0] + b
+
+
+def inactive_dropout_written(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    x = q * 1
+    y = nn.functional.dropout(x, 0.1, False)
+    y[..., :2] = v[..., :2]
+    return sdpa(q, k, v) + x
+
+
+def repeated_keys_written(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    k = k[:, :2].repeat_interleave(2, dim=1)
+    k[:, :, 0].fill_(0.5)
+    return masked(q @ k.mT).softmax(-1) @ v
+
+
+def transposed_keys_written(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    turned = k.transpose(-1, -2).contiguous() * 1
+    s = q @ turned
+    turned[..., 0].fill_(3.0)
+    return masked(s).softmax(-1) @ v + turned.mT
+
+
+def padding_written_later(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    real = real * 1
+    keep = (real != 0)[:, None, None, :] & causal(q.size(2))
+    real[:, 1] = 0
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep) + real[:, None, :, None]
+
+
+def fill_below_a_bias(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    bias = 2e5 * torch.arange(q.size(2), dtype=q.dtype) / q.size(2) * real
+    s = (q @ k.mT).masked_fill(~causal(q.size(2)), -1e5)
+    return (s + bias[:, None, None, :]).softmax(-1) @ v
+
+
+def positions_in_bf16(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    place = torch.arange(q.size(2)).to(torch.bfloat16)
+    keep = place[None] <= place[:, None]
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+
+def positions_in_uint8(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    place = torch.arange(q.size(2)).to(torch.uint8)
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=place[None] <= place[:, None])
+
+
+FUNCTIONS = [
+    maximum_before_sinks, maximum_before_softcap, maximum_of_everything, sinks_changed_later, pieces_written, unbound_written,
+    inactive_dropout_written, repeated_keys_written, transposed_keys_written, padding_written_later, fill_below_a_bias,
+    positions_in_bf16, positions_in_uint8,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_it_gives_what_it_gave(function: Callable[..., Tensor]) -> None:
+    torch._dynamo.reset()
+    model = Function(function, torch.tensor([0.5, -1.0, 2.0, 0.0]) if "sinks" in function.__name__ else None)
+    fast = rewriter.optimize(model, backend="eager")
+    for rows, length in ((3, 9), (2, 300)):
+        inputs = [torch.randn(rows, 4, length, 8) for _ in range(3)]
+        real = torch.ones(rows, length, dtype=torch.int64)
+        torch.testing.assert_close(
+            fast(*(t.clone() for t in inputs), real.clone()), model(*inputs, real), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_sinks_are_understood() -> None:
+    """A column of one number per head, with the maximum taken away after it, gradients and all."""
+
+    def function(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+        s = torch.cat([masked(q @ k.mT), m.sinks.expand(q.size(0), -1, q.size(2), 1)], -1)
+        return (s - s.max(-1, keepdim=True).values).softmax(-1)[..., :-1] @ v
+
+    torch._dynamo.reset()
+    model = Function(function, torch.tensor([0.5, -1.0, 2.0, 0.0])[None, :, None, None]).double()
+    fast = rewriter.optimize(model, backend="eager", strict=True)
+    results = []
+    inputs = [torch.randn(3, 4, 11, 8, dtype=torch.float64) for _ in range(3)]
+    for run in (fast, model):
+        model.zero_grad()
+        output = run(*inputs, torch.ones(3, 11))
+        output.square().sum().backward()
+        results.append((output.detach(), model.sinks.grad.clone()))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("write", ["slice", "whole"])
+def test_a_write_without_gradients_cuts_them(write: str) -> None:
+    class Cut(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            x = x * 2
+            with torch.no_grad():
+                if write == "slice":
+                    x[..., :2] = y[..., :2]
+                else:
+                    x.clamp_(-1, 1)
+            return sdpa(x, x, x)
+
+    torch._dynamo.reset()
+    model = Cut()
+    gradients = []
+    start = torch.randn(3, 2, 9, 8)
+    for run in (model, rewriter.optimize(model, backend="eager")):
+        x = start.clone().requires_grad_()
+        run(x, torch.ones_like(x)).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_write_keeps_its_dtype() -> None:
+    class Narrow(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return (x * 1).add_(y), sdpa(x, x, x)
+
+    torch._dynamo.reset()
+    x, y = torch.randn(3, 2, 9, 8, dtype=torch.bfloat16), torch.randn(3, 2, 9, 8)
+    added, _ = rewriter.optimize(Narrow(), backend="eager", strict=True)(x, y)
+    assert added.dtype == torch.bfloat16
+    assert torch.equal(added, Narrow()(x, y)[0])
+
+
+def test_slices_written_one_after_the_other_are_one_tensor() -> None:
+    class Joined(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            key = x.new_empty(*x.shape[:-1], 8)
+            key[..., :5].copy_(x[..., 3:])
+            key[..., 5:].copy_(x[..., :3] * 2)
+            return sdpa(x, key, x)
+
+    torch._dynamo.reset()
+    x = torch.randn(3, 2, 9, 8, dtype=torch.float64, requires_grad=True)
+    fast = rewriter.optimize(Joined(), backend="eager", strict=True)
+    torch.testing.assert_close(fast(x), Joined()(x))
+    torch.testing.assert_close(*(torch.autograd.grad(run(x).square().sum(), x)[0] for run in (fast, Joined())))
+
+
+def test_a_mask_that_adds_up_earlier_tokens_does_not_go_on() -> None:
+    class Leading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.place = nn.Embedding(64, 16), nn.Embedding(64, 16)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+            x = (self.embedding(input_ids) + self.place(position_ids)).unflatten(-1, (2, 8)).transpose(1, 2)
+            keep = causal(x.size(2)) & (attention_mask.cumsum(-1) > 0)[:, None, None, :]
+            y = nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=keep)
+            return y.transpose(1, 2).flatten(2) @ self.embedding.weight.T
+
+    torch._dynamo.reset()
+    with pytest.raises(CacheError, match="adds up earlier tokens"):
+        rewriter.optimize(Leading(), backend="eager").new_cache(32)
+
+
+def test_a_buffer_on_the_meta_device_has_no_values(nano: type[nn.Module]) -> None:
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        model = nano()
+    report = rewriter.explain(model, torch.zeros(2, 9, dtype=torch.int64))
+    assert all("on the meta device has no values" in site.reason for site in report.sites)
