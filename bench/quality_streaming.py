@@ -8,13 +8,14 @@ their place in the cache and have the same capacity. Bits per byte in each part 
     python bench/quality_streaming.py --out bench/results/quality-streaming.json
 
 What is in `--out` already is not run again. Full attention at 64 times the length takes about two hours of one core; stopped,
-it goes on from its last layer.
+it goes on from its last block of queries.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rewriter
 from rewriter import SeparatorMask
@@ -35,6 +37,7 @@ TRAINED = 6144
 TIMES = (1, 4, 16, 64)
 CAPACITY, INITIAL, SEPARATORS, WINDOW = 512, 4, 64, 224
 PARTS = 8  # of the stream between a length and the next, for the plot
+BLOCK = 16_384  # queries of full attention at once
 BLOCKS = {"StreamingLLM": 16, "separator cache": 256}
 
 
@@ -59,33 +62,46 @@ def token_bytes(tokenizer: Any, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def full_attention(model: Any, ids: Tensor, progress: Path) -> tuple[Tensor, float]:
-    """log p of each token but the first, all keys seen; and the seconds that it took.
+def full_attention(model: Any, ids: Tensor, progress: Path) -> Tensor:
+    """log p of each token but the first, all keys seen.
 
-    One layer takes half an hour of a core at 64 times the length: `progress` keeps what each has given, and a run that was
-    stopped goes on from there.
+    One layer takes half an hour of a core at 64 times the length: each block of queries is kept in the folder `progress`, and a
+    run that was stopped goes on from there.
     """
-    inner = model.model
-    positions = torch.arange(len(ids))[None]
-    state = {"hidden": inner.embed_tokens(ids[None]), "layers": 0, "seconds": 0.0}
-    if progress.exists() and (kept := torch.load(progress))["hidden"].size(1) == len(ids):
-        state = kept
-    rotations = inner.rotary_emb(state["hidden"], positions)
-    for layer in inner.layers[state["layers"] :]:
-        begin = time.perf_counter()
-        state["hidden"] = layer(state["hidden"], attention_mask=None, position_embeddings=rotations)
-        state["layers"] += 1
-        state["seconds"] += time.perf_counter() - begin
-        torch.save(state, progress)
-        print(f"full attention: {state['layers']} of {len(inner.layers)} layers, {state['seconds']:,.0f} s", flush=True)
-    begin = time.perf_counter()
-    hidden = inner.norm(state["hidden"])[0, :-1]
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
+        blocks = []
+        key, value = (t.repeat_interleave(query.size(1) // t.size(1), dim=1) for t in (key, value))
+        for begin in range(0, query.size(2), BLOCK):
+            file = progress / f"{len(ids)}-{module.layer_idx}-{begin}.pt"
+            if not file.exists():
+                end = begin + BLOCK
+                torch.save(_causal_rows(query[:, :, begin:end], key[:, :, :end], value[:, :, :end]), file)
+                print(f"full attention: layer {module.layer_idx}, {min(end, query.size(2)):,} tokens", flush=True)
+            blocks.append(torch.load(file))
+        return torch.cat(blocks, dim=2).transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS.register("in blocks", attention)
+    progress.mkdir(exist_ok=True)
+    model.set_attn_implementation("in blocks")
+    hidden = model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
     parts = [
         model.lm_head(h).log_softmax(-1).gather(1, t[:, None])[:, 0]
         for h, t in zip(hidden.split(4096), ids[1:].split(4096), strict=True)
     ]
-    progress.unlink()
-    return torch.cat(parts), state["seconds"] + time.perf_counter() - begin
+    shutil.rmtree(progress)
+    return torch.cat(parts)
+
+
+def _causal_rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The last rows of a causal attention: all keys before them, and their own, joined by their log-sum-exp."""
+    before = key.size(2) - query.size(2)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    own, own_lse = flash(query, key[:, :, before:], value[:, :, before:], 0.0, True)
+    if not before:
+        return own
+    earlier, earlier_lse = flash(query, key[:, :, :before], value[:, :, :before], 0.0, False)
+    return torch.lerp(earlier, own, torch.sigmoid(own_lse - earlier_lse)[..., None])
 
 
 def policy(name: str, tokenizer: Any) -> SeparatorMask:
@@ -128,14 +144,13 @@ def between(rows: list[dict[str, float]], times: int) -> float | None:
 def run(name: str, ids: Tensor, num_bytes: Tensor, longest: int, progress: Path) -> dict[str, Any]:
     model, tokenizer = load_model()
     ids = ids[: longest * TRAINED]
+    begin = time.perf_counter()
     if name == "full attention":
-        log_p, seconds = full_attention(model, ids, progress)
-        keys = float(len(ids)) / 2
+        log_p, keys = full_attention(model, ids, progress), float(len(ids)) / 2
     else:
-        begin = time.perf_counter()
         log_p = torch.tensor(list(rewriter.stream(model, policy(name, tokenizer), ids, block=BLOCKS[name])))
-        seconds, keys = time.perf_counter() - begin, float(CAPACITY)
-    return {"seconds": seconds, "keys": keys, "parts": binned(log_p, num_bytes)}
+        keys = float(CAPACITY)
+    return {"seconds": time.perf_counter() - begin, "keys": keys, "parts": binned(log_p, num_bytes)}
 
 
 def main(
