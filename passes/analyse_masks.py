@@ -374,7 +374,7 @@ class _Analysis:
         return {term: factor for term, factor in terms.items() if factor}
 
     def _equality(self, predicate: Apply, positions: list[Expression]) -> Interval:
-        left, right = predicate.args
+        left, right = (_within_documents(argument, positions) for argument in predicate.args)
         if ROW not in axes_of(left):
             left, right = right, left
         same = substitute(left, {ROW: Axis(KEY)}) == right
@@ -498,8 +498,20 @@ def _cases(element: Expression) -> list[tuple[Expression, float]] | None:
     return cases if len(cases) <= MAX_CASES else None
 
 
+def _within_documents(expression: Expression, positions: list[Expression]) -> Expression:
+    """`position(i) // c` as `(i + position(j) - j) // c`: within a document, positions count as the indices do."""
+    if not isinstance(expression, Apply) or expression.name != "floordiv":
+        return expression
+    for position in positions:
+        row, key = (substitute(position, {1: Axis(axis)}) for axis in (ROW, KEY))
+        if expression.args[0] == row:
+            shift = apply("add", key, apply("mul", Axis(KEY), Const(-1)))
+            return Apply("floordiv", (apply("add", Axis(ROW), shift), expression.args[1]))
+    return expression
+
+
 def _chunk(expression: Expression) -> tuple[int, Expression] | None:
-    """`(c, x)` of `(i + x) // c`, where x depends on the batch row alone, if at all."""
+    """`(c, x)` of `(i + x) // c`, where x does not depend on i."""
     if not isinstance(expression, Apply) or expression.name != "floordiv":
         return None
     dividend, size = expression.args
@@ -507,7 +519,7 @@ def _chunk(expression: Expression) -> tuple[int, Expression] | None:
     if terms is None or terms.pop(Axis(ROW), 0) != 1 or not isinstance(size, Const) or not isinstance(size.value, int):
         return None
     shift = _sum(terms)
-    return (size.value, shift) if size.value > 0 and axes_of(shift) <= {BATCH} else None
+    return (size.value, shift) if size.value > 0 and ROW not in axes_of(shift) else None
 
 
 def _key_plus(offset: int) -> Expression:
