@@ -298,6 +298,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "attention_chunk_size": WINDOW,
             "moe_layers": [1],
         },
+        caches="depends on the whole row",  # chunks begin at the first token that is not padding
     ),
     language_model("Qwen2", "Qwen2ForCausalLM", options=GROUPED),
     language_model("Qwen3", "Qwen3ForCausalLM", options=HEADS_OF_8),
@@ -373,6 +374,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "Falcon with ALiBi",
         "FalconForCausalLM",
         options={**COMMON, "ffn_hidden_size": 48, "alibi": True, "multi_query": False},
+        caches="does not take its positions from position_ids",
     ),
     language_model("Doge", "DogeForCausalLM", options={**GROUPED, "keep_window_size": 64}),
     Architecture("BERT", transformers_model("BertForMaskedLM", **COMMON), 2, text),

@@ -2,7 +2,7 @@
 
     python tests/zoo/examine.py --out bench/results/zoo.json
 
-examines all of them and prints the table that the README holds (`make zoo`). What is in `--out` already is not run again.
+examines all of them, prints a table and writes it into the README (`make zoo`). What is in `--out` already is not run again.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ SEPARATORS, INITIAL, NEAR = (3, 4, 5, 6, 7, 8), 2, 4
 TOLERANCE = 1e-5
 """Largest relative difference. Both sides run in fp64, but models cast some of it to fp32 (norms, rotations, gates), where
 equal numbers may be rounded to neighbours, 6e-8 apart; a wrong mask shows as 1e-2 and more."""
+
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- zoo: written by tests/zoo/examine.py -->", "<!-- end of zoo -->"
 
 
 @dataclass
@@ -389,7 +393,10 @@ if __name__ == "__main__":
                     rows[architecture.name, attention] = row
                     print(f"{architecture.name}, {attention}: {row['seconds']:.0f} s", flush=True)
                     out.write_text(json.dumps(_ordered(rows), indent=1) + "\n")
-        print(table(_ordered(rows)))
+        text = table(_ordered(rows))
+        print(text)
+        before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
     def _ordered(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
         keys = [(a.name, attention) for a in ARCHITECTURES for attention in a.implementations]
