@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rewriter.passes.index_functions import arguments
@@ -192,9 +193,9 @@ def _functionalize(node: Node) -> bool:
         result = graph.call_function(functional, node.args, node.kwargs)
         result.meta = dict(node.meta)
         new = {result}
-        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])  # type: ignore[misc]
+        given: Any = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
         with before.fake_mode if isinstance(before, FakeTensor) else nullcontext():
-            promoted = functional(*args, **kwargs)
+            promoted = functional(*given[0], **given[1])
         if promoted.dtype != before.dtype:
             result.meta["val"] = promoted
             new.add(cast := graph.call_function(aten.to.dtype, (result, before.dtype)))

@@ -198,7 +198,8 @@ class Trial(Mapping[Node, Any]):
         if node in self.constants:
             return self.constants[node].detach().cpu()
         if self._computed(node):
-            args, kwargs = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), self._argument)  # type: ignore[misc]
+            given: Any = torch.fx.node.map_aggregate((node.args, dict(node.kwargs)), self._argument)
+            args, kwargs = given
             kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
             if node.target is torch.ops.aten.topk.default:
                 args = (args[0], max(1, min(args[1] - self.fewer, args[0].size(-1))), *args[2:])

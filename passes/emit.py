@@ -91,7 +91,11 @@ def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def call(
-    graph: Graph, module: nn.Module, inputs: Sequence[Node], results: int = 1, meta: Mapping[str, Any] | None = None
+    graph: Graph,
+    module: nn.Module,
+    inputs: Sequence[Node | None],
+    results: int = 1,
+    meta: Mapping[str, Any] | None = None,
 ) -> tuple[Node, ...]:
     """A submodule of the graph's module, called at the insertion point.
 

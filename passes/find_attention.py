@@ -269,17 +269,16 @@ def _without_maximum(node: Node) -> Node | None:
     scores, maximum = node.args[:2]
     if not isinstance(scores, Node) or not isinstance(maximum, Node):
         return None
-    last = (-1, rank(scores) - 1)
-    if maximum.target is operator.getitem and maximum.args[1] == 0:
-        maximum = maximum.args[0]  # type: ignore[assignment]
-        matches = maximum.target is aten.max.dim and len(maximum.args) > 2 and maximum.args[1] in last
-    else:
-        matches = (
-            maximum.target is aten.amax.default
-            and len(maximum.args) > 2
-            and list(maximum.args[1]) in ([d] for d in last)
-        )  # type: ignore[arg-type]
-    return scores if matches and maximum.args[0] is scores and bool(maximum.args[2]) else None
+    last = rank(scores) - 1
+    reduced: Any = maximum.args[0] if maximum.target is operator.getitem and maximum.args[1] == 0 else maximum
+    if (
+        reduced.target not in (aten.max.dim, aten.amax.default)
+        or len(reduced.args) < 3
+        or reduced.args[0] is not scores
+    ):
+        return None
+    dims = reduced.args[1] if reduced.target is aten.amax.default else [reduced.args[1]]
+    return scores if reduced.args[2] and list(dims) in ([-1], [last]) else None
 
 
 def _split_sinks(site: AttentionSite, node: Node, product: Node) -> tuple[Node, Node]:

@@ -340,12 +340,13 @@ class _Lowering(GraphCopy):
             for_query, for_key = plan.rotations
             query = turned(self.graph, for_query, query, shared["own_place"], self.angles, self.copies)
             keys = turned(self.graph, for_key, keys, shared["place"], self.angles, self.copies)
-        ranges = [shared[name] for name in ("start", "end", "query_index", "bias") if name in shared]
+        ranges: list[Node | None] = [shared[name] for name in ("start", "end", "query_index", "bias") if name in shared]
         calibrations = plan.calibrations("merged") if self.calibrated else ()
         if calibrations:
             attend = AttendCalibrated(plan.site, plan.policy.group, plan.policy.parity, calibrations)
             own = [shared[name] for name in ("from_begin", "to_end", "chosen")]
             own += [table.state[name] for name in ("index", "end")]
             return call(self.graph, attend, [query, keys, values, *ranges, *own], meta=inherited(plan.site.node))[0]
-        ranges += [None] * ("bias" not in shared) + [self.copies.get(plan.site.sinks)]
+        ranges += [] if "bias" in shared else [None]
+        ranges.append(None if plan.site.sinks is None else self.copies[plan.site.sinks])
         return call(self.graph, Attend(plan.site), [query, keys, values, *ranges], meta=inherited(plan.site.node))[0]

@@ -223,7 +223,8 @@ def _under_policy(
         parameters = policy.initial_parameters(plan.layer, plan.num_kv_heads, plan.value_dim)
     segment = key_bounds(proof.interval.segment, trial, grid)[:1]
     origin = SiteTensors.first_token(own, index)
-    extra = policy.live_ranges(SiteTensors(own, segment, index, origin, ids, *tensors, parameters))
+    query, key, value = tensors
+    extra = policy.live_ranges(SiteTensors(own, segment, index, origin, ids, query, key, value, parameters))
     extra = extra[0] if isinstance(extra, tuple) else extra
     return own if extra is None else own & extra, "; ".join(notes)
 
