@@ -62,7 +62,7 @@ def _totals(groups: list[Alike]) -> dict[str, Any] | None:
 
 def _picture(prediction: Prediction) -> Markup:
     """SVG of a mask, one bar per key from the first query that sees it to the last: the model's own, and the policy's on it."""
-    width = PICTURE / max(1, min(prediction.num_keys, len(prediction.own_bars) or 1))
+    width = PICTURE / max(1, min(prediction.num_keys, len(prediction.own_bars) or 1)) + 0.4  # no gaps where pixels end
 
     def bars(rows: tuple[tuple[int, int, int], ...]) -> str:
         return "".join(
