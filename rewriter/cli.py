@@ -43,10 +43,12 @@ def explain(
 
     The model is built on the meta device: its weights are neither needed nor made.
     """
+    import inspect
     import json as json_format
 
     import torch
     from transformers import AutoConfig
+    from transformers import AutoModel
     from transformers import AutoModelForCausalLM
     from transformers import AutoTokenizer
 
@@ -65,10 +67,18 @@ def explain(
         if text is not None:
             tokens = AutoTokenizer.from_pretrained(model)(text.read_text(encoding="utf-8")).input_ids
             ids = torch.tensor(tokens[:length])[None].expand(3, -1)
+        config = AutoConfig.from_pretrained(model)
+        kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(model)
-            instance = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-        call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+            instance = kind.from_config(config, attn_implementation=attention).eval()
+        takes = inspect.signature(instance.forward).parameters
+        if "input_ids" not in takes:
+            raise typer.BadParameter(
+                f"{type(instance).__name__} reads no text; call rewriter.explain(model, ...) with its own inputs instead"
+            )
+        call: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "use_cache" in takes:
+            call["use_cache"] = False
         report = explain_model(instance, policy=chosen, length=length, **call)
     except (json_format.JSONDecodeError, PolicyError, RewriteError) as error:
         raise typer.BadParameter(str(error)) from None

@@ -69,3 +69,35 @@ def test_command_line(tmp_path: Path) -> None:
     assert (tmp_path / "r.html").is_file()
     missing = runner.invoke(app, ["explain", str(tmp_path)])
     assert missing.exit_code == 2
+
+
+def test_explain_from_the_command_line(tmp_path: Path) -> None:
+    """Weights are not needed, the page and the JSON are written, and what cannot be done says why."""
+    import transformers
+
+    runner = CliRunner()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    for name, config in (
+        ("bert", transformers.BertConfig(vocab_size=64, **sizes)),
+        ("vit", transformers.ViTConfig(**sizes)),
+    ):
+        config.save_pretrained(tmp_path / name)
+    torch._dynamo.reset()
+    out = tmp_path / "r.json"
+    result = runner.invoke(app, ["explain", str(tmp_path / "bert"), "--length", "100", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    sites = json.loads(out.read_text())["graphs"][-1]["sites"]
+    assert [(s["mask"], s["prediction"]["num_keys"]) for s in sites] == [("padding", 100)] * 2
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("def f(x):\n    return x\n" * 40)
+    separators = ["--policy", '{"policy": "SeparatorMask", "separators": [5, 6, 7], "window": 8}']
+    result = runner.invoke(app, ["explain", str(demo.MODEL), *separators, "--length", "64", "--text", str(tokens)])
+    assert result.exit_code == 0 and "64" in result.output, result.output
+    for message, arguments in (
+        ("reads no text", [str(tmp_path / "vit")]),
+        ("give --text FILE", [str(demo.MODEL), *separators]),
+        ("SlidingWindow", [str(demo.MODEL), "--policy", '{"policy": "SlidingWindow", "window": 0}']),
+        ("Expecting value", [str(demo.MODEL), "--policy", "x"]),
+    ):
+        result = runner.invoke(app, ["explain", *arguments])
+        assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split()), result.output
