@@ -126,7 +126,7 @@ def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mappin
     """
     query, key = (shape(node) for node in (site.query, site.key))  # type: ignore[arg-type]
     group = query[1] // key[1] if len(query) == 4 and isinstance(query[1], int) else 1
-    analysis = _Analysis(functions, constants, group)
+    analysis = _Analysis(functions, constants, group, len(query))
     predicates: list[Expression] = []
     biases: list[Expression] = []
     if site.is_causal:
@@ -147,19 +147,24 @@ def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mappin
 
 
 class _Analysis:
-    def __init__(self, functions: IndexFunctions, constants: Mapping[Node, Tensor], group: int) -> None:
+    def __init__(self, functions: IndexFunctions, constants: Mapping[Node, Tensor], group: int, rank: int) -> None:
         self.functions = functions
         self.constants = constants
         self.group = group
+        self.rank = rank  # of the query: 4, or 3 where heads are folded into the batch
         self.read: dict[Node, None] = {}
         self.early: set[Expression] = set()  # starts that are at most their own key
         self.weakest = -math.inf  # masking value that is added, over the lowest number of its dtype
 
     def term(self, term: MaskTerm) -> tuple[Expression, list[Expression]]:
         """(when the key is visible, key biases) of one mask term."""
-        if len(shape(term.node)) > 4:
-            raise Unproven(f"mask {term.node.name} has {len(shape(term.node))} dimensions, expected at most 4")
-        element = broadcast(self.functions.element(term.node), shape(term.node), 4)
+        if len(shape(term.node)) > self.rank:
+            raise Unproven(
+                f"mask {term.node.name} has {len(shape(term.node))} dimensions, expected at most {self.rank}"
+            )
+        element = broadcast(self.functions.element(term.node), shape(term.node), self.rank)
+        if self.rank == 3:
+            element = substitute(element, {1: Axis(ROW), 2: Axis(KEY)})
         if self.group > 1:
             element = substitute(element, {HEAD: apply("join", Axis(HEAD), Axis(GROUP), Const(self.group))})
         if GROUP in axes_of(element):

@@ -90,6 +90,8 @@ def _compare(site: AttentionSite, proof: MaskProof, trial: Trial) -> str | None:
     for term in site.masks:
         mask = trial[term.node]
         assert isinstance(mask, Tensor)
+        if len(query) == 3 and mask.dim() == 3:
+            mask = mask[:, None]
         if term.kind == "add":
             logits = logits + mask
         else:

@@ -165,7 +165,7 @@ class TorchDecoder(nn.Module):
     def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
         target = x[:, :9].flip(-1)
         future = nn.Transformer.generate_square_subsequent_mask(target.size(1), dtype=x.dtype)
-        return self.decoder(target, x, tgt_mask=future, memory_key_padding_mask=hidden)
+        return self.decoder(target, x, tgt_mask=future, tgt_is_causal=True, memory_key_padding_mask=hidden)
 
 
 class TorchAttention(nn.Module):
@@ -213,7 +213,7 @@ class HandWritten(nn.Module):
             q, k, v = (torch.stack(t.chunk(4, dim=-1), dim=1) for t in projected.chunk(3, dim=-1))
             y = (q @ k.mT * 8**-0.5).masked_fill(drop, lowest).softmax(-1) @ v
         else:
-            scores = q @ k.transpose(-1, -2) * 8**-0.5 + torch.where(drop, lowest, 0.0)
+            scores = q @ k.transpose(-1, -2) * 8**-0.5 + torch.where(drop, -1e9, 0.0)
             y = torch.softmax(scores, -1) @ v
         return self.out(y.transpose(1, 2).reshape(batch, length, width))
 

@@ -11,12 +11,14 @@ import json
 import time
 from collections.abc import Callable
 from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated
 from typing import Any
+from unittest import mock
 
 import torch
 from architectures import ARCHITECTURES
@@ -26,7 +28,6 @@ from architectures import Architecture
 from architectures import real_tokens
 from torch import Tensor
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import rewriter
 from rewriter import Exact
@@ -76,7 +77,7 @@ class Examined:
     seconds: float = 0.0
 
 
-class Masked(TorchFunctionMode):
+class Masked:
     """Runs a model as it is, but in its own precision: transformers' eager attention takes its softmax in fp32.
 
     Args:
@@ -85,16 +86,30 @@ class Masked(TorchFunctionMode):
     """
 
     def __init__(self, visible: Tensor | None = None, sites: Collection[int] = ()) -> None:
-        super().__init__()
         self.visible, self.sites, self.seen = visible, sites, 0
+        self.patches = ExitStack()
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if function is nn.functional.scaled_dot_product_attention:
-            return self._fused(function, args, kwargs)
-        if function in (nn.functional.softmax, torch.softmax, Tensor.softmax) and args[0].dim() >= 3:
-            return self._eager(function, args, kwargs)
-        return function(*args, **kwargs)
+    def __enter__(self) -> None:
+        fused = nn.functional.scaled_dot_product_attention
+        self._replace(nn.functional, fused, lambda *args, **kwargs: self._fused(fused, args, kwargs))
+        for owner, original in (
+            (nn.functional, nn.functional.softmax),
+            (torch, torch.softmax),
+            (Tensor, Tensor.softmax),
+        ):
+
+            def softmax(scores: Tensor, *args: Any, original: Any = original, **kwargs: Any) -> Tensor:
+                if scores.dim() < 3:
+                    return original(scores, *args, **kwargs)  # a router's
+                return self._eager(original, (scores, *args), kwargs)
+
+            self._replace(owner, original, softmax)
+
+    def _replace(self, owner: Any, original: Any, replacement: Any) -> None:
+        self.patches.enter_context(mock.patch.object(owner, original.__name__, replacement))
+
+    def __exit__(self, *error: Any) -> None:
+        self.patches.close()
 
     def _policy(self) -> Tensor | None:
         self.seen += 1
@@ -379,24 +394,29 @@ if __name__ == "__main__":
     def main(
         out: Annotated[Path, typer.Option(help="File of the results.")],
         only: Annotated[str | None, typer.Option(help="Architectures whose names begin so.")] = None,
-        first: Annotated[bool, typer.Option(help="Only the first attention implementation of each.")] = False,
+        eager: Annotated[bool, typer.Option(help="Leave compiled code for another time.")] = False,
+        backwards: Annotated[bool, typer.Option(help="The last architectures first, beside another process.")] = False,
     ) -> None:
         """Examine the zoo and print its table."""
         torch.set_num_threads(1)
-        rows = {(r["name"], r["attention"]): r for r in (json.loads(out.read_text()) if out.exists() else [])}
-        for architecture in ARCHITECTURES:
-            for attention in architecture.implementations[: 1 if first else None]:
-                wanted = only is None or architecture.name.startswith(only)
-                if wanted and (architecture.name, attention) not in rows:
-                    compiled = attention == architecture.implementations[0]
-                    row = asdict(examine(architecture, attention, compiled=compiled))
-                    rows[architecture.name, attention] = row
-                    print(f"{architecture.name}, {attention}: {row['seconds']:.0f} s", flush=True)
-                    out.write_text(json.dumps(_ordered(rows), indent=1) + "\n")
-        text = table(_ordered(rows))
+        chosen = [(a, attention) for a in ARCHITECTURES for attention in a.implementations]
+        for architecture, attention in reversed(chosen) if backwards else chosen:
+            key = (architecture.name, attention)
+            compiled = not eager and attention == architecture.implementations[0]
+            known = _read(out).get(key)
+            if only is not None and not architecture.name.startswith(only):
+                continue
+            if known is None or (compiled and known["inductor"] is None and not known["error"]):
+                row = asdict(examine(architecture, attention, compiled=compiled))
+                out.write_text(json.dumps(_ordered({**_read(out), key: row}), indent=1) + "\n")
+                print(f"{architecture.name}, {attention}: {row['seconds']:.0f} s", flush=True)
+        text = table(_ordered(_read(out)))
         print(text)
         before, rest = README.read_text(encoding="utf-8").split(BEGIN)
         README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+    def _read(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
+        return {(r["name"], r["attention"]): r for r in (json.loads(out.read_text()) if out.exists() else [])}
 
     def _ordered(rows: dict[tuple[str, str], dict[str, Any]]) -> list[dict[str, Any]]:
         keys = [(a.name, attention) for a in ARCHITECTURES for attention in a.implementations]
