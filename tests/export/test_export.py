@@ -200,9 +200,14 @@ def test_calls_are_checked(package: tuple[Any, Path, export.ExportReport]) -> No
 @pytest.mark.parametrize(
     ("name", "policy", "entry_points"),
     [
-        ("qwen3", DynamicMask(6, local=2), ["prefill", "decode"]),
+        pytest.param("qwen3", DynamicMask(6, local=2), ["prefill", "decode"], marks=pytest.mark.soak),
         ("gemma2", PerLayer({0: SlidingWindow(4, sinks=1)}), ["forward"]),
-        ("llama", ChunkedEviction(24, capacity=4, calibration=(Calibrate("0-100%", "all", phase="local"),)), ["chunk"]),
+        pytest.param(
+            "llama",
+            ChunkedEviction(24, capacity=4, calibration=(Calibrate("0-100%", "all", phase="local"),)),
+            ["chunk"],
+            marks=pytest.mark.soak,
+        ),
     ],
     ids=["dynamic mask", "per layer, forward alone", "first phase of chunked eviction"],
 )

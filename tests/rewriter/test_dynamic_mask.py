@@ -502,6 +502,7 @@ def saved_bytes() -> Iterator[list[int]]:
         yield total
 
 
+@pytest.mark.soak
 def test_trains_compiled_with_checkpointing_and_autocast(tiny_model: Callable[..., nn.Module]) -> None:
     """AdamW, gradient checkpointing, bf16 autocast, `torch.compile`: the loss falls, and as it does without them."""
     ids = torch.randint(0, 64, (4, 33))

@@ -172,7 +172,7 @@ class Writer:
                 f"({one} * {two})",
                 f"({one}.long() + {two}.long() == 2)",
                 f"({one}.long() + {two}.long() > 0)",
-                f"torch.full_like({one}, True) & {one}",
+                f"(torch.full_like({one}, True) & {one})",
                 whole,
                 f"{whole}.transpose(-1, -2)",
                 f"{whole}.flip(-1)",
