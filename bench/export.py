@@ -5,6 +5,8 @@ one prompt and single tokens, in the package, in the optimized model run as it i
 and one forward in ONNX Runtime. In each round the contestants take turns.
 
     python bench/export.py --out bench/results/export.json
+
+What is in `--out` already is not run again; a model takes some minutes.
 """
 
 from __future__ import annotations
@@ -135,10 +137,11 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
     torch.set_num_threads(threads)
-    rows = []
+    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    done = {row["model"] for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         for name, (build, policy) in models().items():
-            if only is None or name in only.split(","):
+            if (only is None or name in only.split(",")) and name not in done:
                 rows.append(measure(name, build, policy, rounds, Path(folder)))
                 result = {"threads": threads, "torch": torch.__version__, "prompt": PROMPT, "rows": rows}
                 out.write_text(json.dumps(result, indent=1) + "\n")

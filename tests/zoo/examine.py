@@ -86,7 +86,7 @@ class Masked:
     """
 
     def __init__(self, visible: Tensor | None = None, sites: Collection[int] = ()) -> None:
-        self.visible, self.sites, self.seen = visible, sites, 0
+        self.visible, self.sites, self.seen, self.inside = visible, sites, 0, False
         self.patches = ExitStack()
 
     def __enter__(self) -> None:
@@ -99,9 +99,13 @@ class Masked:
         ):
 
             def softmax(scores: Tensor, *args: Any, original: Any = original, **kwargs: Any) -> Tensor:
-                if scores.dim() < 3:
-                    return original(scores, *args, **kwargs)  # a router's
-                return self._eager(original, (scores, *args), kwargs)
+                if scores.dim() < 3 or self.inside:  # a router's; the method that the function calls
+                    return original(scores, *args, **kwargs)
+                self.inside = True
+                try:
+                    return self._eager(original, (scores, *args), kwargs)
+                finally:
+                    self.inside = False
 
             self._replace(owner, original, softmax)
 
