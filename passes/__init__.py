@@ -8,6 +8,7 @@ from rewriter.passes.apply_policy import PolicyError
 from rewriter.passes.apply_policy import SiteTensors
 from rewriter.passes.apply_policy import Slots
 from rewriter.passes.cache_layout import CacheLayout
+from rewriter.passes.capture import CaptureError
 from rewriter.passes.lower_cached import CachedGraphs
 from rewriter.passes.lower_cached import NotCacheable
 from rewriter.passes.pipeline import Rewritten
@@ -18,6 +19,7 @@ from rewriter.passes.predict import Row
 __all__ = [
     "CacheLayout",
     "CachedGraphs",
+    "CaptureError",
     "Extended",
     "NotCacheable",
     "Policy",

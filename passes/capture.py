@@ -59,6 +59,9 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
     Args:
         dynamo_graph: what a `torch.compile` backend is given.
         example_inputs: the values of its placeholders, in order.
+
+    Raises:
+        CaptureError: gradients are on, and the model says itself how some are computed.
     """
     placeholders = [node for node in dynamo_graph.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta["example_value"] for node in placeholders]
@@ -96,6 +99,10 @@ def _kind(path: str) -> str:
     return "argument" if "._modules[" not in path and re.fullmatch(r"L(\['\w+'\])(\['[\w.]+'\])?", path) else "constant"
 
 
+class CaptureError(RuntimeError):
+    """A model cannot be traced without changing what it does; the message says why and what to do."""
+
+
 class _Inlined(torch.fx.Interpreter):
     """Runs a graph, its checkpointed regions as part of it.
 
@@ -103,6 +110,11 @@ class _Inlined(torch.fx.Interpreter):
     """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.higher_order.autograd_function_apply and torch.is_grad_enabled():
+            raise CaptureError(
+                "the model has an autograd.Function of its own, whose backward would be lost in a traced graph; call it under "
+                "torch.no_grad(), or write that function in operators of torch, or register it with torch.library"
+            )
         if target is not torch.ops.higher_order.tag_activation_checkpoint:
             return super().call_function(target, args, kwargs)
         region, *inputs = args

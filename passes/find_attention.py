@@ -229,9 +229,12 @@ def _walk_up(site: AttentionSite, node: Node, product: Node) -> None:
             continue
         scores, other, on_left = _split_scores(node, product)
         if target in (aten.add.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor) or "where" in str(target):
+            term = _mask_term(node, other, on_left)
             if scaled:
-                raise Refused("a mask is applied before the scale or softcap")
-            site.masks.append(_mask_term(node, other, on_left))
+                if term.kind != "add" or site.softcap is not None:
+                    raise Refused("a mask is applied before the scale or softcap")
+                term = _scaled_term(term, node, site.scale)
+            site.masks.append(term)
         elif target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
             factor = _number(other)
             if factor is None or (not on_left and "div" in str(target)):
@@ -351,6 +354,14 @@ def _mask_term(node: Node, other: Any, on_left: bool) -> MaskTerm:
         raise Refused(f"hidden logits are set to {value}, expected -inf or a value of at most -1e4")
     lowest = torch.finfo(node.meta["val"].dtype).min
     return MaskTerm(kind, mask, -math.inf if value <= lowest else value)
+
+
+def _scaled_term(term: MaskTerm, node: Node, scale: float | None) -> MaskTerm:
+    """`(scores + bias) * scale`: the bias as it comes to the softmax."""
+    with node.graph.inserting_before(node):
+        scaled = node.graph.call_function(aten.mul.Tensor, (term.node, scale))
+    scaled.meta["val"] = term.node.meta["val"] * scale
+    return MaskTerm(term.kind, scaled)
 
 
 def _number(argument: object) -> float | None:

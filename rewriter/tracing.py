@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from rewriter.passes import CaptureError
 from rewriter.passes import PolicyError
 
 
@@ -47,6 +48,8 @@ def guarded(
         with torch._dynamo.config.patch(specialize_float=True, optimize_ddp=False):
             return call(policy_parameters, *args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, CaptureError):
+            raise RewriteError(str(error.inner_exception)) from None
         if isinstance(error.inner_exception, (RewriteError, PolicyError)):
             raise error.inner_exception from None
         raise

@@ -211,6 +211,35 @@ def test_slices_written_one_after_the_other_are_one_tensor() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(run(x).square().sum(), x)[0] for run in (fast, Joined())))
 
 
+class Doubled(torch.autograd.Function):
+    """A backward that is not the derivative of its forward."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient * 7
+
+
+def test_a_backward_of_the_models_own_is_an_error() -> None:
+    """BLOOM has one. The traced graph would have no gradient for what is before it."""
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = Doubled.apply(x)
+            return sdpa(x, x, x)
+
+    torch._dynamo.reset()
+    fast = rewriter.optimize(Model(), backend="eager")
+    x = torch.randn(3, 2, 9, 8, requires_grad=True)
+    with pytest.raises(rewriter.RewriteError, match=r"an autograd\.Function of its own"):
+        fast(x)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), Model()(x))
+
+
 def test_a_mask_that_adds_up_earlier_tokens_does_not_go_on() -> None:
     class Leading(nn.Module):
         def __init__(self) -> None:

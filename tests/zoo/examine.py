@@ -186,7 +186,7 @@ def examine(architecture: Architecture, attention: str, *, quick: bool = False, 
             _forward(architecture, model, Exact(), differences, None, padding, backend="inductor")
             found.inductor = max(differences.values())
     except rewriter.RewriteError as error:
-        found.error = str(error).split(":")[0]
+        found.error = str(error).split(":")[0].split(";")[0]
     if not quick and not found.error:
         if architecture.causal:
             _forward(architecture, model, policy, found.policy, None, architecture.paddings)
