@@ -284,6 +284,7 @@ LATENT: dict[str, Any] = {
     "first_k_dense_replace": 1,
 }
 GPT2: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+FALCON_ALIBI: dict[str, Any] = {**COMMON, "ffn_hidden_size": 48, "alibi": True, "multi_query": False}
 ENDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 
 ARCHITECTURES: tuple[Architecture, ...] = (
@@ -376,8 +377,17 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     language_model(
         "Falcon with ALiBi",
         "FalconForCausalLM",
-        options={**COMMON, "ffn_hidden_size": 48, "alibi": True, "multi_query": False},
+        options=FALCON_ALIBI,
+        implementations=("sdpa",),
         caches="does not take its positions from position_ids",
+    ),
+    Architecture(
+        "Falcon with ALiBi, eager",
+        transformers_model("FalconForCausalLM", **FALCON_ALIBI),
+        sites=2,
+        inputs=generating,
+        implementations=("eager",),
+        refused=dict.fromkeys((0, 1), "view.default between the product and the softmax"),
     ),
     language_model("Doge", "DogeForCausalLM", options={**GROUPED, "keep_window_size": 64}),
     Architecture("BERT", transformers_model("BertForMaskedLM", **COMMON), 2, text),

@@ -8,6 +8,7 @@ examines all of them, prints a table and writes it into the README (`make zoo`).
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from collections.abc import Collection
@@ -195,7 +196,7 @@ def examine(architecture: Architecture, attention: str, *, quick: bool = False, 
         if architecture.caches is not None:
             found.cache = _or_reason(lambda: _over_our_cache(architecture, model, policy))
         if architecture.dynamic_cache:
-            found.dynamic_cache = _or_reason(lambda: _over_dynamic_cache(model))
+            found.dynamic_cache = _or_reason(lambda: _over_dynamic_cache(architecture, model))
     found.seconds = time.perf_counter() - began
     return found
 
@@ -317,14 +318,14 @@ def _over_our_cache(architecture: Architecture, model: nn.Module, policy: Policy
 
 
 @torch.no_grad()
-def _over_dynamic_cache(model: nn.Module) -> float:
+def _over_dynamic_cache(architecture: Architecture, model: nn.Module) -> float:
     """The same under `Exact()` over transformers' own cache."""
     from transformers import DynamicCache
 
     torch._dynamo.reset()
     fast = rewriter.optimize(model, Exact(), backend="eager", strict=True)
     ids = torch.randint(2, VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(5))
-    mask = real_tokens("left")
+    mask = real_tokens("left" if "left" in architecture.paddings else "none")
 
     config = model.config
 
@@ -366,7 +367,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if row["error"]:
         return ["-", f"an error: {row['error']}", *["-"] * 5]
     masks = "; ".join(row["masks"])
-    refused = "; ".join(dict.fromkeys(row["refused"].values()))
+    refused = "; ".join(dict.fromkeys(map(_shortened, row["refused"].values())))
     count = sum(len(sites) for sites in row["masks"].values())
     sites = f"{count} of {count + len(row['refused'])}"
     return [
@@ -380,9 +381,14 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _shortened(reason: str) -> str:
+    """A reason without its places and figures."""
+    return re.sub(r" \([^()]*\)", "", reason)
+
+
 def _one(outcome: float | str | None) -> str:
     if isinstance(outcome, str):
-        return f"refused: {outcome}"
+        return f"refused: {_shortened(outcome.split('cannot go on from a cache: ')[-1])}"
     return _equal({} if outcome is None else {"": outcome})
 
 
