@@ -140,6 +140,8 @@ class Arguments:
     def constants(self, config: LaunchConfig) -> dict[str, Any]:
         """Compile-time constants and launch parameters."""
         block_d, block_dv = padded(self.head_dim), padded(self.value_dim)
+        # Rows of 32 elements in keys and of 16 in values: what Triton 3.6 made of that for sm_90 read illegal addresses.
+        block_d, block_dv = max(block_d, min(block_dv, 64)), max(block_dv, min(block_d, 64))
         return {
             "HAS_BIAS": self.bias is not None,
             "HAS_ALIBI": self.alibi_slopes is not None,

@@ -22,6 +22,7 @@ import triton.language as tl
 from rewriter.kernels.gpu.arguments import Arguments
 from rewriter.kernels.gpu.arguments import range_strides
 from rewriter.kernels.gpu.arguments import row_strides
+from rewriter.kernels.gpu.launch import LENGTHS
 from rewriter.kernels.gpu.launch import launch
 from rewriter.kernels.gpu.schedule import BACKWARD_CAPACITY
 from rewriter.kernels.gpu.schedule import MAX_SEGMENTS
@@ -30,6 +31,7 @@ from rewriter.kernels.gpu.tiles import LOG2E
 from rewriter.kernels.gpu.tiles import add_dot
 from rewriter.kernels.gpu.tiles import base2_logits
 from rewriter.kernels.gpu.tiles import dot
+from rewriter.kernels.gpu.tiles import in_fp32
 from rewriter.kernels.gpu.tiles import load_rows
 from rewriter.kernels.gpu.tiles import masked_block
 from rewriter.kernels.gpu.tiles import masked_blocks
@@ -251,7 +253,7 @@ def _add_query_gradient(
     return add_dot(b_acc, grad_logits.to(b_key.dtype), b_key, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _query_gradient(
     query_ptr,
     key_ptr,
@@ -327,6 +329,7 @@ def _query_gradient(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale, softcap = in_fp32(scale), in_fp32(softcap)
     i_tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     i_chunk = tl.program_id(0) // num_tiles
     i_kv_head = tl.program_id(1).to(tl.int64)
@@ -536,7 +539,7 @@ def _add_key_gradients(
     return b_grad_key, b_grad_value, b_grad_bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _list_gradients(
     query_ptr,
     key_ptr,
@@ -608,6 +611,7 @@ def _list_gradients(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale, softcap = in_fp32(scale), in_fp32(softcap)
     i_group = tl.program_id(0)
     i_kv_head = tl.program_id(1).to(tl.int64)
     i_batch = tl.program_id(2).to(tl.int64)
@@ -702,7 +706,7 @@ def _list_gradients(
         tl.store(partial_bias_ptr + o_partial, b_grad_bias, mask=m_keys)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _key_gradients(
     query_ptr,
     key_ptr,
@@ -775,6 +779,7 @@ def _key_gradients(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale, softcap = in_fp32(scale), in_fp32(softcap)
     i_block = tl.program_id(0)
     i_kv_head = tl.program_id(1).to(tl.int64)
     i_batch = tl.program_id(2).to(tl.int64)

@@ -1,7 +1,6 @@
 """Compiling the kernels for GPUs that are not there, and reading from the result what a table entry costs.
 
-The launches of an operator are recorded on small CPU tensors and compiled as they would be on the device: sizes of 1 are
-constants, multiples of 16 and pointers are known to be aligned.
+The launches of an operator are recorded on tensors without data and compiled by Triton as they would be on the device.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Collection
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -27,9 +27,8 @@ from rewriter.kernels.gpu.launch import record_launches
 from rewriter.kernels.gpu.running_topk import descend
 from rewriter.kernels.gpu.schedule import build
 from rewriter.kernels.live_ranges import LiveRanges
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -41,20 +40,16 @@ TARGETS = {
 SHARED_MEMORY = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
 """Bytes of shared memory that a program can have."""
 
+MAX_SPILLED = 128
+"""Bytes of registers that a thread may spill: 32 of its 255 registers. A tile with no spill at all can be too small: see
+what was measured in `bench/README.md`."""
+
 INSTRUCTIONS = {
     "cp.async": r"cp\.async\.c[ag]",
     "mma": r"\bmma\.sync|\bv_mfma",
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
     "atomic": r"\batom\.|\bred\.|atomic_",
-}
-
-TYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
 }
 
 
@@ -73,10 +68,11 @@ class Compiled:
 def launches(architecture: str, kernels: Collection[str], dtype: torch.dtype, head_dim: int) -> list[Launch]:
     """What the operators launch for an architecture with a bias per key, as a dynamic mask has: one launch of each kernel
     of the named entries of the launch table, and of the kernels without an entry if none is named."""
-    query = torch.empty(1, 8, 64, head_dim, dtype=dtype)
-    key = torch.empty(1, 2, 64, head_dim, dtype=dtype)
-    live = LiveRanges.causal(64)
-    bias = torch.empty(1, 2, 64)
+    meta = torch.device("meta")
+    query = torch.empty(1, 8, 64, head_dim, dtype=dtype, device=meta)
+    key = torch.empty(1, 2, 64, head_dim, dtype=dtype, device=meta)
+    live = LiveRanges.causal(64, device=meta)
+    bias = torch.empty(1, 2, 64, device=meta)
     arguments = Arguments.make(
         query, key, key, live.start, live.end, None, None, bias, None, None, None, None, sort=False
     )
@@ -85,36 +81,30 @@ def launches(architecture: str, kernels: Collection[str], dtype: torch.dtype, he
             forward(arguments)
         if "backward_query" in kernels or "backward_key" in kernels:
             output = arguments.empty_output()
-            lse = torch.empty(query.shape[:3])
+            lse = torch.empty(query.shape[:3], device=meta)
             backward(arguments, output, lse, output, lse)
         if "decode" in kernels:
             decode(arguments)
         if "key_scores" in kernels:
-            key_scores(arguments, torch.empty(query.shape[:3]), "mean")
+            key_scores(arguments, torch.empty(query.shape[:3], device=meta), "mean")
         if not kernels:
             build(live.start, live.end, arguments.query_index, 16, 16, 1)
-            values = torch.zeros(1, 64, dtype=torch.int32)
-            descend(
-                values,
-                torch.zeros(1, 65, dtype=torch.int32),
-                torch.zeros(2, 1, 32, dtype=torch.int32),
-                values,
-                values,
-                0,
+            values, ones, bounds = (
+                torch.empty(size, dtype=torch.int32, device=meta) for size in ((1, 64), (1, 65), (2, 1, 32))
             )
-    shared = () if not kernels else ("_fill_lists",)
+            descend(values, ones, bounds, values, values, 0)
+    shared = () if not kernels else ("_count_below", "_fill_lists")
     return [launch for launch in recorded if launch.kernel.__name__ not in shared]
 
 
 def compile_launch(launch: Launch, architecture: str) -> Compiled:
-    """Compiles one recorded launch.
+    """Compiles one recorded launch; Triton's cache on disk then has what the launch would compile on that GPU.
 
     Raises:
         triton.CompilationError and others: the kernel does not compile for the architecture.
     """
-    source = _source(launch)
-    options = {k: launch.constants[k] for k in ("num_warps", "num_stages") if k in launch.constants}
-    compiled = triton.compile(source, target=TARGETS[architecture], options=options)
+    with _standing_in(architecture):
+        compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.constants)
     if architecture.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         registers, spilled = _metadata(text, "vgpr_count"), _metadata(text, "vgpr_spill_count")
@@ -125,29 +115,30 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
     return Compiled(launch.kernel.__name__, registers, spilled, compiled.metadata.shared, dict(+counts))
 
 
-def _source(launch: Launch) -> Any:
-    names = launch.kernel.arg_names
-    values = {**dict(zip(names, launch.arguments, strict=False))}
-    values.update({k: v for k, v in launch.constants.items() if k in names})
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for position, name in enumerate(names):
-        value = values[name]
-        aligned = isinstance(value, Tensor)
-        if name.isupper() or (isinstance(value, int) and value == 1):
-            signature[name] = "constexpr"
-            constants[(position,)] = value
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-            aligned = value % 16 == 0
-        if aligned:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes)
+@dataclass(frozen=True)
+class _StandIn:
+    """As much of Triton's driver as compiling asks for, for a GPU that need not be there."""
+
+    architecture: str
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.architecture]
+
+    def get_current_device(self) -> str:
+        return self.architecture  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def _standing_in(architecture: str) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(_StandIn(architecture))
+    try:
+        yield
+    finally:
+        driver._active = before
 
 
 def _metadata(assembly: str, name: str) -> int:

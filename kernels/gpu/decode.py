@@ -14,8 +14,10 @@ from rewriter.kernels.gpu.arguments import Arguments
 from rewriter.kernels.gpu.arguments import row_strides
 from rewriter.kernels.gpu.arguments import shared_strides
 from rewriter.kernels.gpu.forward import attend
+from rewriter.kernels.gpu.launch import LENGTHS
 from rewriter.kernels.gpu.launch import launch
 from rewriter.kernels.gpu.tiles import LOG2E
+from rewriter.kernels.gpu.tiles import in_fp32
 from rewriter.kernels.gpu.tiles import packed_rows
 from torch import Tensor
 
@@ -85,7 +87,7 @@ def decode(arguments: Arguments) -> tuple[Tensor, Tensor]:
     return output, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _decode(
     query_ptr,
     key_ptr,
@@ -137,6 +139,7 @@ def _decode(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale, softcap = in_fp32(scale), in_fp32(softcap)
     i_split = tl.program_id(0) % num_splits
     i_tile = tl.program_id(0) // num_splits % num_tiles
     i_chunk = tl.program_id(0) // num_splits // num_tiles
@@ -177,7 +180,7 @@ def _decode(
     tl.store(partial_lse_ptr + p_partial, b_max + tl.log2(b_sum), mask=m_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _merge(
     partial_output_ptr,
     partial_lse_ptr,

@@ -12,6 +12,7 @@ import triton.language as tl
 from rewriter.kernels.gpu.arguments import Arguments
 from rewriter.kernels.gpu.arguments import range_strides
 from rewriter.kernels.gpu.arguments import row_strides
+from rewriter.kernels.gpu.launch import LENGTHS
 from rewriter.kernels.gpu.launch import launch
 from rewriter.kernels.gpu.schedule import FORWARD_CAPACITY
 from rewriter.kernels.gpu.schedule import MAX_SEGMENTS
@@ -20,6 +21,7 @@ from rewriter.kernels.gpu.tiles import LOG2E
 from rewriter.kernels.gpu.tiles import add_dot
 from rewriter.kernels.gpu.tiles import base2_logits
 from rewriter.kernels.gpu.tiles import dot
+from rewriter.kernels.gpu.tiles import in_fp32
 from rewriter.kernels.gpu.tiles import load_rows
 from rewriter.kernels.gpu.tiles import masked_block
 from rewriter.kernels.gpu.tiles import masked_blocks
@@ -148,7 +150,7 @@ def attend(
     return b_acc, new_max, b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _forward(
     query_ptr,
     key_ptr,
@@ -213,6 +215,7 @@ def _forward(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale, softcap = in_fp32(scale), in_fp32(softcap)
     # Late tiles of a causal mask have most keys: they go first.
     i_tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     i_chunk = tl.program_id(0) // num_tiles

@@ -11,10 +11,12 @@ import triton.language as tl
 from rewriter.kernels.gpu.arguments import Arguments
 from rewriter.kernels.gpu.arguments import row_strides
 from rewriter.kernels.gpu.arguments import shared_strides
+from rewriter.kernels.gpu.launch import LENGTHS
 from rewriter.kernels.gpu.launch import launch
 from rewriter.kernels.gpu.tiles import LOG2E
 from rewriter.kernels.gpu.tiles import base2_logits
 from rewriter.kernels.gpu.tiles import dot
+from rewriter.kernels.gpu.tiles import in_fp32
 from rewriter.kernels.gpu.tiles import load_rows
 from rewriter.kernels.gpu.tiles import packed_rows
 from torch import Tensor
@@ -58,7 +60,7 @@ def key_scores(arguments: Arguments, lse: Tensor, group: str) -> Tensor:
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _key_scores(
     query_ptr,
     key_ptr,
@@ -104,6 +106,7 @@ def _key_scores(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    scale, softcap = in_fp32(scale), in_fp32(softcap)
     i_kv_head = tl.program_id(1).to(tl.int64)
     i_batch = tl.program_id(2).to(tl.int64)
     o_keys = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

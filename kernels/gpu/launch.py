@@ -23,6 +23,15 @@ TABLE = Path(__file__).with_name("launch_table.json")
 HEAD_DIMS = (64, 128, 256)
 """Head dims of the table; others take the next larger one's entry."""
 
+LENGTHS = (
+    *("num_queries", "num_keys", "num_tiles", "num_splits", "num_partial", "list_size"),
+    *("num_values", "num_prefixes", "bit", "num_sorted", "num_places"),
+    *("range_stride_b", "range_stride_h", "stride_order_b", "stride_bias_b", "stride_bias_h", "stride_key_index_b"),
+    *("stride_start_b", "stride_start_h", "stride_end_b", "stride_end_h", "stride_query_index_b"),
+)
+"""Arguments that follow from a call's lengths. Kernels take them with `do_not_specialize`: Triton would compile a kernel anew
+for each combination of those that are 1 or a multiple of 16. The strides of rows, whose alignment makes loads wide, stay."""
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether this process runs kernels in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1`)."""
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from rewriter.kernels.gpu.launch import LENGTHS
 from rewriter.kernels.gpu.launch import launch
 from torch import Tensor
 
@@ -107,21 +108,19 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
 
     # Tiles in which each key is alive. A key that never lives is dead from the first tile on.
     never = end <= start
-    first_tile = _search(high, start)
-    dead_from = torch.where(never, 0, _search(low, end))
-    partly_dead_from = torch.where(never, 0, _search(high, end))
+    sorted_values, wanted = torch.stack((high, low, low, high)), torch.stack((start, start, end, end))
+    first_tile, first_full_tile, dead_from, partly_dead_from = _ranks(sorted_values, wanted).unbind()
+    dead_from, partly_dead_from = torch.where(never, 0, dead_from), torch.where(never, 0, partly_dead_from)
     last_tile = dead_from
 
     # The run ends where a key has not started yet and begins after the last key that is dead: both ascend with the tile.
-    latest_start = start.cummax(dim=2).values
-    run_end = _search(latest_start, high, right=True)
-    enters_run = _search(run_end, key, right=True)
+    run_end = _first_unborn(first_tile, key, num_tiles)
+    enters_run = _ranks_of_places(run_end, num_keys)
     run_begin = _last_killed(torch.maximum(dead_from, enters_run), key, num_tiles)
-    full_end = _search(latest_start, low, right=True)
+    full_end = _first_unborn(first_full_tile, key, num_tiles)
     full_begin = _last_killed(torch.maximum(partly_dead_from, enters_run), key, num_tiles)
-    leaves_run = _search(run_begin, key, right=True)
-
-    full_first, full_last = _search(full_end, key, right=True), _search(full_begin, key, right=True)
+    borders = torch.stack((run_begin, full_end, full_begin))
+    leaves_run, full_first, full_last = _ranks_of_places(borders, num_keys).unbind()
 
     # Runs are used or not by chunks, the shortest segments that there can be. A mask without holes has runs of at least a
     # tile's rows; shorter ones are what scattered keys leave at the diagonal, not worth their partly filled blocks.
@@ -256,8 +255,39 @@ def _blocks(keys: Tensor, block: int) -> Tensor:
     return (keys + (block - 1)) // block
 
 
-def _search(sorted_values: Tensor, wanted: Tensor, *, right: bool = False) -> Tensor:
-    return torch.searchsorted(sorted_values.contiguous(), wanted.contiguous(), right=right, out_int32=True)
+def _ranks(sorted_values: Tensor, wanted: Tensor) -> Tensor:
+    """`[..., K]`: how many of the values `[..., T]`, which ascend along the last dimension, are less than each wanted one."""
+    ranks = torch.empty_like(wanted)
+    _launch_ranks(sorted_values, wanted, ranks, places=False)
+    return ranks
+
+
+def _ranks_of_places(sorted_values: Tensor, num_places: int) -> Tensor:
+    """`[..., num_places]`: how many of the values `[..., T]` are at most 0, 1, ..."""
+    ranks = sorted_values.new_empty(*sorted_values.shape[:-1], num_places)
+    _launch_ranks(sorted_values, sorted_values, ranks, places=True)
+    return ranks
+
+
+def _launch_ranks(sorted_values: Tensor, wanted: Tensor, ranks: Tensor, *, places: bool) -> None:
+    num_places, block = ranks.size(-1), 1024
+    launch(_count_below, (ranks.numel() // num_places, -(-num_places // block)))(
+        sorted_values.contiguous(),
+        wanted,
+        ranks,
+        sorted_values.size(-1),
+        num_places,
+        PLACES=places,
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+def _first_unborn(tile: Tensor, key: Tensor, num_tiles: int) -> Tensor:
+    """For each tile, the first key that starts only in a later one; the number of keys where none does. `[Rb, Rh, tiles]`."""
+    unborn = torch.full((*key.shape[:2], num_tiles + 1), key.size(2), dtype=torch.int32, device=key.device)
+    unborn = unborn.scatter_reduce(2, tile.long(), key, "amin")
+    return unborn[:, :, 1:].flip(2).cummin(dim=2).values.flip(2)
 
 
 def _last_killed(tile: Tensor, key: Tensor, num_tiles: int) -> Tensor:
@@ -278,7 +308,30 @@ def _previous_end(flag: Tensor, tile: Tensor) -> Tensor:
     return torch.nn.functional.pad(torch.where(flag, tile + 1, 0).cummax(dim=2).values, (1, 0)).to(torch.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
+def _count_below(sorted_ptr, wanted_ptr, ranks_ptr, num_sorted, num_places, PLACES: tl.constexpr, BLOCK: tl.constexpr):
+    """By bisection, as `torch.searchsorted`, which Inductor (torch 2.11) turns into code that does not compile here."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_places = o_places < num_places
+    b_wanted = o_places
+    if not PLACES:
+        b_wanted = tl.load(wanted_ptr + i_row * num_places + o_places, mask=m_places, other=0)
+    low = tl.zeros([BLOCK], tl.int32)
+    high = tl.zeros([BLOCK], tl.int32) + num_sorted
+    candidates = num_sorted + 1
+    while candidates > 1:
+        middle = (low + high) // 2
+        m_open = m_places & (low < high)
+        b_value = tl.load(sorted_ptr + i_row * num_sorted + middle, mask=m_open, other=0)
+        m_above = (b_value <= b_wanted) if PLACES else (b_value < b_wanted)
+        low = tl.where(m_open & m_above, middle + 1, low)
+        high = tl.where(m_open & ~m_above, middle, high)
+        candidates = (candidates + 1) // 2
+    tl.store(ranks_ptr + i_row * num_places + o_places, low, mask=m_places)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def _fill_lists(
     start_ptr,
     end_ptr,

@@ -14,6 +14,12 @@ UPCAST = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
+def in_fp32(number):
+    """A float argument, which Triton passes as fp32 and Inductor as fp64, in which nothing here may be computed."""
+    return tl.cast(number, tl.float32)
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """`a @ b` in fp32. Triton's interpreter (3.9) multiplies the bits of bf16 operands; their values are exact in fp32."""
     if UPCAST:

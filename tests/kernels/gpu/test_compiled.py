@@ -17,6 +17,7 @@ from rewriter.kernels.gpu.launch import HEAD_DIMS
 from rewriter.kernels.gpu.launch import INTERPRETED
 from rewriter.kernels.gpu.launch import record_launches
 from rewriter.kernels.gpu.launch import use_table
+from triton.runtime.jit import JITFunction
 
 from rewriter.verify import compile_entries
 
@@ -55,16 +56,31 @@ def test_a_tile_that_is_too_large_spills() -> None:
         assert compile_launch(launch, "sm90").spilled > 0
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["triton", "inductor"])
 @pytest.mark.parametrize("architecture", ["sm90", "gfx942"])
-def test_every_option_compiles(architecture: str) -> None:
-    """Softcap, ALiBi, sinks, indices in any order, head dims that are no powers of two, a group larger than a tile."""
-    query = torch.empty(2, 130, 70, 40, dtype=torch.float16)
-    key, value = torch.empty(2, 1, 70, 40, dtype=torch.float16), torch.empty(2, 1, 70, 24, dtype=torch.float16)
-    live = LiveRanges.causal(70)
-    index, slopes = torch.arange(70)[None].expand(2, -1), torch.empty(130)
+def test_every_option_compiles(architecture: str, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Softcap, ALiBi, sinks, indices in any order, head dims that are no powers of two, a group larger than a tile.
+
+    Inductor passes floats in fp64, and sizes that are not known in int64.
+    """
+    if wide:
+        do_compile = JITFunction._do_compile
+        wider = {"fp32": "fp64", "i32": "i64"}
+
+        def widened(self: JITFunction, key: str, signature: dict[str, str], *rest: object) -> object:
+            given = {name: wider.get(kind, kind) for name, kind in signature.items()}
+            return do_compile(self, key + "wide", given, *rest)
+
+        monkeypatch.setattr(JITFunction, "_do_compile", widened)
+    query, key, value = (
+        torch.empty(2, heads, 70, dim, dtype=torch.float16, device="meta")
+        for heads, dim in ((130, 40), (1, 40), (1, 24))
+    )
+    live = LiveRanges.causal(70, device="meta")
+    index, slopes = torch.arange(70, device="meta")[None].expand(2, -1), torch.empty(130, device="meta")
     options = (live.start, live.end, index, index, None, slopes, slopes, None, 30.0)
     arguments = Arguments.make(query, key, value, *options, sort=True)
-    lse = torch.empty(2, 130, 70)
+    lse = torch.empty(2, 130, 70, device="meta")
     with record_launches(architecture) as recorded:
         forward(arguments)
         backward(arguments, arguments.empty_output(), lse, arguments.empty_output(), lse)
