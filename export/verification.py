@@ -198,8 +198,10 @@ def compare_in_a_fresh_process(path: Path) -> list[dict[str, Any]]:
     Raises:
         ExportError: the process failed; with what it said.
     """
+    path = path.absolute()
     command = [sys.executable, "-m", "rewriter.export.verification", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # Python looks for modules in the working directory first, where a folder may have this package's name.
+    done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent)
     if done.returncode:
         raise ExportError(
             f"the artifact {path} was written, and does not run in a fresh process:\n{done.stderr[-4000:]}"
