@@ -27,7 +27,8 @@ def main(
         int | None,
         typer.Option(help="Longest length for what is quadratic; 32768 on a CPU, 131072 on a GPU.", show_default=False),
     ] = None,
-    mask_up_to: Annotated[int, typer.Option(help="Longest length for arrays or block masks of S x S.")] = 16384,
+    mask_up_to: Annotated[int, typer.Option(help="Longest length for masks of S x S.")] = 16384,
+    flex_up_to: Annotated[int, typer.Option(help="Longest length for FlexAttention's block masks.")] = 32768,
     rounds: Annotated[int, typer.Option(help="Rounds of timing on a CPU.")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
@@ -37,7 +38,7 @@ def main(
     if device == "cpu":
         attention_cpu.run(console, out, sizes, dense_up_to or 32768, mask_up_to, rounds, threads)
     elif device == "cuda":
-        attention_cuda.run(console, out, sizes, dense_up_to or 131072, mask_up_to)
+        attention_cuda.run(console, out, sizes, dense_up_to or 131072, mask_up_to, flex_up_to)
     else:
         raise typer.BadParameter(f"--device must be cpu or cuda, got {device!r}")
 
