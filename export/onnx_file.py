@@ -113,17 +113,26 @@ def write(point: EntryPoint, path: Path, opset: int) -> None:
     own = point.retraced(module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            own.program,
-            point.examples,
-            None,
-            input_names=[i.name for i in point.inputs],
-            output_names=list(point.outputs),
-            opset_version=opset,
-            dynamo=True,
-            optimize=False,  # its fusion of rotations fails where a batch shares its positions
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                own.program,
+                point.examples,
+                None,
+                input_names=[i.name for i in point.inputs],
+                output_names=list(point.outputs),
+                opset_version=opset,
+                dynamo=True,
+                optimize=False,  # its fusion of rotations fails where a batch shares its positions
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise ExportError(
+                f"torch cannot write this model as ONNX: {cause}. Nothing was written; a model that has the operator in other "
+                "words (another expert implementation in its configuration, say) may do"
+            ) from error
     assert program is not None
     model = program.model_proto
     # The bodies come last: torch's change of the opset would put them in the place of the calls.

@@ -116,6 +116,11 @@ def build_model(name: str, attention: str) -> nn.Module:
         return transformers.MistralForCausalLM(transformers.MistralConfig(**grouped, sliding_window=8))
     if name == "gemma2":
         return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**grouped, head_dim=8, sliding_window=8))
+    if name == "gpt_oss":
+        experts = {"num_local_experts": 2, "num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
+        return transformers.GptOssForCausalLM(
+            transformers.GptOssConfig(**grouped, **experts, head_dim=8, sliding_window=8)
+        )
     if name == "gpt2":
         config = transformers.GPT2Config(
             vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_implementation=attention

@@ -215,7 +215,7 @@ def test_other_packages(
     name: str, policy: rewriter.Policy, entry_points: list[str], tiny_model: Callable[..., nn.Module], tmp_path: Path
 ) -> None:
     torch._dynamo.reset()
-    fast = prepared(tiny_model(name, "eager" if name == "gemma2" else "sdpa"), policy)
+    fast = prepared(tiny_model(name, "eager" if name in ("gemma2", "gpt_oss") else "sdpa"), policy)
     path = tmp_path / "model.pt2"
     report = export.aot_inductor(fast, kwargs=call(), path=path, cache=entry_points != ["forward"])
     assert list(report.entry_points) == entry_points
@@ -230,6 +230,7 @@ def test_other_packages(
         ("gemma2", Exact()),
         ("gpt2", PerLayer({0: Exact(), "default": SlidingWindow(5, sinks=1)})),
         ("bert", Exact()),
+        ("gpt_oss", SlidingWindow(5, sinks=1)),  # its softmax has sinks, and every second layer a window of its own
     ],
     ids=str,
 )
@@ -239,7 +240,7 @@ def test_onnx_runtime_gives_what_the_model_gives(
     import onnx
 
     torch._dynamo.reset()
-    fast = prepared(tiny_model(name, "eager" if name == "gemma2" else "sdpa"), policy)
+    fast = prepared(tiny_model(name, "eager" if name in ("gemma2", "gpt_oss") else "sdpa"), policy)
     kwargs = call()
     if name == "bert":
         del kwargs["use_cache"]
@@ -297,6 +298,18 @@ def test_torch_tensorrt_runs_the_model(tiny_model: Callable[..., nn.Module]) -> 
     engine = tensorrt_engine.compile_engine(fast, kwargs)
     actual = engine(*(v for v in kwargs.values() if isinstance(v, Tensor)))
     torch.testing.assert_close(actual, fast(**kwargs).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_an_operator_that_onnx_lacks_is_named(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model = tiny_model("gpt_oss", "eager")
+    model.config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
+    path = tmp_path / "model.onnx"
+    with pytest.raises(
+        export.ExportError, match=r"cannot write this model as ONNX: No ONNX function found for.*grouped"
+    ):
+        export.onnx(prepared(model, Exact()), kwargs=call(), path=path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_refusals_come_before_anything_is_compiled(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
