@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not co
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("architecture", TARGETS)
-def test_nothing_spills_and_all_fits(architecture: str, bits: int, head_dim: int) -> None:
+def test_little_spills_and_all_fits(architecture: str, bits: int, head_dim: int) -> None:
     entries = compile_entries((architecture, bits, head_dim))
     assert {e.failure for e in entries} == {None}
     compiled = {e.compiled.kernel: e.compiled for e in entries if e.compiled is not None}
