@@ -103,7 +103,7 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
     Raises:
         triton.CompilationError and others: the kernel does not compile for the architecture.
     """
-    with _standing_in(architecture):
+    with standing_in(architecture):
         compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.constants)
     if architecture.startswith("gfx"):
         text = compiled.asm["amdgcn"]
@@ -132,7 +132,8 @@ class _StandIn:
 
 
 @contextmanager
-def _standing_in(architecture: str) -> Iterator[None]:
+def standing_in(architecture: str) -> Iterator[None]:
+    """Inside, Triton takes a GPU of the architecture for the one that is there."""
     before = driver._active
     driver.set_active(_StandIn(architecture))
     try:

@@ -10,28 +10,17 @@ import torch
 from rewriter.kernels import ops
 from rewriter.kernels import topk
 from rewriter.kernels.gpu import launch
+from rewriter.kernels.gpu.compiled import standing_in
 from torch._dynamo.source import LocalSource
 from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.symbolic_shapes import StatelessSymbolicContext
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 pytestmark = pytest.mark.skipif(
     launch.INTERPRETED or torch.cuda.is_available(), reason="stands in for a GPU; there are real graphs on a real one"
 )
-
-
-class StandIn:
-    """As much of a driver as the analysis of what a kernel writes asks for."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
 
 
 @pytest.fixture
@@ -39,10 +28,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (ops, topk):
         monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
     monkeypatch.setattr(launch, "_architecture", lambda device: "sm90")
-    before = driver._active
-    driver.set_active(StandIn())
-    yield
-    driver._active = before
+    with standing_in("sm90"):
+        yield
 
 
 def symbolic(mode: FakeTensorMode, name: str, dynamic: str, tensor: torch.Tensor) -> torch.Tensor:
