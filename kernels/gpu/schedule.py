@@ -318,8 +318,8 @@ def _count_below(sorted_ptr, wanted_ptr, ranks_ptr, num_sorted, num_places, PLAC
     if not PLACES:
         b_wanted = tl.load(wanted_ptr + i_row * num_places + o_places, mask=m_places, other=0)
     low = tl.zeros([BLOCK], tl.int32)
-    high = tl.zeros([BLOCK], tl.int32) + num_sorted
-    candidates = num_sorted + 1
+    high = low + tl.cast(num_sorted, tl.int32)
+    candidates = tl.cast(num_sorted, tl.int32) + 1
     while candidates > 1:
         middle = (low + high) // 2
         m_open = m_places & (low < high)
@@ -369,7 +369,7 @@ def _fill_lists(
     p_used = used_before_ptr + i_row * (num_tiles + 1)
     has_run = tl.load(p_used + last_tile + 1) > tl.load(p_used + first_tile)
     run_low = tl.load(run_begin_ptr + p_tile + first_tile)
-    run_high = tl.where(has_run, num_keys, 0)
+    run_high = tl.where(has_run, tl.cast(num_keys, tl.int32), 0)
     if tl.load(p_used + last_tile + 1) - tl.load(p_used + first_tile) == last_tile + 1 - first_tile:
         run_high = tl.load(run_end_ptr + p_tile + last_tile)
     front = begin
