@@ -37,6 +37,7 @@ from rewriter.passes.index_functions import apply
 from rewriter.passes.index_functions import axes_of
 from rewriter.passes.index_functions import broadcast
 from rewriter.passes.index_functions import elements_of
+from rewriter.passes.index_functions import floating_type
 from rewriter.passes.index_functions import is_bool
 from rewriter.passes.index_functions import is_masking
 from rewriter.passes.index_functions import linear_terms
@@ -141,8 +142,9 @@ def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mappin
         )
     interval = analysis.conjunction(predicates)
     total: Expression | None = None
-    for bias in biases:
-        total = bias if total is None else apply("add", total, bias)
+    for bias in biases:  # summed in fp32 at least
+        wide = Const(torch.promote_types(floating_type(bias) or torch.float32, torch.float32))
+        total = bias if total is None else apply("add", total, apply("cast", bias, wide))
     return MaskProof(interval, total, tuple(analysis.read))
 
 
@@ -199,7 +201,8 @@ class _Analysis:
             return known, []
         if isinstance(element, Apply) and element.name == "add":
             parts = [self._additive(argument, lowest) for argument in element.args]
-            return apply("and", parts[0][0], parts[1][0]), parts[0][1] + parts[1][1]
+            biases = parts[0][1] + parts[1][1]
+            return apply("and", parts[0][0], parts[1][0]), biases[:1] if len(biases) < 2 else [apply("add", *biases)]
         if ROW in axes_of(element):
             values = _cases(element)
             if values is not None:
@@ -650,6 +653,10 @@ def materialize(expression: Expression, env: Mapping[Node, object], axes: Mappin
                     del places[dim]
             return tensor[tuple(torch.atleast_1d(value(place)) for place in places)] if places else tensor
         assert isinstance(e, Apply)
+        if e.name == "cast":
+            return value(e.args[0]).to(e.args[1].value)  # type: ignore[attr-defined]
+        if e.name in ("add", "mul"):  # a number among the operands keeps its precision, and leaves them their type
+            return _OPERATIONS[e.name](*(a.value if isinstance(a, Const) else value(a) for a in e.args))
         if e.name in ("document_start", "document_end"):
             return _document_bound(e.args[0], env, right=e.name == "document_end")
         if e.name == "running_topk_end":
@@ -675,8 +682,8 @@ _LARGEST_FP32 = torch.finfo(torch.float32).max
 _DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float32}
 
 _OPERATIONS: dict[str, Callable[..., Tensor]] = {
-    "add": torch.add,
-    "mul": torch.mul,
+    "add": operator.add,
+    "mul": operator.mul,
     "floordiv": lambda x, y: torch.div(x, y, rounding_mode="floor"),
     "quotient": lambda m, n: torch.div(m, n, rounding_mode="floor"),
     "remainder": torch.remainder,

@@ -1,6 +1,6 @@
 """Canonicalize: erase what does nothing, and make in-place operations visible.
 
-Full slices, casts to the same dtype, expands to the same shape and inactive dropout are erased. An in-place operation
+Full slices, casts to the same dtype, expands and views to the same shape and inactive dropout are erased. An in-place operation
 on a fresh tensor, or on a slice of one, becomes its functional form, where nothing else can see the difference; the
 tensors that the remaining ones change are reported, and mask analysis takes them for data.
 """
@@ -92,7 +92,7 @@ def _does_nothing(node: Node) -> bool:
         return start in (None, 0) and end in (None, 2**63 - 1) and step in (None, 1)
     if node.target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default):
         return bool(before.dtype == after.dtype and before.device == after.device)
-    if node.target is aten.expand.default:
+    if node.target in (aten.expand.default, aten.view.default, aten.reshape.default):
         return [str(s) for s in before.shape] == [str(s) for s in after.shape]
     if node.target is aten.alias.default:
         return True

@@ -1,5 +1,7 @@
 """Capture: a Dynamo graph becomes pre-dispatch ATen, with module paths and source lines kept, checkpoints inlined.
 
+A model's own `autograd.Function` stays one node where gradients are on: traced, its backward would be lost.
+
 Parameters and buffers stay inputs of the graph, as Dynamo made them; what they are called and what they hold is
 recorded, since a mask may be a constant buffer.
 """
@@ -13,12 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import track_tensor_tree
 from torch.utils.checkpoint import CheckpointPolicy
 
 
@@ -61,7 +67,7 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
         example_inputs: the values of its placeholders, in order.
 
     Raises:
-        CaptureError: gradients are on, and the model says itself how some are computed.
+        CaptureError: an `autograd.Function` of the model's changes a tensor in place.
     """
     placeholders = [node for node in dynamo_graph.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta["example_value"] for node in placeholders]
@@ -111,10 +117,7 @@ class _Inlined(torch.fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.higher_order.autograd_function_apply and torch.is_grad_enabled():
-            raise CaptureError(
-                "the model has an autograd.Function of its own, whose backward would be lost in a traced graph; call it under "
-                "torch.no_grad(), or write that function in operators of torch, or register it with torch.library"
-            )
+            return _kept(target, args, kwargs)
         if target is not torch.ops.higher_order.tag_activation_checkpoint:
             return super().call_function(target, args, kwargs)
         region, *inputs = args
@@ -126,6 +129,29 @@ class _Inlined(torch.fx.Interpreter):
 
 
 _regions = itertools.count()
+
+
+def _kept(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Puts a call of an `autograd.Function` into the graph as it is, as one node; returns its fake results."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    tracer, tensors = mode.tracer, [a for a in args if isinstance(a, Tensor)]
+    versions = [tensor._version for tensor in tensors]
+    with disable_proxy_modes_tracing():
+        results = target(*args, **kwargs)
+    if kwargs.get("dirty_idx") or versions != [tensor._version for tensor in tensors]:
+        raise CaptureError(
+            "an autograd.Function of the model's changes a tensor in place, which a traced graph would lose; "
+            "let it return a new tensor, or call the model under torch.no_grad()"
+        )
+    bodies = []
+    for body in args[:2]:
+        name = f"autograd_function_{next(_regions)}"
+        tracer.root.register_module(name, body)
+        bodies.append(tracer.create_proxy("get_attr", name, (), {}))
+    inputs = pytree.tree_map(tracer.unwrap_proxy, args[2:])
+    proxy = tracer.create_proxy("call_function", target, (*bodies, *inputs), kwargs, name="autograd_function")
+    return track_tensor_tree(results, proxy, constant=None, tracer=tracer)
 
 
 def readable_source(path: str) -> str:

@@ -2,7 +2,8 @@
 
 Anchored at the softmax and walked outwards through casts, masks, softcap and scale up to the product of query and
 key, and through casts and inactive dropout down to the product with the value; never by a template of a whole trace.
-`repeat_kv` is folded into grouped heads. A site that is found but cannot be used is refused with its reason.
+Views between `[B, H, Q, K]` and `[B * H, Q, K]` on the way move to the factors; `repeat_kv` is folded into grouped
+heads. A site that is found but cannot be used is refused with its reason.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,11 +112,28 @@ def find_attention(module: GraphModule, modified: frozenset[Node] = frozenset())
                 "call torch.backends.mha.set_fastpath_enabled(False)"
             )
             sites.append(AttentionSite(node, "fused", reason=reason))
+        elif node.target is torch.ops.higher_order.autograd_function_apply and _has_softmax(module, node.args[0]):
+            reason = (
+                "it is inside an autograd.Function, whose backward is the model's own; call it under torch.no_grad()"
+            )
+            sites.append(AttentionSite(node, "autograd.Function", reason=reason))
     for site in sites:
         changed = [node for node in (site.query, site.key, site.value, *site.path) if node in modified]
         if changed and site.reason is None:
             site.reason = f"{changed[0].name} is modified in place, through a view or where others see it"
     return sites
+
+
+def _has_softmax(module: GraphModule, body: Any) -> bool:
+    """Whether a forward of an `autograd.Function`, a submodule at the node `body`, has what attention has."""
+    inner = module.get_submodule(str(body.target))
+    names = (
+        str(getattr(n.target, "__name__", n.target))
+        for m in inner.modules()
+        if isinstance(m, GraphModule)
+        for n in m.graph.nodes
+    )
+    return any("softmax" in name or "scaled_dot_product" in name for name in names)
 
 
 def _checked(match: Callable[[AttentionSite], None], site: AttentionSite) -> AttentionSite:
@@ -164,6 +183,10 @@ _SCORE_OPERATORS = _PASSIVE | {
     aten.where.ScalarSelf,
     aten.view.default,
     aten.reshape.default,
+    aten.unflatten.int,
+    aten.flatten.using_ints,
+    aten.transpose.int,
+    aten.permute.default,
     aten.cat.default,
 }
 
@@ -201,9 +224,11 @@ def _match_eager(site: AttentionSite) -> None:
     _walk_up(site, softmax.args[0], product)  # type: ignore[arg-type]
     _walk_down(site, softmax)
     site.path.extend(_factors(product))
-    site.query, key = _oriented_factors(product)
-    site.key = _fold_repeated_heads(site, key)
-    assert site.value is not None
+    site.query, site.key = _oriented_factors(product)
+    if any(_splits_heads(node) for node in site.path):
+        _see_heads(site)
+    assert site.key is not None and site.value is not None
+    site.key = _fold_repeated_heads(site, site.key)
     site.value = _fold_repeated_heads(site, site.value)
 
 
@@ -214,9 +239,11 @@ def _walk_up(site: AttentionSite, node: Node, product: Node) -> None:
     while node is not product:
         site.path.append(node)
         target = node.target
-        if target in _PASSIVE:
+        if target in _PASSIVE or _splits_heads(node) or _joins_heads(node):
             node = node.args[0]  # type: ignore[assignment]
             continue
+        if target in _VIEWS or target is aten.unflatten.int:
+            raise Refused("a view between the product and the softmax changes more than batch and heads")
         if (shifted := _without_maximum(node)) is not None:
             if site.sinks is not None or site.softcap is not None:
                 raise Refused("the logits' maximum is taken away before a softcap or sinks, which see that")
@@ -402,7 +429,7 @@ def _walk_down(site: AttentionSite, node: Node) -> None:
             if not _drops_sinks(user):
                 raise Refused("the weights of the joined column are used")
             node, dropped = user, True
-        elif user.target in _PASSIVE:
+        elif user.target in _PASSIVE or _splits_heads(user) or _joins_heads(user):
             node = user
         elif user.target in (aten.dropout.default, aten.native_dropout.default):
             raise Refused(f"dropout {user.args[1]} is active; call .eval() or set the attention dropout to 0")
@@ -415,6 +442,66 @@ def _walk_down(site: AttentionSite, node: Node) -> None:
             return
         else:
             raise Refused(f"the attention weights go to {user.target}, expected a product with the value")
+
+
+def _splits_heads(node: Node) -> bool:
+    """A view of `[B * H, M, N]` as `[B, H, M, N]`."""
+    return _is_view_of_heads(node, 3, 4)
+
+
+def _joins_heads(node: Node) -> bool:
+    """A view of `[B, H, M, N]` as `[B * H, M, N]`."""
+    return _is_view_of_heads(node, 4, 3)
+
+
+def _is_view_of_heads(node: Node, before: int, after: int) -> bool:
+    source = node.args[0] if node.target in _VIEWS or node.target is aten.unflatten.int else None
+    if not isinstance(source, Node) or (rank(source), rank(node)) != (before, after):
+        return False
+    return _same_sizes(source, node, slice(-2, None))
+
+
+def _same_sizes(one: Node, other: Node, dims: slice) -> bool:
+    return [str(size) for size in shape(one)[dims]] == [str(size) for size in shape(other)[dims]]
+
+
+def _see_heads(site: AttentionSite) -> None:
+    """Query, key, value, masks and result of a site whose scores are split into batch and heads on the way: as `[B, H, ...]`."""
+    view = next(node for node in site.path if _splits_heads(node))
+    sizes: Any = view.args[2] if view.target is aten.unflatten.int else view.args[1]
+    sizes, (batch, heads) = list(sizes[:2]), shape(view)[:2]
+    for node in site.path:
+        seen = node if _splits_heads(node) else node.args[0] if _joins_heads(node) else None
+        if isinstance(seen, Node) and not _same_sizes(seen, view, slice(2)):
+            raise Refused("the logits are split into batch and heads in two ways")
+    graph = site.node.graph
+
+    def split(node: Node) -> Node:
+        if rank(node) != 3:
+            return node
+        if _joins_heads(node) and _same_sizes(node.args[0], view, slice(2)):  # type: ignore[arg-type]
+            site.path.append(node)
+            return node.args[0]  # type: ignore[return-value]
+        part = graph.call_function(aten.unflatten.int, (node, 0, sizes))
+        part.meta["val"] = node.meta["val"].unflatten(0, (batch, heads))
+        return part
+
+    assert site.query is not None and site.key is not None and site.value is not None
+    with graph.inserting_before(site.node):
+        site.query, site.key, site.value = split(site.query), split(site.key), split(site.value)
+        for place, term in enumerate(site.masks):
+            if rank(term.node) == 3 and str(shape(term.node)[0]) not in ("1", str(heads)):  # those broadcast alike
+                site.masks[place] = replace(term, node=split(term.node))
+    if rank(site.node) == 3:
+        product = site.node
+        site.path.append(product)
+        with graph.inserting_after(product):
+            site.node = split(product)
+        site.node.meta.update({name: value for name, value in product.meta.items() if name != "val"})
+        with graph.inserting_after(site.node):
+            joined = graph.call_function(aten.flatten.using_ints, (site.node, 0, 1))
+        joined.meta["val"] = site.node.meta["val"].flatten(0, 1)
+        product.replace_all_uses_with(joined, delete_user_cb=lambda user: user is not site.node)
 
 
 def _oriented_factors(product: Node) -> tuple[Node, Node]:

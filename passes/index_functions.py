@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -26,7 +27,7 @@ class Expression:
 
 @dataclass(frozen=True)
 class Const(Expression):
-    value: bool | int | float
+    value: bool | int | float | torch.dtype
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Element(Expression):
 
 @dataclass(frozen=True)
 class Apply(Expression):
-    """`name` is one of: add mul floordiv abs lt le eq and or not where number quotient remainder join; `Interval` has more.
+    """`name` is one of: add mul floordiv abs lt le eq and or not where number cast quotient remainder join; `Interval` has more.
 
+    `cast(x, dtype)` rounds to a floating-point type: a bias is computed as the model computes it, in its precision.
     `join(i, j, n)` is `i * n + j` with `0 <= j < n`: an index along a dimension that two were merged into;
     `quotient(m, n)` and `remainder(m, n)` take it apart.
     """
@@ -161,7 +163,42 @@ def apply(name: str, *args: Expression) -> Expression:
             return x
         case "eq", (x, y) if x == y and not elements_of(x):
             return TRUE
+        case "cast", (x, _) if _is_made_of_constants(x):
+            return x
+        case "cast", (Apply("where", (condition, x, y)), dtype):
+            return apply("where", condition, apply("cast", x, dtype), apply("cast", y, dtype))
+        case "cast", (x, Const(dtype)) if floating_type(x) == dtype:
+            return x
     return Apply(name, args)
+
+
+def _is_made_of_constants(expression: Expression) -> bool:
+    """Whether a number is one of a few that are written in the program, such as 0 and a masking value."""
+    if isinstance(expression, Apply) and expression.name in ("where", "add", "mul"):
+        return all(_is_made_of_constants(a) for a in expression.args[expression.name == "where" :])
+    return isinstance(expression, Const) or (isinstance(expression, Apply) and expression.name == "number")
+
+
+def floating_type(expression: Expression) -> torch.dtype | None:
+    """The floating-point type of the values; None where they are integers, truth values or constants."""
+    if isinstance(expression, Element):
+        dtype = expression.node.meta["val"].dtype
+        return dtype if dtype.is_floating_point else None
+    if not isinstance(expression, Apply) or expression.name not in ("add", "mul", "abs", "where", "cast"):
+        return None
+    if expression.name == "cast":
+        return expression.args[1].value  # type: ignore[attr-defined,no-any-return]
+    types = [t for a in expression.args[expression.name == "where" :] if (t := floating_type(a)) is not None]
+    return functools.reduce(torch.promote_types, types) if types else None
+
+
+def without_casts(expression: Expression) -> Expression:
+    """The same number before rounding: comparisons are proven for integers, which are exact."""
+    if not isinstance(expression, Apply):
+        return expression
+    if expression.name == "cast":
+        return without_casts(expression.args[0])
+    return apply(expression.name, *(without_casts(a) for a in expression.args))
 
 
 class IndexFunctions:
@@ -343,12 +380,18 @@ def _same(functions: IndexFunctions, node: Node) -> Expression | None:
     if is_bool(source) and not is_bool(node):
         return apply("number", element)
     if is_bool(node) and not is_bool(source):
-        return negate(apply("eq", element, ZERO))
+        return negate(apply("eq", without_casts(element), ZERO))
     if source.meta["val"].is_floating_point() and not node.meta["val"].is_floating_point():
         return None
     if node.meta["val"].dtype in _NARROW and _reads_index(element):
         return None  # an index may not fit
-    return element
+    return cast(element, node)
+
+
+def cast(element: Expression, node: Node) -> Expression:
+    """Rounded to the type of a node, where that is a floating-point one."""
+    dtype = node.meta["val"].dtype
+    return apply("cast", element, Const(dtype)) if dtype.is_floating_point else element
 
 
 _NARROW = (torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16)
@@ -376,7 +419,14 @@ def _unsqueeze(functions: IndexFunctions, node: Node) -> Expression:
     return substitute(functions.element(source), {d: Axis(d + (d >= dim)) for d in range(rank(source))})
 
 
-@_handles(aten.view.default, aten.reshape.default, aten.squeeze.default, aten.squeeze.dim, aten.flatten.using_ints)
+@_handles(
+    aten.view.default,
+    aten.reshape.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+)
 def _reshape(functions: IndexFunctions, node: Node) -> Expression | None:
     """Dimensions of size 1 come and go; two neighbours may be merged into one, or one be split in two."""
     source = node.args[0]
@@ -477,6 +527,7 @@ def _binary(functions: IndexFunctions, node: Node) -> Expression | None:
     left, right = (functions.operand(a, node) for a in node.args[:2])
     if left is None or right is None:
         return None
+    left, right = (without_casts(x) if is_bool(node) else cast(x, node) for x in (left, right))
     alpha: Any = node.kwargs.get("alpha", 1)
     if name == "rsub":
         left, right = right, left
@@ -537,7 +588,7 @@ def _where(functions: IndexFunctions, node: Node) -> Expression | None:
         return None
     if is_bool(node):
         return apply("or", apply("and", condition, left), apply("and", negate(condition), right))
-    return apply("where", condition, left, right)
+    return cast(apply("where", condition, left, right), node)
 
 
 @_handles(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -623,6 +674,8 @@ def _is_integer(expression: Expression) -> bool:
         return isinstance(expression.value, int)
     if isinstance(expression, Element):
         return not expression.node.meta["val"].dtype.is_floating_point
+    if isinstance(expression, Apply) and expression.name == "cast":
+        return False
     if isinstance(expression, Apply) and expression.name not in ("lt", "le", "eq", "and", "or", "not", "number"):
         return all(_is_integer(a) for a in (expression.args[1:] if expression.name == "where" else expression.args))
     return True

@@ -215,29 +215,86 @@ class Doubled(torch.autograd.Function):
     """A backward that is not the derivative of its forward."""
 
     @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        return x * 2
+    def forward(ctx, x, times):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x * times, x.sum(-1)
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        return gradient * 7
+    def backward(ctx, gradient, of_sum):  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        return gradient * 7 * x + of_sum[..., None], None
 
 
-def test_a_backward_of_the_models_own_is_an_error() -> None:
-    """BLOOM has one. The traced graph would have no gradient for what is before it."""
+class OwnBackward(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x, total = Doubled.apply(x.sin(), x.size(2))
+        y = sdpa(x, x, x) * total[..., None]
+        return torch.utils.checkpoint.checkpoint(lambda y: Doubled.apply(y, 3)[0], y, use_reentrant=False)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_backward_of_the_models_own_stays(backend: str) -> None:
+    """BLOOM has one. A traced graph would have the derivative of its forward, or none."""
+    torch._dynamo.reset()
+    fast = rewriter.optimize(OwnBackward(), backend=backend, strict=True)
+    for length in (9, 14):
+        x = (torch.randn(3, 2, length, 8, dtype=torch.float64) * 0.1).requires_grad_()
+        torch.testing.assert_close(fast(x), OwnBackward()(x))
+        ours, theirs = (torch.autograd.grad(run(x).square().sum(), x)[0] for run in (fast, OwnBackward()))
+        torch.testing.assert_close(ours, theirs)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), OwnBackward()(x))
+
+
+def test_attention_inside_an_autograd_function_is_refused() -> None:
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(x)
+            return masked(x @ x.mT).softmax(-1) @ x
+
+        @staticmethod
+        def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+            return gradient * ctx.saved_tensors[0]
 
     class Model(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            x = Doubled.apply(x)
-            return sdpa(x, x, x)
+            return Attention.apply(x)
 
     torch._dynamo.reset()
     fast = rewriter.optimize(Model(), backend="eager")
     x = torch.randn(3, 2, 9, 8, requires_grad=True)
-    with pytest.raises(rewriter.RewriteError, match=r"an autograd\.Function of its own"):
-        fast(x)
+    torch.testing.assert_close(*(torch.autograd.grad(run(x).sum(), x)[0] for run in (fast, Model())))
+    (site,) = fast.report.sites
+    assert not site.rewritten and "inside an autograd.Function" in site.reason
     with torch.no_grad():
         torch.testing.assert_close(fast(x), Model()(x))
+    assert fast.report.sites[-1].rewritten
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_an_autograd_function_that_writes_to_its_input_is_an_error(marked: bool) -> None:
+    class Zeroed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):  # type: ignore[no-untyped-def]
+            x.zero_()
+            if not marked:
+                return x * 3
+            ctx.mark_dirty(x)
+            return x
+
+        @staticmethod
+        def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+            return gradient * 7
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            return sdpa(x, x, x) + Zeroed.apply(y) + y
+
+    torch._dynamo.reset()
+    with pytest.raises(rewriter.RewriteError, match=r"an autograd\.Function of the model's changes a tensor in place"):
+        rewriter.optimize(Model(), backend="eager")(torch.randn(3, 2, 9, 8, requires_grad=True))
 
 
 def test_a_mask_that_adds_up_earlier_tokens_does_not_go_on() -> None:

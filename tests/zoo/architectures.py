@@ -362,7 +362,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "BloomForCausalLM",
         options={**ENDS, "vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
         implementations=("eager",),
-        error="an autograd.Function of its own",  # its GELU
+        caches=NO_POSITIONS,
     ),
     language_model(
         "MPT",
@@ -378,16 +378,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "Falcon with ALiBi",
         "FalconForCausalLM",
         options=FALCON_ALIBI,
-        implementations=("sdpa",),
-        caches="does not take its positions from position_ids",
-    ),
-    Architecture(
-        "Falcon with ALiBi, eager",
-        transformers_model("FalconForCausalLM", **FALCON_ALIBI),
-        sites=2,
-        inputs=generating,
-        implementations=("eager",),
-        refused=dict.fromkeys((0, 1), "view.default between the product and the softmax"),
+        caches="cannot go on from a cache",
     ),
     language_model("Doge", "DogeForCausalLM", options={**GROUPED, "keep_window_size": 64}),
     Architecture("BERT", transformers_model("BertForMaskedLM", **COMMON), 2, text),
