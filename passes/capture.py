@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from rewriter.passes.repeated_calls import RepeatedCalls
 from torch import Tensor
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 from torch._subclasses.fake_tensor import FakeTensor
@@ -78,7 +79,7 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
 
     def run(*inputs: Any) -> Any:
         with torch.fx.traceback.preserve_node_meta():
-            return _Inlined(dynamo_graph).run(*inputs)
+            return _Inlined(dynamo_graph, RepeatedCalls()).run(*inputs)
 
     with fake_mode, torch._dynamo.config.patch(specialize_float=True):
         module = make_fx(run, pre_dispatch=True)(*fakes)
@@ -115,6 +116,17 @@ class _Inlined(torch.fx.Interpreter):
     Their nodes are tagged as the partitioner of AOTAutograd expects: what it may recompute in the backward.
     """
 
+    def __init__(self, module: GraphModule, repeated: RepeatedCalls) -> None:
+        super().__init__(module)
+        self.repeated = repeated
+
+    def run_node(self, n: Node) -> Any:
+        if n.op not in ("call_function", "call_method"):
+            return super().run_node(n)
+        with self._set_current_node(n):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return self.repeated(n, args, kwargs, lambda: getattr(self, n.op)(n.target, args, kwargs))
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.higher_order.autograd_function_apply and torch.is_grad_enabled():
             return _kept(target, args, kwargs)
@@ -125,7 +137,7 @@ class _Inlined(torch.fx.Interpreter):
         for node in region.graph.nodes if torch.is_grad_enabled() else ():
             node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=number)
         _, named = TagActivationCheckpoint.divide_kwargs(kwargs)
-        return _Inlined(region).run(*inputs, *named.values())
+        return _Inlined(region, self.repeated).run(*inputs, *named.values())
 
 
 _regions = itertools.count()
