@@ -43,6 +43,7 @@ from rewriter.passes.index_functions import is_masking
 from rewriter.passes.index_functions import linear_terms
 from rewriter.passes.index_functions import negate
 from rewriter.passes.index_functions import never_falls
+from rewriter.passes.index_functions import reads_size
 from rewriter.passes.index_functions import run_positions
 from rewriter.passes.index_functions import shape
 from rewriter.passes.index_functions import substitute
@@ -427,6 +428,8 @@ class _Analysis:
         for element in elements_of(predicate):
             if any(i not in (ZERO, Axis(ROW), Axis(KEY)) for i in element.indices):
                 raise Unproven(f"a buffer is read at other places than [row, key]{self.origin(predicate)}")
+        if reads_size(predicate):
+            raise Unproven(f"a constant mask is another one at another length{self.origin(predicate)}")
         size = min(
             shape(element.node)[d]
             for element in elements_of(predicate)

@@ -114,6 +114,13 @@ def constants_of(expression: Expression) -> list[int]:
     return []
 
 
+def reads_size(expression: Expression) -> bool:
+    """Whether a value depends on a symbolic size, but for where data is read."""
+    if isinstance(expression, Apply):
+        return any(reads_size(a) for a in expression.args)
+    return isinstance(expression, Size)
+
+
 def negate(expression: Expression) -> Expression:
     return apply("not", expression)
 

@@ -267,6 +267,27 @@ def test_a_buffer_whose_values_change_is_proven_anew(nano: type[nn.Module]) -> N
     assert {site.mask for site in optimized.report} == {"causal + window 3"}
 
 
+def test_a_buffer_beside_a_size_is_refused() -> None:
+    """The last key is visible to all: at each length another one."""
+
+    class Last(Attention):
+        def __init__(self) -> None:
+            super().__init__(self.masked)
+            self.register_buffer("triangle", torch.ones(64, 64).tril())
+
+        def masked(self, scores: Tensor, ids: Tensor) -> Tensor:
+            length = scores.size(-1)
+            visible = (self.triangle[:length, :length] == 1) | (row_and_key(length)[1] >= length - 1)
+            return scores.masked_fill(~visible, -INF)
+
+    torch._dynamo.reset()
+    model = Last()
+    optimized = rewriter.optimize(model, backend="eager")
+    for ids in batches():
+        torch.testing.assert_close(optimized(ids), model(ids))
+    assert "a constant mask is another one at another length" in str(optimized.report.sites[0].reason)
+
+
 def test_a_parameter_is_data_since_training_changes_it() -> None:
     class Learned(nn.Module):
         def __init__(self) -> None:
