@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import json
 import linecache
+import multiprocessing
 import random
 import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -271,6 +274,13 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     caught: list[str] = field(default_factory=list)
 
+    def add(self, other: Tally) -> None:
+        self.count += other.count
+        self.proven += other.proven
+        self.reasons += other.reasons
+        self.wrong += other.wrong
+        self.caught += other.caught
+
 
 def examine(programs: list[str], tally: Tally) -> None:
     """One model of these programs, captured once and compared at all sizes."""
@@ -301,12 +311,32 @@ def examine(programs: list[str], tally: Tally) -> None:
                 tally.caught.append(f"{program}  # {site.reason}")
 
 
-def soak(count: int, seed: int, batch: int = 50, save: Callable[[Tally], None] = lambda tally: None) -> Tally:
-    """`count` programs in models of `batch`; what is known so far is saved after each."""
-    writer, tally = Writer(seed), Tally()
-    while tally.count < count:
-        examine([writer.mask() for _ in range(min(batch, count - tally.count))], tally)
-        save(tally)
+def soak(
+    count: int, seed: int, batch: int = 50, save: Callable[[Tally], None] = lambda tally: None, workers: int = 1
+) -> Tally:
+    """`count` programs in models of `batch`; what is known so far is saved after each.
+
+    Args:
+        workers: processes that examine models.
+    """
+    writer, total = Writer(seed), Tally()
+    programs = [writer.mask() for _ in range(count)]
+    batches = [programs[first : first + batch] for first in range(0, count, batch)]
+    with ExitStack() as stack:
+        examined = map(_tally, batches)
+        if workers > 1:
+            spawned = multiprocessing.get_context("spawn")
+            examined = stack.enter_context(ProcessPoolExecutor(workers, spawned)).map(_tally, batches)
+        for own in examined:
+            total.add(own)
+            save(total)
+    return total
+
+
+def _tally(programs: list[str]) -> Tally:
+    torch.set_num_threads(1)
+    tally = Tally()
+    examine(programs, tally)
     return tally
 
 
@@ -317,9 +347,9 @@ if __name__ == "__main__":
         count: Annotated[int, typer.Option(help="Programs.")] = 10_000,
         seed: Annotated[int, typer.Option(help="Of the first one.")] = 0,
         out: Annotated[Path | None, typer.Option(help="File of the results.")] = None,
+        workers: Annotated[int, typer.Option(help="Processes.")] = 2,
     ) -> None:
         """Ask for the proof of many random masks, and see whether any claim is wrong."""
-        torch.set_num_threads(1)
         began = time.perf_counter()
 
         def save(tally: Tally) -> None:
@@ -328,7 +358,7 @@ if __name__ == "__main__":
                 plain |= {"caught": tally.caught, "refused": dict(tally.reasons.most_common())}
                 out.write_text(json.dumps(plain, indent=1) + "\n")
 
-        tally = soak(count, seed, save=save)
+        tally = soak(count, seed, save=save, workers=workers)
         print(
             f"{tally.count:,} masks, {tally.proven:,} proven ({tally.proven / tally.count:.0%}), {len(tally.wrong)} wrong"
         )
