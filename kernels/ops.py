@@ -261,6 +261,11 @@ def _logits(
     )
 
 
+def _in_its_own_precision(query: Tensor) -> torch.autocast:
+    """The CPU's kernels are made of torch's operators, which the caller's autocast would run in 16 bits."""
+    return torch.autocast(query.device.type, enabled=False)
+
+
 def _rows(index: Tensor) -> Tensor:
     """int32 `[B|1, size]`."""
     return as_int32(index)[None] if index.dim() == 1 else as_int32(index)
@@ -339,11 +344,12 @@ def _forward_cpu(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     logits = _logits(query, key, query_index, key_index, bias, alibi_slopes, scale, softcap)
-    if query.size(2) <= cpu_decode.MAX_QUERIES:
-        decoded = cpu_decode.decode(query, key, value, start, end, sinks, logits)
-        if decoded is not None:
-            return decoded
-    return cpu.forward(query, key, value, start, end, sinks, logits)
+    with _in_its_own_precision(query):
+        if query.size(2) <= cpu_decode.MAX_QUERIES:
+            decoded = cpu_decode.decode(query, key, value, start, end, sinks, logits)
+            if decoded is not None:
+                return decoded
+        return cpu.forward(query, key, value, start, end, sinks, logits)
 
 
 def _backward(
@@ -421,7 +427,8 @@ def _backward_cpu(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = _logits(query, key, query_index, key_index, bias, alibi_slopes, scale, softcap)
-    grads = cpu.backward(grad_output, grad_lse, query, key, value, output, lse, start, end, sinks, logits)
+    with _in_its_own_precision(query):
+        grads = cpu.backward(grad_output, grad_lse, query, key, value, output, lse, start, end, sinks, logits)
     return _present(query, grads)
 
 
@@ -510,7 +517,8 @@ def _scores_cpu(
     group: str,
 ) -> Tensor:
     logits = _logits(query, key, query_index, key_index, bias, alibi_slopes, scale, softcap)
-    return cpu_key_scores.key_scores(query, key, lse, start, end, logits, group)
+    with _in_its_own_precision(query):
+        return cpu_key_scores.key_scores(query, key, lse, start, end, logits, group)
 
 
 for _name, _function, _fake in (

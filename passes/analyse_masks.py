@@ -182,7 +182,10 @@ class _Analysis:
             if not is_bool(term.node):
                 raise Unproven(f"mask {term.node.name} is {term.node.meta['val'].dtype}, expected bool")
             return (element if term.kind == "keep" else negate(element)), []
-        return self._additive(element, torch.finfo(term.node.meta["val"].dtype).min)
+        dtype = term.node.meta["val"].dtype
+        if not dtype.is_floating_point:
+            raise Unproven(f"mask {term.node.name} is {dtype}, expected bool or a floating-point type")
+        return self._additive(element, torch.finfo(dtype).min)
 
     def _additive(self, element: Expression, lowest: float) -> tuple[Expression, list[Expression]]:
         """(when the key is visible, key biases) of a mask that is added to the logits.

@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
         example_inputs: the values of its placeholders, in order.
 
     Raises:
-        CaptureError: an `autograd.Function` of the model's changes a tensor in place.
+        CaptureError: an `autograd.Function` of the model's changes a tensor in place, or a part of the model leaves no trace.
     """
     placeholders = [node for node in dynamo_graph.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta["example_value"] for node in placeholders]
@@ -83,6 +84,7 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
 
     with fake_mode, torch._dynamo.config.patch(specialize_float=True):
         module = make_fx(run, pre_dispatch=True)(*fakes)
+    _check_constants(module)
     buffers = {}
     inputs = []
     traced = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -96,6 +98,16 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
         if isinstance(node.meta["val"], Tensor):
             inputs.append(GraphInput(_kind(str(path)), node.meta["source"], value))
     return CapturedGraph(module, buffers, tuple(inputs))
+
+
+def _check_constants(module: GraphModule) -> None:
+    """Raises where a tensor that was only imagined while tracing stands in the graph as a constant."""
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and isinstance(attrgetter(str(node.target))(module), FakeTensor):
+            raise CaptureError(
+                "a part of the model leaves no trace, as torch.vmap and torch.func.grad do; write it in operators of torch, "
+                "or call it outside of the model"
+            )
 
 
 def _kind(path: str) -> str:

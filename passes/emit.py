@@ -48,8 +48,7 @@ class Attend(nn.Module):
         self.scale, self.softcap = site.scale, site.softcap
         self.dtype = site.node.meta["val"].dtype
         self.flat = len(shape(site.query)) == 3  # type: ignore[arg-type]
-        # A view of the result asks for the layout that the original product had.
-        self.needs_copy = any(user.target is aten.view.default for user in site.node.users)
+        self.needs_copy = _is_viewed(site.node)
 
     def forward(
         self,
@@ -82,6 +81,14 @@ class Attend(nn.Module):
         )
         output = (output.squeeze(1) if self.flat else output).to(self.dtype)
         return output.contiguous() if self.needs_copy else output, lse
+
+
+def _is_viewed(node: Node) -> bool:
+    """Whether a view of a result asks for the layout that the original product had."""
+    return any(
+        user.target is aten.view.default or (user.target is aten.flatten.using_ints and _is_viewed(user))
+        for user in node.users
+    )
 
 
 def widened(*tensors: Tensor) -> tuple[Tensor, ...]:

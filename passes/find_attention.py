@@ -185,6 +185,8 @@ _SCORE_OPERATORS = _PASSIVE | {
     aten.reshape.default,
     aten.unflatten.int,
     aten.flatten.using_ints,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
     aten.transpose.int,
     aten.permute.default,
     aten.cat.default,
@@ -221,25 +223,30 @@ def _match_eager(site: AttentionSite) -> None:
     product = _product_above(softmax)
     assert product is not None
     site.scale = 1.0
-    _walk_up(site, softmax.args[0], product)  # type: ignore[arg-type]
-    _walk_down(site, softmax)
+    views = _walk_up(site, softmax.args[0], product)  # type: ignore[arg-type]
+    views += _walk_down(site, softmax)
     site.path.extend(_factors(product))
     site.query, site.key = _oriented_factors(product)
-    if any(_splits_heads(node) for node in site.path):
-        _see_heads(site)
+    if views:
+        _see_heads(site, views)
     assert site.key is not None and site.value is not None
     site.key = _fold_repeated_heads(site, site.key)
     site.value = _fold_repeated_heads(site, site.value)
 
 
-def _walk_up(site: AttentionSite, node: Node, product: Node) -> None:
-    """From the softmax to the product: masks first, then a softcap, then scales."""
+def _walk_up(site: AttentionSite, node: Node, product: Node) -> list[Node]:
+    """From the softmax to the product: masks first, then a softcap, then scales; returns the views between ranks 3 and 4."""
     scaled = False
+    views = []
     site.path.append(product)
     while node is not product:
         site.path.append(node)
         target = node.target
-        if target in _PASSIVE or _splits_heads(node) or _joins_heads(node):
+        if _splits_heads(node) or _joins_heads(node):
+            views.append(node)
+            node = node.args[0]  # type: ignore[assignment]
+            continue
+        if target in _PASSIVE:
             node = node.args[0]  # type: ignore[assignment]
             continue
         if target in _VIEWS or target is aten.unflatten.int:
@@ -290,6 +297,7 @@ def _walk_up(site: AttentionSite, node: Node, product: Node) -> None:
         alpha: Any = product.kwargs.get("alpha", 1)
         site.scale = (site.scale or 1.0) * alpha
         site.masks.append(MaskTerm("add", product.args[0]))  # type: ignore[arg-type]
+    return views
 
 
 def _without_maximum(node: Node) -> Node | None:
@@ -416,9 +424,10 @@ def _skip_casts(node: Node) -> Node:
     return node
 
 
-def _walk_down(site: AttentionSite, node: Node) -> None:
-    """From the softmax to the product with the value; the weights may be used for nothing else."""
+def _walk_down(site: AttentionSite, node: Node) -> list[Node]:
+    """From the softmax to the product with the value, the weights may be used for nothing else; returns the views, as above."""
     dropped = False
+    views = []
     while True:
         site.path.append(node)
         users = list(node.users)
@@ -429,7 +438,10 @@ def _walk_down(site: AttentionSite, node: Node) -> None:
             if not _drops_sinks(user):
                 raise Refused("the weights of the joined column are used")
             node, dropped = user, True
-        elif user.target in _PASSIVE or _splits_heads(user) or _joins_heads(user):
+        elif _splits_heads(user) or _joins_heads(user):
+            views.append(user)
+            node = user
+        elif user.target in _PASSIVE:
             node = user
         elif user.target in (aten.dropout.default, aten.native_dropout.default):
             raise Refused(f"dropout {user.args[1]} is active; call .eval() or set the attention dropout to 0")
@@ -439,7 +451,7 @@ def _walk_down(site: AttentionSite, node: Node) -> None:
             if weights is not node:
                 raise Refused("the attention weights are the right factor of a product")
             site.node, site.value = user, value
-            return
+            return views
         else:
             raise Refused(f"the attention weights go to {user.target}, expected a product with the value")
 
@@ -458,6 +470,8 @@ def _is_view_of_heads(node: Node, before: int, after: int) -> bool:
     source = node.args[0] if node.target in _VIEWS or node.target is aten.unflatten.int else None
     if not isinstance(source, Node) or (rank(source), rank(node)) != (before, after):
         return False
+    if node.target in (aten.unflatten.int, aten.flatten.using_ints) and arguments(node, 2)[1] not in (0, -before):
+        return False
     return _same_sizes(source, node, slice(-2, None))
 
 
@@ -465,20 +479,25 @@ def _same_sizes(one: Node, other: Node, dims: slice) -> bool:
     return [str(size) for size in shape(one)[dims]] == [str(size) for size in shape(other)[dims]]
 
 
-def _see_heads(site: AttentionSite) -> None:
+def _see_heads(site: AttentionSite, views: list[Node]) -> None:
     """Query, key, value, masks and result of a site whose scores are split into batch and heads on the way: as `[B, H, ...]`."""
-    view = next(node for node in site.path if _splits_heads(node))
+    view = next((node for node in views if _splits_heads(node)), None)
+    if view is None:
+        raise Refused("the logits are split into batch and heads by no view of their own")
     sizes: Any = view.args[2] if view.target is aten.unflatten.int else view.args[1]
     sizes, (batch, heads) = list(sizes[:2]), shape(view)[:2]
-    for node in site.path:
-        seen = node if _splits_heads(node) else node.args[0] if _joins_heads(node) else None
-        if isinstance(seen, Node) and not _same_sizes(seen, view, slice(2)):
+    flat = shape(view.args[0])[0]  # type: ignore[arg-type]
+    for node in views:
+        seen: Any = node if _splits_heads(node) else node.args[0]
+        if not _same_sizes(seen, view, slice(2)):
             raise Refused("the logits are split into batch and heads in two ways")
     graph = site.node.graph
 
     def split(node: Node) -> Node:
         if rank(node) != 3:
             return node
+        if str(shape(node)[0]) != str(flat):
+            raise Refused(f"{node.name} is repeated for all rows of the batch, or for all heads")
         if _joins_heads(node) and _same_sizes(node.args[0], view, slice(2)):  # type: ignore[arg-type]
             site.path.append(node)
             return node.args[0]  # type: ignore[return-value]
@@ -610,6 +629,11 @@ def _check_shapes(site: AttentionSite) -> None:
                 raise Refused("query and key have different numbers of heads, which are not static")
             if query[1] % key[1]:
                 raise Refused(f"{query[1]} query heads are not a multiple of {key[1]} KV heads")
+    if not str(query[0]) == str(key[0]) == str(value[0]):
+        raise Refused(f"query, key and value have {query[0]}, {key[0]} and {value[0]} rows of a batch")
+    result, expected = shape(site.node), (*query[:-1], value[-1])
+    if [str(size) for size in result] != [str(size) for size in expected]:
+        raise Refused(f"the result is {list(result)}, expected {list(expected)}: a mask repeats the logits")
     for name, size in (("query", query[-1]), ("value", value[-1])):
         if isinstance(size, int) and size > 256:
             raise Refused(f"{name} has head_dim {size}, expected at most 256")

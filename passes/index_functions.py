@@ -199,13 +199,13 @@ def floating_type(expression: Expression) -> torch.dtype | None:
     return functools.reduce(torch.promote_types, types) if types else None
 
 
-def without_casts(expression: Expression) -> Expression:
-    """The same number before rounding: comparisons are proven for integers, which are exact."""
+def with_exact_indices(expression: Expression) -> Expression:
+    """The same number, its indices not cast to fp32 or fp64, which hold them: comparisons are proven for integers."""
     if not isinstance(expression, Apply):
         return expression
-    if expression.name == "cast":
-        return without_casts(expression.args[0])
-    return apply(expression.name, *(without_casts(a) for a in expression.args))
+    if expression.name == "cast" and _reads_index(expression) and _is_integer(expression.args[0]):
+        return expression.args[0]
+    return apply(expression.name, *(with_exact_indices(a) for a in expression.args))
 
 
 class IndexFunctions:
@@ -387,11 +387,12 @@ def _same(functions: IndexFunctions, node: Node) -> Expression | None:
     if is_bool(source) and not is_bool(node):
         return apply("number", element)
     if is_bool(node) and not is_bool(source):
-        return negate(apply("eq", without_casts(element), ZERO))
+        return negate(apply("eq", with_exact_indices(element), ZERO))
     if source.meta["val"].is_floating_point() and not node.meta["val"].is_floating_point():
         return None
-    if node.meta["val"].dtype in _NARROW and _reads_index(element):
-        return None  # an index may not fit
+    narrow = node.meta["val"].dtype in _NARROW
+    if narrow and (_reads_index(element) or not node.meta["val"].is_floating_point()):
+        return None  # it may not fit
     return cast(element, node)
 
 
@@ -534,8 +535,10 @@ def _binary(functions: IndexFunctions, node: Node) -> Expression | None:
     left, right = (functions.operand(a, node) for a in node.args[:2])
     if left is None or right is None:
         return None
-    left, right = (without_casts(x) if is_bool(node) else cast(x, node) for x in (left, right))
+    left, right = (with_exact_indices(x) if is_bool(node) else cast(x, node) for x in (left, right))
     alpha: Any = node.kwargs.get("alpha", 1)
+    if alpha not in (1, -1) and node.meta["val"].is_floating_point():
+        return None  # the product is not rounded
     if name == "rsub":
         left, right = right, left
     if name in ("sub", "rsub"):

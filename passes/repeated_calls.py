@@ -173,7 +173,7 @@ def _signature(leaf: Any) -> Any:
         return (type(leaf), leaf.dim(), *map(_number, numbers), leaf.dtype, leaf.device, flags)
     if isinstance(leaf, slice):
         return (slice, *map(_signature, (leaf.start, leaf.stop, leaf.step)))
-    return (type(leaf), _number(leaf))
+    return (type(leaf), repr(leaf) if isinstance(leaf, (float, complex)) else _number(leaf))  # 0.0 is not -0.0
 
 
 def _number(value: Any) -> Any:

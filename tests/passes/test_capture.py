@@ -158,8 +158,14 @@ def in_bf16(x: Tensor) -> Tensor:
     return x + (y.float() @ x) + (x @ x.mT) @ x
 
 
+def signed_zeros(x: Tensor) -> Tensor:
+    return torch.copysign(x, torch.tensor(0.0)) + 2 * torch.copysign(x, 0.0) + 3 * torch.copysign(x, -0.0)
+
+
 @pytest.mark.parametrize(
-    "layer", [written, constant, other_numbers, checkpointed, without_gradients, in_bf16], ids=lambda f: f.__name__
+    "layer",
+    [written, constant, other_numbers, signed_zeros, checkpointed, without_gradients, in_bf16],
+    ids=lambda f: f.__name__,
 )
 def test_what_else_a_trace_depends_on(layer: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     model = Layers(3, layer)

@@ -78,6 +78,20 @@ def rows_split(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.bmm(weights.view(q.size(0), q.size(1), -1), v)
 
 
+def unflattened_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`[N, S, S]` as `[N, 1, S, S]`: a split of the rows, which are of one head."""
+    scores = torch.bmm(q, k.mT).unflatten(1, (1, -1))
+    return scores.softmax(-1).flatten(1, 2) @ v
+
+
+def value_of_all_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return ((split(torch.bmm(q, k.mT)) + mask).softmax(-1) @ v[:1]).flatten(0, 1)
+
+
+def one_head_by_unsqueeze(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (torch.bmm(q, k.mT).unsqueeze(1) + mask[:1]).softmax(-1).squeeze(1) @ v
+
+
 FOUND: dict[Product, str] = {
     there_and_back: "causal + padding",
     flat_mask: "causal + padding",
@@ -88,6 +102,9 @@ REFUSED: dict[Product, str] = {
     heads_first: "transpose.int between the product and the softmax",
     split_in_two_ways: "split into batch and heads in two ways",
     rows_split: "changes more than batch and heads",
+    unflattened_rows: "changes more than batch and heads",
+    value_of_all_rows: "is repeated for all rows",
+    one_head_by_unsqueeze: "unsqueeze.default between the product and the softmax",
 }
 
 
@@ -123,6 +140,23 @@ def test_other_views_are_refused(product: Product) -> None:
     for x, real in calls():
         torch.testing.assert_close(fast(x, real), model(x, real))
     assert {REFUSED[product] in site.reason for site in fast.report.sites} == {True}
+
+
+def test_one_row_of_a_batch_keeps_its_layout() -> None:
+    """What views the flat result needs it contiguous, as the product made it; several rows are copied anyway."""
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            rows, length, _ = x.shape
+            q = x.view(rows, length, HEADS, 8).transpose(1, 2).reshape(-1, length, 8)
+            weights = (q @ q.mT).view(rows, HEADS, length, length).softmax(-1).view(rows * HEADS, length, length)
+            return (weights @ q).view(rows * HEADS, length * 8)
+
+    torch._dynamo.reset()
+    fast = rewriter.optimize(Model(), backend="eager", strict=True)
+    for rows in (3, 1, 2):
+        x = torch.randn(rows, 5, 32)
+        torch.testing.assert_close(fast(x), Model()(x))
 
 
 @pytest.mark.parametrize("rounded", ["bias", "slopes"])

@@ -120,10 +120,38 @@ def positions_in_uint8(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tenso
     return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=place[None] <= place[:, None])
 
 
+def integer_bias(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    return masked(q @ k.mT + torch.arange(q.size(2))).softmax(-1) @ v
+
+
+def bias_times_three(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    """Of 16 bits, added with a factor: the product is not rounded."""
+    slopes = 2.0 ** -torch.arange(1, 5, dtype=torch.bfloat16)
+    bias = torch.add(slopes[:, None, None], torch.arange(q.size(2)), alpha=3)
+    return masked(q @ k.mT + bias.float()).softmax(-1) @ v
+
+
+def keys_of_another_batch(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    return masked(q[:1] @ k.mT).softmax(-1) @ v
+
+
+def heads_made_by_a_mask(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    bias = torch.arange(4.0)[:, None, None] * torch.arange(q.size(2))
+    return (masked(q[:, :1] @ k[:, :1].mT) + bias).softmax(-1) @ v[:, :1]
+
+
+def views_of_factors(m: Function, q: Tensor, k: Tensor, v: Tensor, real: Tensor) -> Tensor:
+    """The query is split into heads, the scores are not; the bias has as many heads as the query has rows."""
+    q, v = (x.reshape(-1, 1, *x.shape[2:]) for x in (q, v))
+    bias = (torch.arange(q.size(0)) % 3)[:, None, None] * torch.arange(q.size(2)) * 0.1
+    return (masked(q @ q.mT) + bias).softmax(-1) @ v
+
+
 FUNCTIONS = [
     maximum_before_sinks, maximum_before_softcap, maximum_of_everything, sinks_changed_later, pieces_written, unbound_written,
     inactive_dropout_written, repeated_keys_written, transposed_keys_written, padding_written_later, fill_below_a_bias,
-    positions_in_bf16, positions_in_uint8,
+    positions_in_bf16, positions_in_uint8, integer_bias, bias_times_three,
+    keys_of_another_batch, heads_made_by_a_mask, views_of_factors,
 ]  # fmt: skip
 
 
@@ -139,6 +167,26 @@ def test_it_gives_what_it_gave(function: Callable[..., Tensor]) -> None:
         torch.testing.assert_close(
             fast(*(t.clone() for t in inputs), real.clone()), model(*inputs, real), rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize(
+    ("visible", "value"),
+    [
+        (lambda m: m.half().bool(), 1e-10),
+        (lambda m: m.bfloat16() > 0.5, 0.501),
+        (lambda m: m.to(torch.uint8) > 0, 256),
+        (lambda m: (1.0 - m.to(torch.float32)) < 1, 2.0**-30),
+    ],
+)
+def test_a_mask_is_compared_as_it_was_rounded(visible: Callable[[Tensor], Tensor], value: float) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=visible(mask)[:, None, None, :])
+
+    torch._dynamo.reset()
+    x, mask = torch.randn(2, 4, 5, 8), torch.tensor([[1, 1, value, 1, 1]] * 2)
+    fast = rewriter.optimize(Model(), backend="eager", strict=True)
+    torch.testing.assert_close(fast(x, mask), Model()(x, mask))
 
 
 def test_sinks_are_understood() -> None:
@@ -295,6 +343,17 @@ def test_an_autograd_function_that_writes_to_its_input_is_an_error(marked: bool)
     torch._dynamo.reset()
     with pytest.raises(rewriter.RewriteError, match=r"an autograd\.Function of the model's changes a tensor in place"):
         rewriter.optimize(Model(), backend="eager")(torch.randn(3, 2, 9, 8, requires_grad=True))
+
+
+@pytest.mark.parametrize("transform", [torch.vmap(lambda a: a * 2), torch.func.grad(lambda a: a.sin().sum())])
+def test_what_leaves_no_trace_is_an_error(transform: Callable[[Tensor], Tensor]) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return sdpa(x, x, x), transform(x)
+
+    torch._dynamo.reset()
+    with pytest.raises(rewriter.RewriteError, match="leaves no trace"):
+        rewriter.optimize(Model(), backend="eager")(torch.randn(3, 2, 9, 8))
 
 
 def test_a_mask_that_adds_up_earlier_tokens_does_not_go_on() -> None:

@@ -107,6 +107,24 @@ def test_gradient_checkpointing(law: SimpleNamespace, tiny_model: Build) -> None
     check(trained(model, lambda: law.call(fast, ids, mask)[mask.bool()]), expected)
 
 
+def test_a_backward_inside_autocast() -> None:
+    """The kernel computes as it does outside: autocast would round its products to 16 bits, or break it."""
+
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    torch._dynamo.reset()
+    fast = rewriter.optimize(Attention(), backend="eager", strict=True)
+    x = torch.randn(2, 4, 33, 8).bfloat16().requires_grad_()
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            output = fast(x)
+            results.append((output, *torch.autograd.grad(output.float().square().sum(), x)))
+    assert all(torch.equal(*both) for both in zip(*results, strict=True))
+
+
 def test_autocast(law: SimpleNamespace, tiny_model: Build) -> None:
     torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
