@@ -32,6 +32,7 @@ from rewriter.passes.index_functions import Const
 from rewriter.passes.index_functions import Element
 from rewriter.passes.index_functions import Expression
 from rewriter.passes.index_functions import IndexFunctions
+from rewriter.passes.index_functions import Precision
 from rewriter.passes.index_functions import Size
 from rewriter.passes.index_functions import apply
 from rewriter.passes.index_functions import axes_of
@@ -144,7 +145,7 @@ def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mappin
     interval = analysis.conjunction(predicates)
     total: Expression | None = None
     for bias in biases:  # summed in fp32 at least
-        wide = Const(torch.promote_types(floating_type(bias) or torch.float32, torch.float32))
+        wide = Precision(torch.promote_types(floating_type(bias) or torch.float32, torch.float32))
         total = bias if total is None else apply("add", total, apply("cast", bias, wide))
     return MaskProof(interval, total, tuple(analysis.read))
 
@@ -660,7 +661,7 @@ def materialize(expression: Expression, env: Mapping[Node, object], axes: Mappin
             return tensor[tuple(torch.atleast_1d(value(place)) for place in places)] if places else tensor
         assert isinstance(e, Apply)
         if e.name == "cast":
-            return value(e.args[0]).to(e.args[1].value)  # type: ignore[attr-defined]
+            return value(e.args[0]).to(e.args[1].dtype)  # type: ignore[attr-defined]
         if e.name in ("add", "mul"):  # a number among the operands keeps its precision, and leaves them their type
             return _OPERATIONS[e.name](*(a.value if isinstance(a, Const) else value(a) for a in e.args))
         if e.name in ("document_start", "document_end"):

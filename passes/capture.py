@@ -159,7 +159,8 @@ def _kept(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Puts a call of an `autograd.Function` into the graph as it is, as one node; returns its fake results."""
     mode = get_proxy_mode()
     assert mode is not None
-    tracer, tensors = mode.tracer, [a for a in args if isinstance(a, Tensor)]
+    tracer: Any = mode.tracer
+    tensors = [a for a in args if isinstance(a, Tensor)]
     versions = [tensor._version for tensor in tensors]
     with disable_proxy_modes_tracing():
         results = target(*args, **kwargs)

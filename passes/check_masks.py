@@ -114,7 +114,7 @@ def _compare(site: AttentionSite, proof: MaskProof, trial: Trial) -> str | None:
             f"batch row {b}, query {i}, key {j} is {'hidden' if bool(hidden[b, h, i, j]) else 'visible'} in the model"
         )
     # The same numbers; a sum of several is rounded, and here it is not.
-    rounding = torch.finfo(torch.float32).eps * sum(added) if len(added) > 1 else torch.zeros(())  # type: ignore[operator]
+    rounding = torch.finfo(torch.float32).eps * sum(added) if len(added) > 1 else torch.zeros(())
     if not bool(((actual - expected).abs() <= rounding)[~hidden].all()):
         return "the key bias differs"
     return None

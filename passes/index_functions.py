@@ -27,7 +27,14 @@ class Expression:
 
 @dataclass(frozen=True)
 class Const(Expression):
-    value: bool | int | float | torch.dtype
+    value: bool | int | float
+
+
+@dataclass(frozen=True)
+class Precision(Expression):
+    """What a number is rounded to."""
+
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Element(Expression):
 class Apply(Expression):
     """`name` is one of: add mul floordiv abs lt le eq and or not where number cast quotient remainder join; `Interval` has more.
 
-    `cast(x, dtype)` rounds to a floating-point type: a bias is computed as the model computes it, in its precision.
+    `cast(x, precision)` rounds to a floating-point type: a bias is computed as the model computes it, in its precision.
     `join(i, j, n)` is `i * n + j` with `0 <= j < n`: an index along a dimension that two were merged into;
     `quotient(m, n)` and `remainder(m, n)` take it apart.
     """
@@ -172,9 +179,9 @@ def apply(name: str, *args: Expression) -> Expression:
             return TRUE
         case "cast", (x, _) if _is_made_of_constants(x):
             return x
-        case "cast", (Apply("where", (condition, x, y)), dtype):
-            return apply("where", condition, apply("cast", x, dtype), apply("cast", y, dtype))
-        case "cast", (x, Const(dtype)) if floating_type(x) == dtype:
+        case "cast", (Apply("where", (condition, x, y)), precision):
+            return apply("where", condition, apply("cast", x, precision), apply("cast", y, precision))
+        case "cast", (x, Precision(dtype)) if floating_type(x) == dtype:
             return x
     return Apply(name, args)
 
@@ -194,7 +201,7 @@ def floating_type(expression: Expression) -> torch.dtype | None:
     if not isinstance(expression, Apply) or expression.name not in ("add", "mul", "abs", "where", "cast"):
         return None
     if expression.name == "cast":
-        return expression.args[1].value  # type: ignore[attr-defined,no-any-return]
+        return expression.args[1].dtype  # type: ignore[attr-defined]
     types = [t for a in expression.args[expression.name == "where" :] if (t := floating_type(a)) is not None]
     return functools.reduce(torch.promote_types, types) if types else None
 
@@ -399,7 +406,7 @@ def _same(functions: IndexFunctions, node: Node) -> Expression | None:
 def cast(element: Expression, node: Node) -> Expression:
     """Rounded to the type of a node, where that is a floating-point one."""
     dtype = node.meta["val"].dtype
-    return apply("cast", element, Const(dtype)) if dtype.is_floating_point else element
+    return apply("cast", element, Precision(dtype)) if dtype.is_floating_point else element
 
 
 _NARROW = (torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16)
