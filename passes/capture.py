@@ -101,7 +101,8 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
 
 
 def _check_constants(module: GraphModule) -> None:
-    """Raises where a tensor that was only imagined while tracing stands in the graph as a constant."""
+    """Raises where a tensor that was only imagined while tracing stands in the graph as a constant, and is used."""
+    module.graph.eliminate_dead_code()  # autograd reads the base of a view that is written to, and makes nothing of it
     for node in module.graph.nodes:
         if node.op == "get_attr" and isinstance(attrgetter(str(node.target))(module), FakeTensor):
             raise CaptureError(
