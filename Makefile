@@ -18,7 +18,7 @@ test: $(INSTALLED)
 zoo: $(INSTALLED)
 	$(BIN)/python tests/zoo/examine.py --out bench/results/zoo.json
 
-# Half an hour: the tests that `make test` leaves out, and ten thousand random masks.
+# Up to an hour: the tests that `make test` leaves out, and ten thousand random masks.
 soak: $(INSTALLED)
 	$(BIN)/pytest -n 2 -m soak
 	$(BIN)/python tests/soundness/random_masks.py --count 10000 --out bench/results/soundness.json
