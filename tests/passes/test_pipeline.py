@@ -39,7 +39,7 @@ def pass_seconds(layers: int) -> tuple[float, float, int]:
 
 
 def test_time_is_linear_in_the_layers() -> None:
-    """Capture, torch's own tracing to ATen, takes most of the time; `bench/compile.py` measures it, and a hundred layers."""
+    """`bench/compile.py` measures a hundred layers."""
     pass_seconds(2)  # imports and caches
     _, ours_10, _ = pass_seconds(10)
     _, ours_40, sites = pass_seconds(40)
