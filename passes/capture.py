@@ -146,14 +146,14 @@ class _Inlined(torch.fx.Interpreter):
         if target is not torch.ops.higher_order.tag_activation_checkpoint:
             return super().call_function(target, args, kwargs)
         region, *inputs = args
-        number = next(_regions)
+        number = next(_numbers)
         for node in region.graph.nodes if torch.is_grad_enabled() else ():
             node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=number)
         _, named = TagActivationCheckpoint.divide_kwargs(kwargs)
         return _Inlined(region, self.repeated).run(*inputs, *named.values())
 
 
-_regions = itertools.count()
+_numbers = itertools.count()
 
 
 def _kept(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -172,7 +172,7 @@ def _kept(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         )
     bodies = []
     for body in args[:2]:
-        name = f"autograd_function_{next(_regions)}"
+        name = f"autograd_function_{next(_numbers)}"
         tracer.root.register_module(name, body)
         bodies.append(tracer.create_proxy("get_attr", name, (), {}))
     inputs = pytree.tree_map(tracer.unwrap_proxy, args[2:])

@@ -249,7 +249,7 @@ def _walk_up(site: AttentionSite, node: Node, product: Node) -> list[Node]:
         if target in _PASSIVE:
             node = node.args[0]  # type: ignore[assignment]
             continue
-        if target in _VIEWS or target is aten.unflatten.int:
+        if target in _VIEWS:
             raise Refused("a view between the product and the softmax changes more than batch and heads")
         if (shifted := _without_maximum(node)) is not None:
             if site.sinks is not None or site.softcap is not None:
@@ -467,7 +467,7 @@ def _joins_heads(node: Node) -> bool:
 
 
 def _is_view_of_heads(node: Node, before: int, after: int) -> bool:
-    source = node.args[0] if node.target in _VIEWS or node.target is aten.unflatten.int else None
+    source = node.args[0] if node.target in _VIEWS else None
     if not isinstance(source, Node) or (rank(source), rank(node)) != (before, after):
         return False
     if node.target in (aten.unflatten.int, aten.flatten.using_ints) and arguments(node, 2)[1] not in (0, -before):
@@ -579,7 +579,13 @@ def _einsum_factors(product: Node, *, transpose_right: bool) -> tuple[Node, Node
     return factors[0], factors[1]
 
 
-_VIEWS = {aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints}
+_VIEWS = {
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+}
 
 
 def _fold_repeated_heads(site: AttentionSite, node: Node) -> Node:
