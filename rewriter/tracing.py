@@ -43,6 +43,8 @@ def guarded(
     call: Callable[..., Any], policy_parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Calls a compiled model; errors of the passes come out as they are, those of capture with what to do."""
+    args = tuple(_on_its_own(value) for value in args)
+    kwargs = {name: _on_its_own(value) for name, value in kwargs.items()}
     try:
         # DDP would have the graph cut at its buckets, and each piece seen as a model.
         with torch._dynamo.config.patch(specialize_float=True, optimize_ddp=False):
@@ -57,3 +59,14 @@ def guarded(
         raise RewriteError(
             f"the model cannot be captured as one graph, and a part left as it was would ignore the policy: {error}"
         ) from error
+
+
+def _on_its_own(value: Any) -> Any:
+    """The same memory, not as a part of a longer tensor: Dynamo would make another graph for that one's sizes and strides.
+
+    One row cut out of longer ones is contiguous, but keeps their stride.
+    """
+    if type(value) is not Tensor or value.layout != torch.strided or value.requires_grad:
+        return value
+    usual = value.view(value.shape) if value.is_contiguous() else value
+    return value if value._base is None and value.stride() == usual.stride() else usual.detach()

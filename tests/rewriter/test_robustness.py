@@ -99,7 +99,7 @@ def test_explain_on_the_meta_device(law: SimpleNamespace, tiny_model: Build) -> 
 
 def test_gradient_checkpointing(law: SimpleNamespace, tiny_model: Build) -> None:
     torch._dynamo.reset()
-    model = tiny_model("llama", "sdpa").train()
+    model = tiny_model("llama", "sdpa", layers=1).train()
     ids, mask = law.batch(3, 20, left=False)
     expected = trained(model, lambda: law.call(model, ids, mask)[mask.bool()])
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -141,7 +141,7 @@ def test_autocast(law: SimpleNamespace, tiny_model: Build) -> None:
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_inference_mode(law: SimpleNamespace, tiny_model: Build, backend: str) -> None:
     torch._dynamo.reset()
-    model = tiny_model("llama", "sdpa").eval()
+    model = tiny_model("llama", "sdpa", layers=1).eval()
     fast = rewriter.optimize(model, Exact(), backend=backend, strict=True)
     ids, mask = law.batch(3, 20, left=False)
     with torch.inference_mode():
@@ -185,6 +185,20 @@ def test_inputs_that_are_not_contiguous(law: SimpleNamespace, nano: type[nn.Modu
     ids, mask = wide.t()[::2], torch.ones(40, 3, dtype=torch.long).t()[:, ::2]
     assert not ids.is_contiguous() and not mask.is_contiguous()
     torch.testing.assert_close(law.call(fast, ids, mask), law.call(fast, ids.contiguous(), mask.contiguous()))
+
+
+def test_a_row_cut_out_of_a_longer_one_takes_the_same_graph(law: SimpleNamespace, tiny_model: Build) -> None:
+    torch._dynamo.reset()
+    model = tiny_model("llama", "sdpa").eval()
+    fast = rewriter.optimize(model, SlidingWindow(5), backend="eager", strict=True)
+    ids = torch.randint(0, 64, (1, 40))
+    mask = torch.ones_like(ids)
+    for length in (40, 17):
+        part = ids[:, :length]
+        assert part.is_contiguous() and part.stride() == (40, 1)
+        whole = law.call(fast, part.clone(), mask[:, :length].clone())
+        assert torch.equal(law.call(fast, part, mask[:, :length]), whole)
+    assert len(fast.report.graphs) == 1
 
 
 def test_one_token(law: SimpleNamespace, tiny_model: Build) -> None:
