@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from crossed import crossed
 from rewriter.passes import capture as capturing
 from rewriter.passes.repeated_calls import RepeatedCalls
 from torch import Tensor
@@ -81,9 +82,9 @@ def described(graph: GraphModule) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "attention"), [("llama", "sdpa"), ("gemma2", "eager"), ("gpt2", "eager"), ("bert", "sdpa")]
+    ("name", "attention", "gradients"),
+    crossed([("llama", "sdpa"), ("gemma2", "eager"), ("gpt2", "eager"), ("bert", "sdpa")], [False, True], every=2),
 )
-@pytest.mark.parametrize("gradients", [False, True])
 def test_copies_are_what_tracing_gives(
     name: str, attention: str, gradients: bool, tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:

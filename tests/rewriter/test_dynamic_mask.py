@@ -533,6 +533,7 @@ def test_trains_compiled_with_checkpointing_and_autocast(tiny_model: Callable[..
     assert len(optimized.report.graphs) == 1
 
 
+@pytest.mark.soak
 def test_checkpointed_regions_are_recomputed(tiny_model: Callable[..., nn.Module]) -> None:
     """The tags of a checkpoint reach the partitioner: compiled, a checkpointed model keeps less for its backward."""
     kept = {}

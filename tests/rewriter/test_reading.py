@@ -552,7 +552,7 @@ def test_a_second_query_over_the_same_context(llama: Any) -> None:
 @torch.no_grad()
 def test_compiled_and_in_bf16(tiny_model: Callable[..., nn.Module]) -> None:
     torch._dynamo.reset()
-    model = sharp(tiny_model("llama", "sdpa"))
+    model = sharp(tiny_model("llama", "sdpa", layers=1))
     context, query = tokens(50, 9)
     policy = ChunkedEviction(
         14, keep_chunks=2, capacity=5, calibration=(Calibrate("0-100%", "all", threshold=0.3, edge=3),)
