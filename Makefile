@@ -11,8 +11,8 @@ demo: $(INSTALLED)
 	$(BIN)/rewriter demo --out demo-output
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadgroup
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist loadgroup tests/kernels
+	$(BIN)/pytest -n 2
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels
 
 # An hour: what has been examined stands in the file, and is not examined again.
 zoo: $(INSTALLED)
@@ -20,8 +20,8 @@ zoo: $(INSTALLED)
 
 # Up to an hour: the tests that `make test` leaves out, and ten thousand random masks.
 soak: $(INSTALLED)
-	$(BIN)/pytest -n 2 --dist loadgroup -m soak
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist loadgroup -m soak tests/kernels
+	$(BIN)/pytest -n 2 -m soak
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m soak tests/kernels
 	$(BIN)/python tests/soundness/random_masks.py --count 10000 --out bench/results/soundness.json
 
 lint: $(INSTALLED)

@@ -6,6 +6,7 @@ a GPU, the Triton kernels there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,10 +35,9 @@ from rewriter.testing import attention_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = attention_cases(max_keys=40, max_head_dim=20) if INTERPRETED else attention_cases()
-EXAMPLES = 25 if DEVICE == "cuda" else 15 if INTERPRETED else 150  # on a GPU nearly each is compiled first
+EXAMPLES = 25 if DEVICE == "cuda" else 10 if INTERPRETED else 150  # on a GPU nearly each is compiled first
 # One slow example is not a fault: the interpreter takes seconds.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-sizes = pytest.mark.parametrize("examples", [EXAMPLES, pytest.param(10 * EXAMPLES, marks=pytest.mark.soak)])
 
 
 @contextmanager
@@ -52,24 +52,21 @@ def small_blocks() -> Iterator[None]:
         cpu.BLOCK, schedule.MIN_RUN, cpu.tile_rows, gpu_decode.MAX_QUERIES, gpu_decode.SPLIT = saved
 
 
-def check_random_cases(examples: int) -> None:
-    @settings(patient, max_examples=examples)
-    @given(case=CASES)
-    def check(case: Case) -> None:
+def equals_the_dense_reference(case: Case) -> None:
+    assert_equivalent(live_range_attention, case, device=DEVICE)
+
+
+def equals_the_dense_reference_with_many_small_blocks(case: Case) -> None:
+    with small_blocks():
         assert_equivalent(live_range_attention, case, device=DEVICE)
 
-    check()
 
-
-@sizes
-def test_equals_the_dense_reference(examples: int) -> None:
-    check_random_cases(examples)
-
-
-@sizes
-def test_equals_the_dense_reference_with_many_small_blocks(examples: int) -> None:
-    with small_blocks():
-        check_random_cases(examples)
+@pytest.mark.parametrize("examples", [EXAMPLES, pytest.param(10 * EXAMPLES, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "check", [equals_the_dense_reference, equals_the_dense_reference_with_many_small_blocks], ids=lambda c: c.__name__
+)
+def test_random_cases(check: Callable[[Case], None], examples: int) -> None:
+    settings(patient, max_examples=examples)(given(case=CASES)(check))()
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL_RANGES)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch import nn
@@ -38,6 +39,7 @@ def pass_seconds(layers: int) -> tuple[float, float, int]:
     )
 
 
+@pytest.mark.soak
 def test_time_is_linear_in_the_layers() -> None:
     """`bench/compile.py` measures a hundred layers."""
     pass_seconds(2)  # imports and caches

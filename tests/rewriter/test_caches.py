@@ -167,12 +167,13 @@ class Machine(RuleBasedStateMachine):
                 assert len(set(held)) == len(held), "no key twice"
 
 
+@pytest.mark.parametrize("examples", [12, pytest.param(60, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", POLICIES)
-def test_at_random_against_the_dense_oracle(name: str) -> None:
+def test_at_random_against_the_dense_oracle(name: str, examples: int) -> None:
     machine: Any = type("Case", (Machine,), {"name": name})
     from hypothesis.stateful import run_state_machine_as_test
 
-    run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=14))
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=14))
 
 
 @torch.no_grad()

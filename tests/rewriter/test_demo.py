@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -39,8 +40,10 @@ def test_held_out_modules_are_not_trained_on() -> None:
         corpus.held_out_text(10**9, "heapq.py")
 
 
-def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.soak)])
+def test_demo(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
+    monkeypatch.setattr(demo, "optimize", functools.partial(demo.optimize, backend=backend))
     monkeypatch.setattr(demo, "NUM_BYTES", 3000)
     monkeypatch.setattr(demo, "LENGTHS", (256, 512))
     model, tokenizer = demo.load_model()

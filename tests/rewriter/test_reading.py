@@ -425,15 +425,21 @@ OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_t
 CALIBRATED = (Calibrate("0-100%", "all", threshold=0.05, edge=3, observe=6, apply=False),)
 
 
-@pytest.mark.parametrize("calibration", [(), CALIBRATED], ids=["plain", "calibrated"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "attention", "calibration"),
+    crossed(
+        [(name, "eager") for name in ("llama", "mistral", "gemma2", "gpt2")],
+        {"plain": (), "calibrated": CALIBRATED},
+        every=2,
+    ),
+)
 @torch.no_grad()
 def test_a_batch_of_contexts_is_as_one_after_the_other(
-    name: str, calibration: tuple[Calibrate, ...], tiny_model: Callable[..., nn.Module]
+    name: str, attention: str, calibration: tuple[Calibrate, ...], tiny_model: Callable[..., nn.Module]
 ) -> None:
     """Contexts and queries of different lengths, some shorter than what calibration observes; greedy and with beams."""
     torch._dynamo.reset()
-    model = sharp(tiny_model(name, "eager"))
+    model = sharp(tiny_model(name, attention))
     contexts, queries = tokens(50, 13, 31), tokens(9, 4, 12, bos=False)
     fast = optimized(model, ChunkedEviction(14, keep_chunks=3, capacity=5, calibration=calibration))
     several = fast.generate(contexts, query_ids=queries, chunk_batch=2, **OPTIONS)
@@ -549,24 +555,31 @@ def test_a_second_query_over_the_same_context(llama: Any) -> None:
     torch.testing.assert_close(fast(input_ids=second[None], past_key_values=reading.cache).logits[0], both)
 
 
+CALIBRATED_ALL = ChunkedEviction(
+    14, keep_chunks=2, capacity=5, calibration=(Calibrate("0-100%", "all", threshold=0.3, edge=3),)
+)
+
+
+@pytest.mark.soak
 @torch.no_grad()
-def test_compiled_and_in_bf16(tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
-    model = sharp(tiny_model("llama", "sdpa", layers=1))
+def test_compiled(llama: Any) -> None:
     context, query = tokens(50, 9)
-    policy = ChunkedEviction(
-        14, keep_chunks=2, capacity=5, calibration=(Calibrate("0-100%", "all", threshold=0.3, edge=3),)
-    )
-    eager = optimized(model, policy)
+    model = llama.float()
+    eager, fast = optimized(model, CALIBRATED_ALL), rewriter.optimize(model, CALIBRATED_ALL, strict=True)
     expected = eager.read(context, query, max_new_tokens=4)
-    fast = rewriter.optimize(model, policy, strict=True)
     reading = fast.read(context, query, max_new_tokens=4)
     assert reading.kept == expected.kept
     torch.testing.assert_close(reading.scores, expected.scores, rtol=1e-4, atol=1e-4)
     logits = fast(input_ids=query[None], past_key_values=reading.cache).logits
     plain = eager(input_ids=query[None], past_key_values=expected.cache).logits
     torch.testing.assert_close(logits, plain, rtol=1e-3, atol=1e-3)
-    half = optimized(copy.deepcopy(model).bfloat16(), policy)
+
+
+@torch.no_grad()
+def test_in_bf16(llama: Any) -> None:
+    context, query = tokens(50, 9)
+    expected = optimized(llama.float(), CALIBRATED_ALL).read(context, query, max_new_tokens=4)
+    half = optimized(copy.deepcopy(llama).bfloat16(), CALIBRATED_ALL)
     reading = half.read(context, query, max_new_tokens=4)
     assert reading.cache.stores[0]["key"].dtype == torch.bfloat16
     assert bool(half(input_ids=query[None], past_key_values=reading.cache).logits.isfinite().all())

@@ -17,7 +17,8 @@ import rewriter
 from rewriter import Exact
 from rewriter import SlidingWindow
 
-Build = Callable[[str, str], nn.Module]
+Build = Callable[..., nn.Module]
+backends = pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.soak)])
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -97,13 +98,14 @@ def test_explain_on_the_meta_device(law: SimpleNamespace, tiny_model: Build) -> 
     assert not there.refused and all(p.is_meta for p in model.parameters())
 
 
-def test_gradient_checkpointing(law: SimpleNamespace, tiny_model: Build) -> None:
+@backends
+def test_gradient_checkpointing(law: SimpleNamespace, tiny_model: Build, backend: str) -> None:
     torch._dynamo.reset()
     model = tiny_model("llama", "sdpa", layers=1).train()
     ids, mask = law.batch(3, 20, left=False)
     expected = trained(model, lambda: law.call(model, ids, mask)[mask.bool()])
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    fast = rewriter.optimize(model, Exact(), strict=True)
+    fast = rewriter.optimize(model, Exact(), backend=backend, strict=True)
     check(trained(model, lambda: law.call(fast, ids, mask)[mask.bool()]), expected)
 
 
@@ -138,7 +140,7 @@ def test_autocast(law: SimpleNamespace, tiny_model: Build) -> None:
     assert (actual - exact).norm() <= 2 * (plain - exact).norm()
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@backends
 def test_inference_mode(law: SimpleNamespace, tiny_model: Build, backend: str) -> None:
     torch._dynamo.reset()
     model = tiny_model("llama", "sdpa", layers=1).eval()
