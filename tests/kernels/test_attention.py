@@ -6,7 +6,6 @@ a GPU, the Triton kernels there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -52,21 +51,17 @@ def small_blocks() -> Iterator[None]:
         cpu.BLOCK, schedule.MIN_RUN, cpu.tile_rows, gpu_decode.MAX_QUERIES, gpu_decode.SPLIT = saved
 
 
-def equals_the_dense_reference(case: Case) -> None:
+@settings(patient, max_examples=EXAMPLES)
+@given(case=CASES)
+def test_equals_the_dense_reference(case: Case) -> None:
     assert_equivalent(live_range_attention, case, device=DEVICE)
 
 
-def equals_the_dense_reference_with_many_small_blocks(case: Case) -> None:
+@settings(patient, max_examples=EXAMPLES)
+@given(case=CASES)
+def test_equals_the_dense_reference_with_many_small_blocks(case: Case) -> None:
     with small_blocks():
         assert_equivalent(live_range_attention, case, device=DEVICE)
-
-
-@pytest.mark.parametrize("examples", [EXAMPLES, pytest.param(10 * EXAMPLES, marks=pytest.mark.soak)])
-@pytest.mark.parametrize(
-    "check", [equals_the_dense_reference, equals_the_dense_reference_with_many_small_blocks], ids=lambda c: c.__name__
-)
-def test_random_cases(check: Callable[[Case], None], examples: int) -> None:
-    settings(patient, max_examples=examples)(given(case=CASES)(check))()
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL_RANGES)
