@@ -34,7 +34,7 @@ from rewriter.testing import attention_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = attention_cases(max_keys=40, max_head_dim=20) if INTERPRETED else attention_cases()
-EXAMPLES = 25 if DEVICE == "cuda" else 10 if INTERPRETED else 150  # on a GPU nearly each is compiled first
+EXAMPLES = 25 if INTERPRETED or DEVICE == "cuda" else 150  # on a GPU nearly each is compiled first
 # One slow example is not a fault: the interpreter takes seconds.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -66,7 +66,7 @@ def test_the_built_in_kernels_pass() -> None:
 
 
 def test_a_kernel_of_ones_own_passes(own_kernels: Path) -> None:
-    code, output = verify("--kernel", "own_kernels:attention", "--examples", "5", "--junit", "report.xml")
+    code, output = verify("--kernel", "own_kernels:attention", "--examples", "20", "--junit", "report.xml")
     assert code == 0, output
     suite = ElementTree.parse(own_kernels / "report.xml").getroot().find("testsuite")
     assert suite is not None
