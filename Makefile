@@ -21,6 +21,7 @@ zoo: $(INSTALLED)
 # Up to an hour: the tests that `make test` leaves out, and ten thousand random masks.
 soak: $(INSTALLED)
 	$(BIN)/pytest -n 2 -m soak
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m soak tests/kernels
 	$(BIN)/python tests/soundness/random_masks.py --count 10000 --out bench/results/soundness.json
 
 lint: $(INSTALLED)

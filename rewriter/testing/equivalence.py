@@ -109,10 +109,11 @@ def _evaluate(
     grad_output, grad_lse = _gradients(case, features)
     loss = (output * grad_output.to(device, output.dtype)).sum()
     if lse is not None:
-        # A row without keys has a log-sum-exp of -inf, which must be told from a large one and has no gradient.
+        # A row without keys has a log-sum-exp of -inf, which has no distance and no gradient.
         empty = lse.detach() == -torch.inf
         loss = loss + torch.where(empty, 0, lse * grad_lse.to(device, lse.dtype)).sum()
-        results["lse"] = torch.where(empty, -1e30, lse.detach())
+        results["rows without keys"] = empty.to(lse.dtype)
+        results["lse"] = torch.where(empty, 0, lse.detach())
     if features.gradients:
         for name, grad in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
             results[f"d{name}"] = grad
@@ -149,8 +150,20 @@ def _magnitudes(case: Case, features: Features) -> tuple[dict[str, Tensor], dict
     def per_kv_head(t: Tensor) -> Tensor:
         return t.unflatten(1, (-1, group)).sum(dim=2)
 
+    # lse changes by each logit's error times the weight; a logit is a sum of products, the bias and the slope's distance.
+    logit_sizes = scale * (query.abs() * (exact @ wide_key.abs())).sum(dim=-1)
+    if "bias" in rest:
+        logit_sizes += (exact * reference.per_query_head(rest["bias"].abs(), group)[:, :, None]).sum(dim=-1)
+    if "alibi_slopes" in options:
+        rows = options.get("query_index", torch.arange(case.keys - case.queries, case.keys))
+        columns = options.get("key_index", torch.arange(case.keys))
+        distance = rows.view(-1, 1, case.queries, 1) - columns.view(-1, 1, 1, case.keys)
+        logit_sizes += options["alibi_slopes"][:, None] * (exact * distance.abs()).sum(dim=-1)
+    if "sinks" in rest:
+        logit_sizes += torch.exp(rest["sinks"][:, None] - lse) * rest["sinks"].abs()[:, None]
     sums = {
         "output": weights @ wide_value.abs(),
+        "lse": logit_sizes,
         "dquery": scale * scores @ wide_key.abs(),
         "dkey": per_kv_head(scale * scores.transpose(2, 3) @ query.abs()),
         "dvalue": per_kv_head(weights.transpose(2, 3) @ grad),

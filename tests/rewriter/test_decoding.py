@@ -241,7 +241,7 @@ MODES = {
 @torch.no_grad()
 def test_generate(policy: Any, tiny_model: Callable[..., nn.Module]) -> None:
     torch._dynamo.reset()
-    fast = ready(tiny_model("llama", "sdpa"), policy)
+    fast = ready(tiny_model("llama", "sdpa", layers=1), policy)
     ids, mask, _ = padded(3, 14)
     slow = oracle(fast)
     for name, mode in MODES.items():
@@ -263,7 +263,7 @@ def test_several_turns_on_one_cache(tiny_model: Callable[..., nn.Module]) -> Non
     """The whole text again, as transformers has it, or what follows; the cache takes only what is new."""
     torch._dynamo.reset()
     for policy in (Exact(), SlidingWindow(5, sinks=1), POLICIES[5]):
-        fast = ready(tiny_model("llama", "sdpa"), policy)
+        fast = ready(tiny_model("llama", "sdpa", layers=1), policy)
         ids, mask, _ = padded(2, 9)
         cache = fast.new_cache(200)
         options = {"pad_token_id": 0, "eos_token_id": 63, "max_new_tokens": 6, "do_sample": False}
@@ -505,7 +505,7 @@ def test_a_changed_model_is_captured_anew(tiny_model: Callable[..., nn.Module]) 
     """Another submodule, parameters that were one and are two, and a mask that was changed in place."""
     torch._dynamo.reset()
     ids = torch.randint(0, 64, (2, 9))
-    fast = ready(tiny_model("gpt2", "eager"), SlidingWindow(5))
+    fast = ready(tiny_model("gpt2", "eager", layers=1), SlidingWindow(5))
     before = fast(input_ids=ids, past_key_values=fast.new_cache()).logits
     fast.model.lm_head.weight = nn.Parameter(torch.randn(64, 32))
     after = fast(input_ids=ids, past_key_values=fast.new_cache()).logits

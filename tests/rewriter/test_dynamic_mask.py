@@ -182,7 +182,7 @@ def test_equals_the_dense_form(
 
 
 def test_inductor(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
-    model = tiny_model("llama", "sdpa").eval()
+    model = tiny_model("llama", "sdpa", layers=1).eval()
     policy = DynamicMask(keep=5)
     optimized = optimized_model(model, policy, backend="inductor")
     modules = nn.ModuleList([model, optimized.policy_parameters])

@@ -124,7 +124,7 @@ def test_inductor_serves_several_lengths_and_trains(
     law: SimpleNamespace, tiny_model: Callable[..., nn.Module], policy_mask: Any
 ) -> None:
     torch._dynamo.reset()
-    model = tiny_model("llama", "sdpa").eval()
+    model = tiny_model("llama", "sdpa", layers=1).eval()
     policy = POLICIES[0]
     optimized = rewriter.optimize(model, policy, strict=True)
     comparison = law.Comparison(model, optimized, with_dense_mask("llama", policy, policy_mask))
@@ -412,7 +412,7 @@ def test_autocast_trains(law: SimpleNamespace, tiny_model: Callable[..., nn.Modu
 def test_a_copy_is_of_the_whole(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
     """A deep copy, and what comes back from a pickle, run their own model and train their own parameters."""
     torch._dynamo.reset()
-    optimized = rewriter.optimize(tiny_model("llama", "sdpa").eval(), DynamicMask(4), backend="eager")
+    optimized = rewriter.optimize(tiny_model("llama", "sdpa", layers=1).eval(), DynamicMask(4), backend="eager")
     ids, mask = law.batch(3, 12, left=False)
     expected = law.call(optimized, ids, mask)
     for other in (copy.deepcopy(optimized), pickle.loads(pickle.dumps(optimized))):
@@ -423,7 +423,7 @@ def test_a_copy_is_of_the_whole(law: SimpleNamespace, tiny_model: Callable[..., 
         assert torch.equal(law.call(optimized, ids, mask), expected)
         law.call(other, ids, mask).sum().backward()
         assert other.model.lm_head.weight.grad is not None and optimized.model.lm_head.weight.grad is None
-        assert len(other.report.sites) == 2
+        assert len(other.report.sites) == 1
 
 
 def test_another_model_takes_effect(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:

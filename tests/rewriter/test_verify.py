@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import reference
 from torch import Tensor
@@ -120,6 +122,24 @@ def test_faults_are_found(change: str) -> None:
     assert_equivalent(faulty("none"), case)
     with pytest.raises(AssertionError, match=r"off, more than .*\nrepeat it with: assert_equivalent\(kernel, Case"):
         assert_equivalent(faulty(change), case)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda lse: lse * 1.001, "lse is"), (lambda lse: lse.clamp(min=-1e30), "rows without keys is")],
+    ids=["a wrong one", "a number for an empty row"],
+)
+def test_faults_of_the_log_sum_exp_are_found_beside_rows_without_keys(
+    change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    def kernel(*inputs: Any, return_lse: bool) -> Any:
+        output, lse = reference.live_range_attention(*inputs, return_lse=return_lse)
+        return output, change(lse)
+
+    case = Case(ranges=((3, FOREVER),) * 8)
+    assert_equivalent(reference.live_range_attention, case)
+    with pytest.raises(AssertionError, match=message):
+        assert_equivalent(kernel, case)
 
 
 def test_an_error_of_the_kernel_says_how_to_repeat_it() -> None:

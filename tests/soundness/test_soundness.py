@@ -19,10 +19,10 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results" / "soundness.json"
 
 def test_no_claim_is_wrong() -> None:
     """Other programs than those of `make soak`."""
-    tally = soak(150, seed=2**20)
+    tally = soak(100, seed=2**20)
     assert tally.wrong == []
     assert tally.caught == []
-    assert tally.proven > 40, "programs that are all refused show nothing"
+    assert tally.proven > 25, "programs that are all refused show nothing"
 
 
 def test_the_last_soak_found_nothing_wrong() -> None:
