@@ -106,8 +106,8 @@ def _check_constants(module: GraphModule) -> None:
     for node in module.graph.nodes:
         if node.op == "get_attr" and isinstance(attrgetter(str(node.target))(module), FakeTensor):
             raise CaptureError(
-                "a part of the model leaves no trace, as torch.vmap and torch.func.grad do; write it in operators of torch, "
-                "or call it outside of the model"
+                "a part of the model leaves no trace, as torch.vmap, torch.func.grad and flex_attention do; write it in "
+                "operators of torch (attention as scaled_dot_product_attention), or call it outside of the model"
             )
 
 

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from rewriter.reading import Reading
 
 BACKENDS = ("inductor", "eager")
+OPAQUE_ATTENTION = ("flex_attention", "flash_attention", "paged|")
+"""How transformers' names of attention implementations begin that are neither `sdpa` nor `eager`."""
 
 
 def optimize(
@@ -63,9 +65,9 @@ def optimize(
         dump: folder for the graph before and after each pass.
 
     Raises:
-        RewriteError: the model is optimized already, the backend is unknown, or (when captured) no attention is found,
-            a site is refused and `strict` is set, the model is not one graph, or the policy has parameters and there
-            are no inputs to find the sites with.
+        RewriteError: the model is optimized or compiled already or attends by a kernel such as flex_attention, the backend
+            is unknown, or (when captured) no attention is found, a site is refused and `strict` is set, the model is not
+            one graph, or the policy has parameters and there are no inputs to find the sites with.
         PolicyError: the policy cannot be applied to the inputs.
     """
     _check_model(model)
@@ -424,6 +426,12 @@ def _check_model(model: object) -> None:
             raise RewriteError(
                 f"torch.compile has been applied to {where}; optimize the original (._orig_mod of what torch.compile "
                 "returned, or the model before .compile()): it is compiled with the passes in front"
+            )
+        attention = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if isinstance(attention, str) and attention.startswith(OPAQUE_ATTENTION):
+            raise RewriteError(
+                f"{where} attends by {attention}, which no pass can look into; load the model with "
+                "attn_implementation='sdpa' or 'eager'"
             )
         if isinstance(module, OptimizedModel):
             raise RewriteError(

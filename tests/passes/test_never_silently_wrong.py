@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import rewriter
 from rewriter.caches import CacheError
@@ -345,7 +346,11 @@ def test_an_autograd_function_that_writes_to_its_input_is_an_error(marked: bool)
         rewriter.optimize(Model(), backend="eager")(torch.randn(3, 2, 9, 8, requires_grad=True))
 
 
-@pytest.mark.parametrize("transform", [torch.vmap(lambda a: a * 2), torch.func.grad(lambda a: a.sin().sum())])
+@pytest.mark.parametrize(
+    "transform",
+    [torch.vmap(lambda a: a * 2), torch.func.grad(lambda a: a.sin().sum()), lambda a: flex_attention(a, a, a)],
+    ids=["vmap", "grad", "flex_attention"],
+)
 def test_what_leaves_no_trace_is_an_error(transform: Callable[[Tensor], Tensor]) -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

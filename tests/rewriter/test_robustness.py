@@ -83,6 +83,14 @@ def test_a_compiled_model_is_an_error_that_says_so(tiny_model: Build) -> None:
         rewriter.explain(in_place, input_ids=torch.ones(2, 9, dtype=torch.long))
 
 
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
+def test_attention_that_no_pass_can_look_into_is_an_error_that_says_so(attention: str, tiny_model: Build) -> None:
+    model = tiny_model("llama", "sdpa").eval()
+    model.config._attn_implementation = attention  # type: ignore[union-attr]
+    with pytest.raises(rewriter.RewriteError, match=rf"it attends by {attention}.*attn_implementation='sdpa'"):
+        rewriter.optimize(model, SlidingWindow(5))
+
+
 def test_explain_on_the_meta_device(law: SimpleNamespace, tiny_model: Build) -> None:
     torch._dynamo.reset()
     ids, mask = law.batch(3, 12, left=True)
