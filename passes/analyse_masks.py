@@ -435,7 +435,7 @@ class _Analysis:
         if reads_size(predicate):
             raise Unproven(f"a constant mask is another one at another length{self.origin(predicate)}")
         size = min(
-            shape(element.node)[d]
+            self.constants[element.node].shape[d]
             for element in elements_of(predicate)
             for d, index in enumerate(element.indices)
             if index != ZERO

@@ -1,4 +1,4 @@
-"""Canonicalize: erase what does nothing, and make in-place operations visible.
+"""Canonicalize: one name for each operator, erase what does nothing, and make in-place operations visible.
 
 Full slices, casts to the same dtype, expands and views to the same shape and inactive dropout are erased. An in-place operation
 on a fresh tensor, or on a slice of one, becomes its functional form, where nothing else can see the difference; the
@@ -38,6 +38,8 @@ class Canonicalized:
 
 def canonicalize(module: GraphModule) -> Canonicalized:
     """Rewrites the graph in place; its values stay the same."""
+    for node in module.graph.nodes:
+        node.target = _SYNONYMS.get(node.target, node.target)
     functionalized = 0
     modes = _grad_modes(module)
     for node in list(module.graph.nodes):
@@ -60,6 +62,26 @@ def canonicalize(module: GraphModule) -> Canonicalized:
     module.graph.eliminate_dead_code()
     module.recompile()
     return Canonicalized(erased, functionalized, frozenset(n for n in modified if n.graph is module.graph))
+
+
+def _synonyms() -> dict[Any, Any]:
+    usual = {
+        "absolute": "abs", "clip": "clamp", "concat": "cat", "divide": "div", "greater": "gt", "greater_equal": "ge",
+        "less": "lt", "less_equal": "le", "multiply": "mul", "negative": "neg", "not_equal": "ne", "subtract": "sub",
+        "true_divide": "div",
+    }  # fmt: skip
+    usual |= {f"{name}_": f"{other}_" for name, other in usual.items() if hasattr(aten, f"{name}_")}
+    found = {aten.special_softmax.default: aten.softmax.int, aten.swapaxes.default: aten.transpose.int}
+    found[aten.linalg_matmul.default] = aten.matmul.default
+    for name, other in usual.items():
+        packet, usual_packet = getattr(aten, name), getattr(aten, other)
+        for overload in set(packet.overloads()) & set(usual_packet.overloads()):
+            found[getattr(packet, overload)] = getattr(usual_packet, overload)
+    return found
+
+
+_SYNONYMS = _synonyms()
+"""Operators that torch has under two names, and the name that the other passes know."""
 
 
 def _grad_modes(module: GraphModule) -> dict[Node, bool | None]:

@@ -90,13 +90,15 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
     traced = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, original, value in zip(traced, placeholders, example_inputs, strict=True):
         source = getattr(original, "_dynamo_source", None)
-        path = source.name if source is not None and isinstance(source.name, str) else original.target
-        node.meta["source"] = readable_source(str(path))
-        node.meta["kind"] = _kind(str(path))
-        if isinstance(value, Tensor) and "._buffers[" in str(path):
+        path = str(source.name if source is not None and isinstance(source.name, str) else original.target)
+        # Dynamo's word for what belongs to a module that sets attributes in its forward, or has a `__getattr__` of its own.
+        path = re.sub(r"\.__dict__\['(_modules|_parameters|_buffers)'\]", r".\1", path)
+        node.meta["source"] = readable_source(path)
+        node.meta["kind"] = _kind(path)
+        if isinstance(value, Tensor) and "._buffers[" in path:
             buffers[node] = (node.meta["source"], value)
         if isinstance(node.meta["val"], Tensor):
-            inputs.append(GraphInput(_kind(str(path)), node.meta["source"], value))
+            inputs.append(GraphInput(node.meta["kind"], node.meta["source"], value))
     return CapturedGraph(module, buffers, tuple(inputs))
 
 

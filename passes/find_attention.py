@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field
@@ -22,6 +23,7 @@ from rewriter.passes.index_functions import rank
 from rewriter.passes.index_functions import shape
 from torch.fx import GraphModule
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
 
@@ -47,7 +49,7 @@ class AttentionSite:
 
     Attributes:
         node: the attention's output; `[B, Hq, Q, Dv]`, or `[N, Q, Dv]` for inputs of rank 3.
-        form: "sdpa" or "eager".
+        form: "sdpa" or "eager"; other forms are refused.
         query, key, value: `[B, Hq, Q, D]`, `[B, Hkv, K, D]`, `[B, Hkv, K, Dv]` (or rank 3), heads not repeated.
         scale: factor of the products; None for `1 / sqrt(D)`.
         softcap: None for none.
@@ -103,15 +105,23 @@ def find_attention(module: GraphModule, modified: frozenset[Node] = frozenset())
         if node.target is aten.scaled_dot_product_attention.default:
             sites.append(_checked(_match_sdpa, AttentionSite(node, "sdpa")))
         elif node.target in (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default):
-            product = _product_above(node)
-            if product is not None:
+            if _product_above(node) is not None:
                 sites.append(_checked(_match_eager, AttentionSite(node, "eager")))
+            elif (strange := _strange_operator_above(node)) is not None:
+                reason = f"{strange.target} between the product and the softmax is not understood"
+                sites.append(AttentionSite(node, "eager", reason=reason))
+        elif node.target in _WEIGHTS and _strange_operator_above(node) is not None:
+            reason = f"its weights are made of the logits by {node.target}, expected a softmax"
+            sites.append(AttentionSite(node, "eager", reason=reason))
         elif node.target in _FUSED:
             reason = (
                 "torch's fused inference operator hides its query and key; "
                 "call torch.backends.mha.set_fastpath_enabled(False)"
             )
             sites.append(AttentionSite(node, "fused", reason=reason))
+        elif isinstance(node.target, torch._ops.OpOverload) and re.search("attention|attn", node.target.name()):
+            reason = f"{node.target} is a kernel that hides its logits; call scaled_dot_product_attention"
+            sites.append(AttentionSite(node, "kernel", reason=reason))
         elif node.target is torch.ops.higher_order.autograd_function_apply and _has_softmax(module, node.args[0]):
             reason = (
                 "it is inside an autograd.Function, whose backward is the model's own; call it under torch.no_grad()"
@@ -209,6 +219,41 @@ def _product_above(node: Node) -> Node | None:
     return None
 
 
+_WEIGHTS = {aten.exp.default, aten.exp2.default, aten.sigmoid.default}
+"""What makes weights of logits where no softmax does: half of a softmax, or another kind of attention."""
+
+
+def _strange_operator_above(node: Node) -> Node | None:
+    """The operator because of which a product of activations is not seen to make weights: it keeps the logits' last two sizes.
+
+    The node itself, where it is no softmax and the product is above it.
+    """
+    stack: list[tuple[Any, Node | None]] = [(node.args[0], node if node.target in _WEIGHTS else None)]
+    seen = set()
+    while stack:
+        top, strange = stack.pop()
+        if not isinstance(top, Node) or top in seen or top.op != "call_function":
+            continue
+        seen.add(top)
+        if top.target in _PRODUCTS and strange is not None and not any(map(_is_weight, _factors(top))):
+            return strange
+        if top.target not in _SCORE_OPERATORS:
+            value = top.meta.get("val")
+            if not isinstance(value, torch.Tensor) or value.dim() < 3 or not _same_sizes(top, node, slice(-2, None)):
+                continue
+            strange = strange or top
+        stack.extend((source, strange) for source in top.all_input_nodes)
+    return None
+
+
+def _is_weight(factor: Node) -> bool:
+    """Whether a factor has no rows of its own, or is a parameter, as the weights of a mixture or a block-diagonal layer are."""
+    few = rank(factor) < 3
+    while factor.target in _PASSIVE | _VIEWS | {aten.expand.default} and isinstance(factor.args[0], Node):
+        factor = factor.args[0]
+    return few or factor.op == "get_attr" or factor.meta.get("kind") in ("parameter", "buffer")
+
+
 def _factors(product: Node) -> list[Node]:
     if product.target is aten.einsum.default:
         return list(product.args[1])  # type: ignore[arg-type]
@@ -262,7 +307,12 @@ def _walk_up(site: AttentionSite, node: Node, product: Node) -> list[Node]:
             node, site.sinks = _split_sinks(site, node, product)
             continue
         scores, other, on_left = _split_scores(node, product)
-        if target in (aten.add.Tensor, aten.masked_fill.Scalar, aten.masked_fill.Tensor) or "where" in str(target):
+        if target in (
+            aten.add.Tensor,
+            aten.sub.Tensor,
+            aten.masked_fill.Scalar,
+            aten.masked_fill.Tensor,
+        ) or "where" in str(target):
             term = _mask_term(node, other, on_left)
             if scaled:
                 if term.kind != "add" or site.softcap is not None:
@@ -355,7 +405,7 @@ def _split_scores(node: Node, product: Node) -> tuple[Node, object, bool]:
     leading = [a for a in operands if isinstance(a, Node) and _leads_to(a, product)]
     if len(leading) != 1:
         raise Refused(f"{node.name} uses the logits more than once")
-    if node.target in (aten.add.Tensor,) and node.kwargs.get("alpha", 1) != 1:
+    if node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) != 1:
         raise Refused("a mask is added with a factor")
     others = [a for a in operands if a is not leading[0]]
     return leading[0], (others if len(others) != 1 else others[0]), operands[0] is leading[0]
@@ -378,6 +428,13 @@ def _mask_term(node: Node, other: Any, on_left: bool) -> MaskTerm:
         if not isinstance(other, Node):
             raise Refused("a number is added to the logits")
         return MaskTerm("add", other)
+    if node.target is aten.sub.Tensor:
+        if not isinstance(other, Node) or not on_left:
+            raise Refused("the logits are taken from something, or a number from them")
+        with node.graph.inserting_before(node):
+            negative = node.graph.call_function(aten.neg.default, (other,))
+        negative.meta["val"] = -other.meta["val"]
+        return MaskTerm("add", negative)
     if "masked_fill" in str(node.target):
         mask, fill = other
         kind = "drop"
@@ -407,7 +464,7 @@ def _number(argument: object) -> float | None:
         if argument.target in (aten.full.default, aten.scalar_tensor.default):
             value = argument.args[1 if argument.target is aten.full.default else 0]
             return float(value) if isinstance(value, (int, float)) else None
-        if argument.target in _PASSIVE or argument.target is aten.lift_fresh_copy.default:
+        if argument.target in _PASSIVE or argument.target in (aten.lift_fresh_copy.default, aten.detach.default):
             return _number(argument.args[0])
         if argument.target in (aten.sqrt.default, aten.rsqrt.default):
             inner = _number(argument.args[0])
@@ -476,7 +533,8 @@ def _is_view_of_heads(node: Node, before: int, after: int) -> bool:
 
 
 def _same_sizes(one: Node, other: Node, dims: slice) -> bool:
-    return [str(size) for size in shape(one)[dims]] == [str(size) for size in shape(other)[dims]]
+    sizes, others = shape(one)[dims], shape(other)[dims]
+    return len(sizes) == len(others) and all(statically_known_true(a == b) for a, b in zip(sizes, others, strict=True))
 
 
 def _see_heads(site: AttentionSite, views: list[Node]) -> None:

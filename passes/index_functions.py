@@ -542,6 +542,9 @@ def _binary(functions: IndexFunctions, node: Node) -> Expression | None:
     left, right = (functions.operand(a, node) for a in node.args[:2])
     if left is None or right is None:
         return None
+    logical = [is_bool(a) or isinstance(a, bool) for a in node.args[:2]]
+    if name in ("add", "mul", "sub", "rsub") and not all(logical):
+        left, right = (apply("number", x) if b else x for x, b in zip((left, right), logical, strict=True))
     left, right = (with_exact_indices(x) if is_bool(node) else cast(x, node) for x in (left, right))
     alpha: Any = node.kwargs.get("alpha", 1)
     if alpha not in (1, -1) and node.meta["val"].is_floating_point():
@@ -557,13 +560,10 @@ def _binary(functions: IndexFunctions, node: Node) -> Expression | None:
     if name == "ne":
         return negate(apply("eq", left, right))
     operation = _BINARY[name]
-    logical = [is_bool(a) or isinstance(a, bool) for a in node.args[:2]]
     if operation in ("and", "or") and not all(logical):
         return None
     if operation in ("add", "mul") and all(logical):
         operation = "or" if operation == "add" else "and"
-    elif operation in ("add", "mul"):
-        left, right = (apply("number", x) if b else x for x, b in zip((left, right), logical, strict=True))
     return apply(operation, left, right)
 
 

@@ -384,3 +384,33 @@ def test_a_buffer_on_the_meta_device_has_no_values(nano: type[nn.Module]) -> Non
         model = nano()
     report = rewriter.explain(model, torch.zeros(2, 9, dtype=torch.int64))
     assert all("on the meta device has no values" in site.reason for site in report.sites)
+
+
+def test_a_buffer_of_a_module_with_a_getattr_of_its_own_is_read_and_read_again() -> None:
+    """Dynamo names what belongs to such a module by its `__dict__`, and takes its sizes for unknown."""
+
+    class Masked(nn.Module):
+        def __init__(self, whole: bool = False) -> None:
+            super().__init__()
+            self.whole = whole
+            self.register_buffer("keep", torch.ones(9, 9, dtype=torch.bool).tril())
+
+        def __getattr__(self, name: str) -> Tensor | nn.Module:
+            return super().__getattr__(name)
+
+        def forward(self, x: Tensor) -> Tensor:
+            keep = self.keep if self.whole else self.keep[: x.size(2), : x.size(2)]
+            return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=keep)
+
+    torch._dynamo.reset()
+    model = Masked()
+    fast = rewriter.optimize(model, backend="eager", strict=True)
+    x = torch.randn(3, 2, 7, 8)
+    for mask in ("causal", "causal + window 3"):
+        torch.testing.assert_close(fast(x), model(x))
+        assert [site.mask for site in fast.report.sites] == [mask]
+        model.keep.triu_(-2)
+    x = torch.randn(3, 2, 9, 8)
+    whole = rewriter.optimize(Masked(whole=True), backend="eager")
+    torch.testing.assert_close(whole(x), whole.model(x))
+    assert "could not be evaluated at sizes" in whole.report.sites[0].reason

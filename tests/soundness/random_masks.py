@@ -86,6 +86,7 @@ class Writer:
             "causal": lambda: self.pick(
                 f"{self.row()} >= {self.key()}",
                 f"{self.key()} {self.comparison()} {self.row()}",
+                f"torch.{self.pick('greater', 'greater_equal', 'less', 'less_equal', 'not_equal')}({self.row()}, {self.key()})",
                 f"{flag}.tril({self.pick('', '0', '1', '-1', '2', '-3')})",
                 f"~{flag}.triu({self.pick('1', '0', '2', '-1')})",
                 f"torch.tril(torch.ones(n, n), {small}) {self.pick('!= 0', '== 0', '> 0.5', '== 1')}",
@@ -202,6 +203,9 @@ class Writer:
                 f"(1.0 - {predicate}.double()) * LOWEST",
                 f"(1.0 - {predicate}.double()) * -5.0",
                 f"({predicate}.double() - 1.0) * 1e9",
+                f"({predicate} * 1e9 - 1e9).double()",
+                f"{zeros} - 1e9 * ~{predicate}",
+                f"torch.subtract({zeros}, torch.multiply({predicate}, {self.pick('1e9', '-1e9', '3.0')}))",
                 f"{full}.triu(1) + {added}",
                 f"{full}.triu({self.small()})",
                 f"torch.minimum({added}, {other})",
