@@ -80,9 +80,8 @@ class Decoder:
         self.graphs: CachedGraphs = result.cached
         self.layout = self.graphs.layout
         self.inputs = result.inputs
-        self.fetch = [self._fetcher(given) for given in result.inputs]
+        self.fetch = [self._fetcher(place, given) for place, given in enumerate(result.inputs)]
         self.constants = {name: (b := self.model.get_buffer(name), b._version) for name in result.constants}
-        self.made_for = _made_for(self.model)
         self.vocabulary = _vocabulary(self.model)
         self.default_positions = False
         try:
@@ -109,8 +108,8 @@ class Decoder:
 
     @property
     def is_current(self) -> bool:
-        """Whether the model is still as it was captured: its modules, mode, dtype, device, and the masks that it holds."""
-        return self.made_for == _made_for(self.model) and all(
+        """Whether the model is still as it was captured, by Dynamo's guards, and the masks that it holds are what they were."""
+        return self._guards_hold() and all(
             self.model.get_buffer(name) is buffer and buffer._version == version
             for name, (buffer, version) in self.constants.items()
         )
@@ -239,7 +238,8 @@ class Decoder:
     ) -> None:
         if cache.layout is not self.layout:
             raise CacheError(
-                "the cache was made by another optimized model, policy or dtype; make one for this model with new_cache()"
+                "the cache was made by another optimized model, policy or dtype, or before the model was changed; make one for "
+                "this model with new_cache()"
             )
         if input_ids.dim() != 2 or input_ids.is_floating_point():
             raise CacheError(f"input_ids must be integer [B, n], got {input_ids.dtype} {list(input_ids.shape)}")
@@ -271,9 +271,17 @@ class Decoder:
         results: list[Rewritten] = []
         dump: Path | None = None if optimized.dump is None else optimized.dump / "cached"
 
+        def captured(*values: Any) -> None:
+            raise _GuardsHold([value for value in values if isinstance(value, Tensor)])
+
+        def changed(*values: Any) -> None:
+            raise _ModelChanged
+
         def backend(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            if results:
+                return changed
             results.append(rewrite(graph, example_inputs, optimized.policy, cached=True, dump=dump))
-            return graph.forward
+            return captured
 
         device = next(self.model.parameters()).device
         ids = torch.zeros(2, TRIAL_LENGTH, dtype=torch.int64, device=device)
@@ -287,18 +295,34 @@ class Decoder:
         if _takes_use_cache(self.model):
             arguments["use_cache"] = False  # type: ignore[assignment]
 
-        parameters = dict(self.policy_parameters.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            try:
-                guarded(traced_call(self.model, backend, _logits), parameters, (), arguments)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                if isinstance(error.inner_exception, NotCacheable):
-                    name = type(self.model).__name__
-                    raise CacheError(f"{name} cannot go on from a cache: {error.inner_exception}") from None
-                raise
-        return results[-1]
+        self._example = traced_call(self.model, backend, _logits), arguments
+        try:
+            self._guards_hold()
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, NotCacheable):
+                name = type(self.model).__name__
+                raise CacheError(f"{name} cannot go on from a cache: {error.inner_exception}") from None
+            raise
+        return results[0]
 
-    def _fetcher(self, given: GraphInput) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    @torch.no_grad()
+    def _guards_hold(self) -> bool:
+        """Makes the call that was captured up to its graph, and takes the tensors that the graph would be given.
+
+        What Dynamo guards is all that the graph depends on: modules, hooks, modes, types, and each number that was read.
+        """
+        call, arguments = self._example
+        parameters = dict(self.policy_parameters.named_parameters(remove_duplicate=False))
+        try:
+            guarded(call, parameters, (), arguments)
+        except _GuardsHold as held:
+            self._present = held.tensors
+            return True
+        except _ModelChanged:
+            pass
+        return False
+
+    def _fetcher(self, place: int, given: GraphInput) -> Callable[[Mapping[str, Tensor]], Tensor]:
         """How an input of the graphs is found at each call: parameters by name, as the model may have been given others."""
         if given.kind == "argument":
             if given.name in (*ARGUMENTS, "logits_to_keep"):
@@ -307,12 +331,11 @@ class Decoder:
             owner: Any = self.policy_parameters.get_submodule(path)
             return lambda _: owner[name]
         if given.kind == "constant":
-            return lambda _: given.value
+            return lambda _: self._present[place]
         path, _, name = given.name.rpartition(".")
         module = self.model.get_submodule(path)
         if given.kind == "buffer":
-            torch._dynamo.mark_static(module._buffers[name])
-            return lambda _: module._buffers[name]  # type: ignore[return-value]
+            return lambda _: _of_static_sizes(module._buffers[name])  # type: ignore[arg-type]
         return lambda _: module._parameters[name]  # type: ignore[return-value]
 
     @torch.no_grad()
@@ -537,19 +560,22 @@ def _signature(model: nn.Module) -> Mapping[str, Any]:
     return inspect.signature(model.forward).parameters
 
 
-def _made_for(model: nn.Module) -> tuple[Any, ...]:
-    first = next(model.parameters())
-    modules = [model]  # model.modules() takes ten times as long, at each token
-    for module in modules:
-        modules.extend(m for m in module._modules.values() if m is not None)
-    shared: dict[int, int] = {}
-    # Which parameters are one: a graph has each once.
-    ties = tuple(
-        shared.setdefault(id(p), len(shared)) for m in modules for p in m._parameters.values() if p is not None
-    )
-    kind = first.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return model, model.training, first.dtype, first.device, autocast, tuple(id(m) for m in modules), ties
+def _of_static_sizes(buffer: Tensor) -> Tensor:
+    """The same memory; a mark on the buffer itself would be a change of the model."""
+    alias = buffer.detach()
+    torch._dynamo.mark_static(alias)
+    return alias
+
+
+class _GuardsHold(Exception):
+    """Raised in place of the captured graph, with the tensors that it takes, in order."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+
+
+class _ModelChanged(Exception):
+    """Raised in place of any other graph of the same model."""
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -46,8 +46,8 @@ def guarded(
     args = tuple(_on_its_own(value) for value in args)
     kwargs = {name: _on_its_own(value) for name, value in kwargs.items()}
     try:
-        # DDP would have the graph cut at its buckets, and each piece seen as a model.
-        with torch._dynamo.config.patch(specialize_float=True, optimize_ddp=False):
+        # DDP would have the graph cut at its buckets, and each piece seen as a model. Hooks that come later are not ignored.
+        with torch._dynamo.config.patch(specialize_float=True, optimize_ddp=False, skip_nnmodule_hook_guards=False):
             return call(policy_parameters, *args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if isinstance(error.inner_exception, CaptureError):

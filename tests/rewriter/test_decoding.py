@@ -352,6 +352,45 @@ def test_parameters_and_modes_are_the_models_present_ones(tiny_model: Callable[.
         fast(input_ids=ids, past_key_values=cache)
 
 
+@pytest.mark.parametrize("change", ["a number", "a flag", "a tensor", "a hook", "a forward"])
+@torch.no_grad()
+def test_what_a_module_holds_is_read_as_it_is_now(change: str, tiny_model: Callable[..., nn.Module]) -> None:
+    """Attributes that are no parameters and no buffers, and code that a user hangs in."""
+
+    class Scaled(nn.Linear):
+        factor, negative = 1.0, False
+
+        def __init__(self) -> None:
+            super().__init__(32, 48, bias=False)
+            self.each = torch.ones(48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x) * self.each * self.factor
+            return -y if self.negative else y
+
+    torch._dynamo.reset()
+    model = tiny_model("llama", "sdpa", layers=1)
+    model.model.layers[0].mlp.up_proj = scaled = Scaled()  # type: ignore[union-attr, index]
+    fast = ready(model, Exact())
+    ids, mask, positions = padded(2, 26)
+    changes: dict[str, Callable[[], object]] = {
+        "a number": lambda: setattr(scaled, "factor", 2.5),
+        "a flag": lambda: setattr(scaled, "negative", True),
+        "a tensor": lambda: setattr(scaled, "each", torch.full((48,), 3.0)),
+        "a hook": lambda: scaled.register_forward_hook(lambda module, inputs, output: output * 3),
+        "a forward": lambda: setattr(scaled, "forward", lambda x: x.repeat(1, 1, 2)[..., :48]),
+    }
+    given = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+    logits = []
+    for do in (lambda: None, changes[change]):
+        do()
+        expected = fast.model(input_ids=ids, **given).logits[mask.bool()]
+        logits.append(in_pieces(fast, ids, mask, positions, PIECES[1])[mask.bool()])
+        torch.testing.assert_close(logits[-1], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fast(input_ids=ids, **given).logits[mask.bool()], expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(*logits, atol=0.1)
+
+
 @torch.no_grad()
 def test_bad_input_leaves_the_cache_as_it_was(tiny_model: Callable[..., nn.Module]) -> None:
     from transformers import DynamicCache

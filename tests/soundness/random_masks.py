@@ -205,7 +205,7 @@ class Writer:
                 f"({predicate}.double() - 1.0) * 1e9",
                 f"({predicate} * 1e9 - 1e9).double()",
                 f"{zeros} - 1e9 * ~{predicate}",
-                f"torch.subtract({zeros}, torch.multiply({predicate}, {self.pick('1e9', '-1e9', '3.0')}))",
+                f"torch.subtract({zeros}, torch.multiply({predicate}, {self.pick('1e9', '-3.0', '3.0')}))",
                 f"{full}.triu(1) + {added}",
                 f"{full}.triu({self.small()})",
                 f"torch.minimum({added}, {other})",
