@@ -297,13 +297,19 @@ class Decoder:
 
         self._example = traced_call(self.model, backend, _logits), arguments
         try:
-            self._guards_hold()
+            with torch.no_grad():
+                guarded(self._example[0], self._named_parameters(), (), arguments)
+        except _GuardsHold as held:
+            self._present = held.tensors
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, NotCacheable):
                 name = type(self.model).__name__
                 raise CacheError(f"{name} cannot go on from a cache: {error.inner_exception}") from None
             raise
         return results[0]
+
+    def _named_parameters(self) -> dict[str, Tensor]:
+        return dict(self.policy_parameters.named_parameters(remove_duplicate=False))
 
     @torch.no_grad()
     def _guards_hold(self) -> bool:
@@ -312,13 +318,12 @@ class Decoder:
         What Dynamo guards is all that the graph depends on: modules, hooks, modes, types, and each number that was read.
         """
         call, arguments = self._example
-        parameters = dict(self.policy_parameters.named_parameters(remove_duplicate=False))
         try:
-            guarded(call, parameters, (), arguments)
+            call(self._named_parameters(), **arguments)
         except _GuardsHold as held:
             self._present = held.tensors
             return True
-        except _ModelChanged:
+        except (_ModelChanged, torch._dynamo.exc.TorchDynamoException):
             pass
         return False
 
