@@ -71,8 +71,11 @@ def _synonyms() -> dict[Any, Any]:
         "true_divide": "div",
     }  # fmt: skip
     usual |= {f"{name}_": f"{other}_" for name, other in usual.items() if hasattr(aten, f"{name}_")}
-    found = {aten.special_softmax.default: aten.softmax.int, aten.swapaxes.default: aten.transpose.int}
-    found[aten.linalg_matmul.default] = aten.matmul.default
+    found = {
+        aten.special_softmax.default: aten.softmax.int,
+        aten.swapaxes.default: aten.transpose.int,
+        aten.linalg_matmul.default: aten.matmul.default,
+    }
     for name, other in usual.items():
         packet, usual_packet = getattr(aten, name), getattr(aten, other)
         for overload in set(packet.overloads()) & set(usual_packet.overloads()):
