@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test zoo soak lint bench clean
+.PHONY: demo test zoo soak lint bench gpu-cache clean
 
 demo: $(INSTALLED)
 	$(BIN)/rewriter demo --out demo-output
@@ -35,6 +35,14 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/work_ratio.py
 	$(BIN)/python bench/compile.py --out bench/results/compile.json
+
+# Kernels for sm_90, compiled by the Triton that a GPU's machine has; see bench/gpu_cache.py. Ten minutes of two cores.
+GPU_TRITON ?= 3.6.0
+gpu-cache: $(INSTALLED) build/triton-$(GPU_TRITON)
+	PYTHONPATH=build/triton-$(GPU_TRITON) $(BIN)/python bench/gpu_cache.py
+
+build/triton-%:
+	$(BIN)/pip install --quiet --no-deps --target $@ triton==$*
 
 # torch first and pinned: a looser range would pull a build with CUDA's libraries.
 $(INSTALLED): pyproject.toml constraints.txt

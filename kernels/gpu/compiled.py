@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -27,6 +28,7 @@ from rewriter.kernels.gpu.launch import record_launches
 from rewriter.kernels.gpu.running_topk import descend
 from rewriter.kernels.gpu.schedule import build
 from rewriter.kernels.live_ranges import LiveRanges
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -71,30 +73,57 @@ def launches(architecture: str, kernels: Collection[str], dtype: torch.dtype, he
     meta = torch.device("meta")
     query = torch.empty(1, 8, 64, head_dim, dtype=dtype, device=meta)
     key = torch.empty(1, 2, 64, head_dim, dtype=dtype, device=meta)
-    live = LiveRanges.causal(64, device=meta)
-    bias = torch.empty(1, 2, 64, device=meta)
-    arguments = Arguments.make(
-        query, key, key, live.start, live.end, None, None, bias, None, None, None, None, sort=False
-    )
+    live, bias = LiveRanges.causal(64, device=meta), torch.empty(1, 2, 64, device=meta)
+    recorded = record(architecture, kernels, query, key, key, live, bias=bias)
+    shared = () if not kernels else ("_count_below", "_fill_lists")
+    return [launch for launch in recorded if launch.kernel.__name__ not in shared]
+
+
+def record(
+    architecture: str,
+    kernels: Collection[str],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    live: LiveRanges,
+    **options: Any,
+) -> list[Launch]:
+    """What the operators launch on these inputs: the kernels of the named entries of the launch table, with those of their
+    schedules, and the kernels without an entry if none is named.
+
+    Args:
+        architecture: one of `TARGETS`.
+        kernels: "forward", "backward_query", "backward_key", "decode", "key_scores".
+        query, key, value, live: as `live_range_attention` takes them, on device "meta".
+        options: its optional arguments but `return_lse`.
+    """
+    meta = torch.device("meta")
+    names = ("query_index", "key_index", "bias", "sinks", "alibi_slopes", "scale", "softcap")
+    given = [options.pop(name, None) for name in names]
+    if options:
+        raise TypeError(f"record takes the options {', '.join(names)}; got {', '.join(options)}")
+
+    def made(sort: bool) -> Arguments:
+        return Arguments.make(query, key, value, live.start, live.end, *given, sort=sort)
+
+    lse = torch.empty(query.shape[:3], device=meta)
     with record_launches(architecture) as recorded:
         if "forward" in kernels:
-            forward(arguments)
+            forward(made(True))
         if "backward_query" in kernels or "backward_key" in kernels:
-            output = arguments.empty_output()
-            lse = torch.empty(query.shape[:3], device=meta)
-            backward(arguments, output, lse, output, lse)
+            output = made(True).empty_output()
+            backward(made(True), output, lse, output, lse)
         if "decode" in kernels:
-            decode(arguments)
+            decode(made(False))
         if "key_scores" in kernels:
-            key_scores(arguments, torch.empty(query.shape[:3], device=meta), "mean")
+            key_scores(made(False), lse, "mean")
         if not kernels:
-            build(live.start, live.end, arguments.query_index, 16, 16, 1)
+            build(live.start, live.end, made(True).query_index, 16, 16, 1)
             values, ones, bounds = (
                 torch.empty(size, dtype=torch.int32, device=meta) for size in ((1, 64), (1, 65), (2, 1, 32))
             )
             descend(values, ones, bounds, values, values, 0)
-    shared = () if not kernels else ("_count_below", "_fill_lists")
-    return [launch for launch in recorded if launch.kernel.__name__ not in shared]
+    return recorded
 
 
 def compile_launch(launch: Launch, architecture: str) -> Compiled:
