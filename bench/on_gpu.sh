@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: the suite and the tests, then the launch table, then the timings.
+# Everything that needs a GPU, in one call of counted minutes; see bench/gpu_session.py.
 #
-#     bench/on_gpu.sh                results in bench/results/
-#     OUT=folder bench/on_gpu.sh     results there
+#     bench/on_gpu.sh [--budget SECONDS] [--only SECTION,...]   results in bench/results/gpu-<card>.json
+#     bench/on_gpu.sh --rehearse                                each section at tiny sizes, without a GPU
+#     OUT=folder bench/on_gpu.sh                                results there, going on from those in bench/results/
 #
 # Installs nothing: needs a python3 of 3.11 or later with torch, triton, transformers, rich and typer, and pytest,
-# pytest-xdist and hypothesis for the tests; nearly all their time is Triton's compiler, so more CPU cores help.
-# The table that is tuned is used for the timings and copied to the results; put it in kernels/gpu/ to keep it.
-set -uo pipefail
+# pytest-xdist and hypothesis for the tests. Kernels that `make gpu-cache` compiled beforehand are used where they fit.
+set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${OUT:-bench/results}")
 python=${PYTHON:-python3}
@@ -17,12 +17,15 @@ rm -rf "$package"
 mkdir -p "$package"
 cp -r rewriter "$package/"
 cp -r kernels passes export "$package/rewriter/"
-export PYTHONPATH=$PWD/$package
-failed=0
+if [ "$out" != "$(realpath bench/results)" ]; then cp -n bench/results/gpu-*.json "$out/" 2>/dev/null || true; fi
+export PYTHONPATH=$PWD/$package:$PWD/bench
+case " $* " in
+*" --rehearse "*) export TRITON_INTERPRET=1 ;;
+*)
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/build/triton-cache}
+    "$python" -P -c 'import gpu_cache, os, pathlib
+print("compiled beforehand:", gpu_cache.install(gpu_cache.FOLDER, pathlib.Path(os.environ["TRITON_CACHE_DIR"])), flush=True)'
+    ;;
+esac
 # -P: the package and not the folder of the same name here.
-"$python" -P -m rewriter.cli verify --device cuda --examples 20 --junit "$out/verify-cuda.xml" | tee "$out/verify-cuda.txt" || failed=1
-"$python" -P -m pytest -q -n auto -p no:cacheprovider tests/rewriter/test_on_gpu.py tests/kernels \
-    --ignore tests/kernels/gpu/test_compiled.py | tail -20 || failed=1
-"$python" bench/tune.py && cp "$package/rewriter/kernels/gpu/launch_table.json" "$out/launch_table.json" || failed=1
-"$python" bench/attention.py --device cuda --out "$out/attention-cuda.json" || failed=1
-exit $failed
+exec "$python" -P bench/gpu_session.py --out "$out" "$@"

@@ -21,7 +21,7 @@ from typing import Annotated
 import torch
 import triton
 import typer
-from attention_cuda import kernel_milliseconds
+from gpu_machine import Machine
 from rewriter.kernels import key_scores
 from rewriter.kernels import live_range_attention
 from rewriter.kernels import running_topk_ranges
@@ -33,6 +33,7 @@ from rewriter.kernels.gpu.launch import HEAD_DIMS
 from rewriter.kernels.gpu.launch import TABLE
 from rewriter.kernels.gpu.launch import Table
 from rewriter.kernels.gpu.launch import architecture
+from rewriter.kernels.gpu.launch import table as launch_table
 from rewriter.kernels.gpu.launch import use_table
 
 # block_m, block_n, num_warps, num_stages
@@ -70,6 +71,7 @@ CANDIDATES = {
 }
 
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
+GPU = Machine(rehearsed=False)
 
 
 def main(
@@ -212,30 +214,58 @@ def entry_of(kernel_name: str) -> str:
     return names.get(kernel_name, kernel_name.removeprefix("_").replace("merge", "decode"))
 
 
-def measure(bits: int, head_dim: int, entries: dict[str, list[int]]) -> dict[str, float]:
+def measure(bits: int, head_dim: int, entries: dict[str, list[int]], machine: Machine = GPU) -> dict[str, float]:
     """Milliseconds of the kernels of some entries on a dynamic mask of 16,384 keys with its bias, 32/8 heads."""
-    length, keep = 16384, 1024
+    length, keep, heads, kv_heads = (48, 8, 2, 1) if machine.rehearsed else (16384, 1024, 32, 8)
+    device = machine.device
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, h, length, head_dim, dtype=DTYPES[bits], device="cuda") for h in (32, 8, 8))
-    score = torch.randn(1, 8, length, device="cuda")
+    query, key, value = (
+        torch.randn(1, h, length, head_dim, dtype=DTYPES[bits], device=device) for h in (heads, kv_heads, kv_heads)
+    )
+    score = torch.randn(1, kv_heads, length, device=device)
     live = running_topk_ranges(score, keep)
     if "key_scores" in entries:
-        lse = torch.zeros(1, 32, 64, device="cuda")
-        times = kernel_milliseconds(lambda: key_scores(query[:, :, -64:], key, lse, live, bias=score))
+        rows = min(64, length)
+        lse = torch.zeros(1, heads, rows, device=device)
+        times = machine.kernels(lambda: key_scores(query[:, :, -rows:], key, lse, live, bias=score)).own
     elif "decode" in entries:
-        times = kernel_milliseconds(lambda: live_range_attention(query[:, :, -1:], key, value, live, bias=score))
+        times = machine.kernels(lambda: live_range_attention(query[:, :, -1:], key, value, live, bias=score)).own
     else:
         forward = (query, key, value, live.start, live.end, None, None, score, None, None, None, None)
         if "forward" in entries:
-            times = kernel_milliseconds(lambda: torch.ops.rewriter.live_range_attention(*forward))
+            times = machine.kernels(lambda: torch.ops.rewriter.live_range_attention(*forward)).own
         else:
             output, lse = torch.ops.rewriter.live_range_attention(*forward)
             grads = (torch.randn_like(output), torch.zeros_like(lse), query, key, value, output, lse, *forward[3:])
-            times = kernel_milliseconds(lambda: torch.ops.rewriter.live_range_attention_backward(*grads))
+            times = machine.kernels(lambda: torch.ops.rewriter.live_range_attention_backward(*grads)).own
     result = dict.fromkeys(entries, 0.0)
     for kernel_name, milliseconds in times.items():
-        if kernel_name.startswith("_") and entry_of(kernel_name) in result:
+        if entry_of(kernel_name) in result:
             result[entry_of(kernel_name)] += milliseconds
+    return result
+
+
+def figures(machine: Machine, bits: int, head_dim: int) -> dict[str, object]:
+    """The fastest entry of each kernel beside the table's and the milliseconds of both, as `gpu_session.py` keeps them."""
+    name = "sm90" if machine.rehearsed else architecture(torch.device("cuda"))
+    if machine.rehearsed:
+        chosen = {kernel: candidates[0] for kernel, candidates in CANDIDATES[bits].items()}
+    else:
+        chosen = dict(fastest(name, bits, head_dim))
+    present = {k: entries[str(bits)][str(head_dim)] for k, entries in launch_table()[name].items()}
+    kernels: tuple[tuple[str, ...], ...] = (
+        ("forward",),
+        ("decode",),
+        ("key_scores",),
+        ("backward_query", "backward_key"),
+    )
+    result: dict[str, object] = {}
+    for group in kernels:
+        for label, entries in (("table", present), ("fastest", chosen)):
+            of_group = {kernel: entries[kernel] for kernel in group}
+            with use_table(with_entries(name, bits, head_dim, of_group)):
+                for kernel, milliseconds in measure(bits, head_dim, of_group, machine).items():
+                    result[f"{kernel} {label}"] = {"entry": of_group[kernel], "ms": milliseconds}
     return result
 
 

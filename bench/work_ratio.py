@@ -189,7 +189,7 @@ def ranges(mask: str, length: int) -> LiveRanges:
     if mask == "dynamic":
         return running_topk_ranges(torch.randn(1, 1, length, generator=torch.Generator().manual_seed(0)), 1024)
     if mask == "separator":
-        from attention_cpu import separators_of_real_text
+        from attention import separators_of_real_text
 
         return LiveRanges.separators(separators_of_real_text(length), window=WINDOW, initial=3)
     return LiveRanges.sliding_window(length, WINDOW) if mask == "window" else LiveRanges.causal(length)
