@@ -21,14 +21,14 @@ from rewriter.export.artifact import ExportReport
 from rewriter.export.entry_points import EntryPoint
 from rewriter.export.entry_points import bind
 from rewriter.export.entry_points import entry_points
-from rewriter.export.portable import PORTABLE
-from rewriter.export.portable import replace_operators
 from rewriter.export.verification import cache_bound
 from rewriter.export.verification import finish
 from rewriter.export.verification import new_report
+from rewriter.kernels.portable import PORTABLE
+from rewriter.kernels.portable import replace_operators
 
 if TYPE_CHECKING:
-    from rewriter.optimize import OptimizedModel
+    from rewriter.optimized_model import OptimizedModel
 
 
 def aot_inductor(

@@ -25,12 +25,10 @@ from rewriter.export.entry_points import EntryPoint
 from rewriter.export.entry_points import Input
 from torch import Tensor
 
+from rewriter.errors import ArtifactError
+
 FORMAT = 1
 """Of artifacts; those of another one are refused."""
-
-
-class ArtifactError(RuntimeError):
-    """An artifact cannot be loaded, or cannot take what it was given."""
 
 
 @dataclass

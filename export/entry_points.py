@@ -17,36 +17,33 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 import torch
-from rewriter.passes import PolicyError
 from rewriter.passes import Rewritten
 from rewriter.passes import rewrite
-from rewriter.passes.cache_layout import StateTensor
-from rewriter.passes.graph_copy import GraphCopy
-from rewriter.passes.lower_chunks import RESULTS
+from rewriter.passes.graph.copy import GraphCopy
+from rewriter.passes.lower.cache_layout import StateTensor
 from torch import Tensor
 from torch import nn
 from torch.export import Dim
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from rewriter.caches import CacheError
-from rewriter.decoding import text_config
+from rewriter.chunked.lowering import RESULTS
+from rewriter.errors import CacheError
+from rewriter.errors import ExportError
+from rewriter.errors import PolicyError
+from rewriter.generation.decoder import text_config
 from rewriter.tracing import guarded
 from rewriter.tracing import traced_call
 
 if TYPE_CHECKING:
-    from rewriter.decoding import Decoder
-    from rewriter.optimize import OptimizedModel
+    from rewriter.generation.decoder import Decoder
+    from rewriter.optimized_model import OptimizedModel
 
 MOST_TOKENS = 2**20
 """Tokens of a call that artifacts are made for, where the model itself sets no limit."""
 
 MOST_ROWS = 1024
 """Rows of a batch that artifacts are made for."""
-
-
-class ExportError(RuntimeError):
-    """A model cannot be exported as asked; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ def entry_points(
         there is one, or nobody asked).
     """
     why = ""
-    if optimized.policy.is_chunked:
+    if optimized.policy.is_program:
         return [_chunk(optimized.decoder)], optimized.decoder, why
     if cached and isinstance(kwargs.get("input_ids"), Tensor):
         try:
@@ -226,7 +223,7 @@ def _forward(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> EntryPoint
             else:
                 dims.append(int(size))
         inputs.append(Input(name, _dtype(tensors[name]), tuple(dims)))
-    module = GraphCopy(result.module, result.sites).finish()
+    module = GraphCopy(result.module).finish()
     sources = [(g.name, None) if g.name in shapes else (None, g.value) for g in result.inputs]
     program = Program(module, sources, tuple(shapes), lambda outputs, _: outputs[0])
     examples = tuple(tensors[name] for name in shapes)
@@ -252,7 +249,7 @@ def _cached(decoder: Decoder, max_length: int | None) -> list[EntryPoint]:
     ]
     most = min(decoder.graphs.most_tokens or MOST_TOKENS, cache.max_length or MOST_TOKENS, _most_tokens(decoder.model))
     points = []
-    for name, graph, tokens in (("prefill", decoder.graphs.several, "tokens"), ("decode", decoder.graphs.one, 1)):
+    for name, graph, tokens in (("prefill", decoder.graphs.prefill, "tokens"), ("decode", decoder.graphs.decode, 1)):
         inputs = [Input(n, "int64", ("batch", tokens)) for n in ("input_ids", "attention_mask", "position_ids")]
         if name == "prefill":
             inputs.append(Input("logits_to_keep", "int64", ("kept",)))
@@ -288,7 +285,6 @@ def _over_cache(
 
 
 def _chunk(decoder: Decoder) -> EntryPoint:
-    assert decoder.graphs.chunk is not None
     most = _most_tokens(decoder.model)
     names = ("input_ids", "attention_mask", "position_ids")
     inputs = [Input(n, "int64", ("batch", "tokens")) for n in names]
@@ -306,7 +302,7 @@ def _chunk(decoder: Decoder) -> EntryPoint:
         logits, *results = outputs
         return (logits if takes_rows else logits[:, given["logits_to_keep"]], *results)
 
-    program = Program(decoder.graphs.chunk, sources, (*names, "logits_to_keep"), finish)
+    program = Program(decoder.graphs.own["chunk"], sources, (*names, "logits_to_keep"), finish)
     policy: Any = decoder.policy
     least = policy.observe  # fewer rows would be another graph
     ranges = {"batch": (1, MOST_ROWS), "tokens": (least + 2, most), "query": (least + 1, most)}

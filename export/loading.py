@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rewriter.export.artifact import ArtifactError
 from rewriter.export.artifact import ExportReport
 from rewriter.export.artifact import check_inputs
 from torch import Tensor
+
+from rewriter.errors import ArtifactError
 
 
 @dataclass

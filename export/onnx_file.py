@@ -17,20 +17,21 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 import torch
-from rewriter.export.artifact import ArtifactError
 from rewriter.export.artifact import ExportReport
 from rewriter.export.entry_points import EntryPoint
-from rewriter.export.entry_points import ExportError
 from rewriter.export.entry_points import bind
 from rewriter.export.entry_points import entry_points
-from rewriter.export.portable import replace_operators
-from rewriter.export.portable import with_sinks
 from rewriter.export.verification import finish
 from rewriter.export.verification import new_report
+from rewriter.kernels.portable import replace_operators
+from rewriter.kernels.portable import with_sinks
 from torch import Tensor
 
+from rewriter.errors import ArtifactError
+from rewriter.errors import ExportError
+
 if TYPE_CHECKING:
-    from rewriter.optimize import OptimizedModel
+    from rewriter.optimized_model import OptimizedModel
 
 OPSET = 23
 """The least: newer attention operators and types begin here."""
@@ -74,7 +75,7 @@ def onnx(
 def check_policy(optimized: OptimizedModel) -> None:
     """Raises `ExportError` where a policy has no form in standard operators."""
     for policy in optimized.policy.parts():
-        if policy.is_chunked or policy.positions == "cache" or getattr(policy, "max_separators", None) is not None:
+        if policy.is_program or policy.positions == "cache" or getattr(policy, "max_separators", None) is not None:
             raise ExportError(
                 f"{policy} has no form in ONNX's standard operators: which keys it drops is found by a search over the tokens; "
                 "export it with aot_inductor, or take SeparatorMask without max_separators"

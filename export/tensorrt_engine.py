@@ -16,7 +16,6 @@ from typing import Any
 
 from rewriter.export.artifact import ExportReport
 from rewriter.export.entry_points import EntryPoint
-from rewriter.export.entry_points import ExportError
 from rewriter.export.entry_points import bind
 from rewriter.export.entry_points import entry_points
 from rewriter.export.onnx_file import OPSET
@@ -28,8 +27,10 @@ from rewriter.export.verification import SIZES
 from rewriter.export.verification import finish
 from rewriter.export.verification import new_report
 
+from rewriter.errors import ExportError
+
 if TYPE_CHECKING:
-    from rewriter.optimize import OptimizedModel
+    from rewriter.optimized_model import OptimizedModel
 
 PARSED = frozenset(
     [

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 import torch
-from rewriter.export.artifact import ArtifactError
 from rewriter.export.artifact import ExportReport
 from rewriter.export.artifact import cases_path
 from rewriter.export.artifact import checksum
@@ -25,13 +24,16 @@ from rewriter.export.artifact import describe
 from rewriter.export.artifact import report_path
 from rewriter.export.artifact import versions
 from rewriter.export.entry_points import EntryPoint
-from rewriter.export.entry_points import ExportError
 from rewriter.export.entry_points import first_tensor
 from torch import Tensor
 
+from rewriter.chunked.reading import run_chunks
+from rewriter.errors import ArtifactError
+from rewriter.errors import ExportError
+
 if TYPE_CHECKING:
-    from rewriter.decoding import Decoder
-    from rewriter.optimize import OptimizedModel
+    from rewriter.generation.decoder import Decoder
+    from rewriter.optimized_model import OptimizedModel
 
 SIZES = ((3, 37), (1, 150))
 """(rows, tokens) of the cases."""
@@ -101,8 +103,12 @@ def write_cases(
             inputs = _text_case(decoder.vocabulary, rows, tokens, decoder.device)
             if "chunk" in names:
                 inputs["num_query"] = torch.tensor(min(16, tokens // 2))
-                logits, results = decoder.run_chunks(
-                    inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"], int(inputs["num_query"])
+                logits, results = run_chunks(
+                    decoder,
+                    inputs["input_ids"],
+                    inputs["attention_mask"],
+                    inputs["position_ids"],
+                    int(inputs["num_query"]),
                 )
                 real = inputs["attention_mask"].bool()
                 expected = torch.cat((logits.flatten(), *(_real(r, real).flatten() for r in results)))

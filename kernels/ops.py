@@ -26,13 +26,11 @@ from rewriter.kernels.gpu.schedule import MAX_KEYS
 from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor
 
+from rewriter.errors import AttentionInputError
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 GROUPS = ("mean", "max", "per_query_head")
-
-
-class AttentionInputError(ValueError):
-    """An input of live-range attention has the wrong shape, dtype or device."""
 
 
 def live_range_attention(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from rewriter.passes.apply_policy import Extended
-from rewriter.passes.apply_policy import Policy
-from rewriter.passes.apply_policy import PolicyError
-from rewriter.passes.apply_policy import SiteTensors
-from rewriter.passes.apply_policy import Slots
-from rewriter.passes.cache_layout import CacheLayout
-from rewriter.passes.capture import CaptureError
-from rewriter.passes.lower_cached import CachedGraphs
-from rewriter.passes.lower_cached import NotCacheable
+from rewriter.passes.lower.cache_layout import CacheLayout
+from rewriter.passes.lower.slots import CachedGraphs
+from rewriter.passes.lower.slots import NotCacheable
 from rewriter.passes.pipeline import Rewritten
 from rewriter.passes.pipeline import rewrite
+from rewriter.passes.policy import Extended
+from rewriter.passes.policy import Policy
+from rewriter.passes.policy import SiteTensors
+from rewriter.passes.policy import Slots
 from rewriter.passes.predict import Prediction
 from rewriter.passes.predict import Row
+
+from rewriter.errors import CaptureError
+from rewriter.errors import PolicyError
 
 __all__ = [
     "CacheLayout",

@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rewriter.passes.analyse_masks import MaskProof
-from rewriter.passes.analyse_masks import Unproven
-from rewriter.passes.analyse_masks import prove_mask
-from rewriter.passes.apply_policy import PlannedSite
-from rewriter.passes.apply_policy import Policy
-from rewriter.passes.apply_policy import apply_policy
-from rewriter.passes.canonicalize import Canonicalized
-from rewriter.passes.canonicalize import canonicalize
-from rewriter.passes.capture import GraphInput
-from rewriter.passes.capture import capture
-from rewriter.passes.check_masks import check_mask
-from rewriter.passes.find_attention import AttentionSite
-from rewriter.passes.find_attention import find_attention
-from rewriter.passes.index_functions import IndexFunctions
-from rewriter.passes.lower import lower
-from rewriter.passes.lower_cached import CachedGraphs
-from rewriter.passes.lower_cached import lower_cached
+from rewriter.passes.attention.find import find_attention
+from rewriter.passes.attention.site import AttentionSite
+from rewriter.passes.graph.canonicalize import Canonicalized
+from rewriter.passes.graph.canonicalize import canonicalize
+from rewriter.passes.graph.capture import capture
+from rewriter.passes.graph.inputs import GraphInput
+from rewriter.passes.lower.full import lower
+from rewriter.passes.lower.plan import PlannedSite
+from rewriter.passes.lower.plan import apply_policy
+from rewriter.passes.lower.slots import CachedGraphs
+from rewriter.passes.lower.slots import lower_cached
+from rewriter.passes.masks.check import check_mask
+from rewriter.passes.masks.interpret import IndexFunctions
+from rewriter.passes.masks.intervals import MaskProof
+from rewriter.passes.masks.intervals import Unproven
+from rewriter.passes.masks.prove import prove_mask
+from rewriter.passes.policy import Policy
 from rewriter.passes.predict import Prediction
 from rewriter.passes.predict import Row
 from rewriter.passes.predict import predict
@@ -122,7 +122,7 @@ def rewrite(
     slots = None
     if cached:
         slots = lower_cached(module, planned)
-        done("lower-to-slots", slots.one)
+        done("lower-to-slots", slots.decode)
     elif replace:
         lower(module, planned)
         done("lower", module)

@@ -16,16 +16,16 @@ import sympy
 import torch
 from rewriter.kernels import LiveRanges
 from rewriter.kernels.cpu.schedule import computed_pairs
-from rewriter.passes.analyse_masks import MaskProof
-from rewriter.passes.analyse_masks import key_bounds
-from rewriter.passes.analyse_masks import key_grid
-from rewriter.passes.apply_policy import PlannedSite
-from rewriter.passes.apply_policy import SiteTensors
-from rewriter.passes.capture import GraphInput
-from rewriter.passes.check_masks import Sizes
-from rewriter.passes.check_masks import Trial
-from rewriter.passes.index_functions import IndexFunctions
-from rewriter.passes.index_functions import shape
+from rewriter.passes.graph.inputs import GraphInput
+from rewriter.passes.graph.nodes import shape
+from rewriter.passes.lower.plan import PlannedSite
+from rewriter.passes.masks.check import Sizes
+from rewriter.passes.masks.check import Trial
+from rewriter.passes.masks.evaluate import key_bounds
+from rewriter.passes.masks.evaluate import key_grid
+from rewriter.passes.masks.interpret import IndexFunctions
+from rewriter.passes.masks.intervals import MaskProof
+from rewriter.passes.policy import SiteTensors
 from torch import Tensor
 from torch.fx import Node
 
@@ -202,7 +202,7 @@ def _under_policy(
 ) -> tuple[LiveRanges, str]:
     """The ranges under the site's policy, and what was assumed for them."""
     policy, notes = plan.policy, []
-    if policy.is_chunked:
+    if policy.is_program:
         return own, f"{type(policy).__name__} is a program of two phases; this is the model's own mask"
     index = torch.arange(own.num_keys, dtype=torch.int32)[None, None, :]
     ids = None

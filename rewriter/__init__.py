@@ -5,30 +5,49 @@ A model in, the same model with its attention proven, rewritten and run over the
 
 from __future__ import annotations
 
-from rewriter.chunked_eviction import MIXED_CALIBRATION
-from rewriter.chunked_eviction import Calibrate
-from rewriter.chunked_eviction import ChunkedEviction
-from rewriter.optimize import OptimizedModel
+from pathlib import Path as _Path
+
+if not (_Path(__file__).parent / "kernels").is_dir():
+    # In a checkout the package's other folders, kernels, passes and export, stand beside this one.
+    __path__.append(str(_Path(__file__).parents[1]))
+
+from rewriter.chunked.calibrate import MIXED_CALIBRATION
+from rewriter.chunked.calibrate import Calibrate
+from rewriter.chunked.policy import ChunkedEviction
+from rewriter.errors import ArtifactError
+from rewriter.errors import AttentionInputError
+from rewriter.errors import CacheError
+from rewriter.errors import CaptureError
+from rewriter.errors import Error
+from rewriter.errors import ExportError
+from rewriter.errors import PolicyError
+from rewriter.errors import RewriteError
+from rewriter.errors import VerifyError
 from rewriter.optimize import explain
 from rewriter.optimize import optimize
-from rewriter.passes import PolicyError
+from rewriter.optimized_model import OptimizedModel
 from rewriter.passes import SiteTensors
-from rewriter.policies import DynamicMask
-from rewriter.policies import Exact
-from rewriter.policies import PerLayer
-from rewriter.policies import Policy
-from rewriter.policies import SeparatorMask
-from rewriter.policies import SlidingWindow
-from rewriter.report import Report
+from rewriter.passes.policy import Policy
+from rewriter.policies.dynamic_mask import DynamicMask
+from rewriter.policies.exact import Exact
+from rewriter.policies.per_layer import PerLayer
+from rewriter.policies.separator_mask import SeparatorMask
+from rewriter.policies.sliding_window import SlidingWindow
+from rewriter.report.report import Report
 from rewriter.streaming import stream
-from rewriter.tracing import RewriteError
 
 __all__ = [
     "MIXED_CALIBRATION",
+    "ArtifactError",
+    "AttentionInputError",
+    "CacheError",
     "Calibrate",
+    "CaptureError",
     "ChunkedEviction",
     "DynamicMask",
+    "Error",
     "Exact",
+    "ExportError",
     "OptimizedModel",
     "PerLayer",
     "Policy",
@@ -38,6 +57,7 @@ __all__ = [
     "SeparatorMask",
     "SiteTensors",
     "SlidingWindow",
+    "VerifyError",
     "explain",
     "optimize",
     "stream",

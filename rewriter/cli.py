@@ -52,10 +52,10 @@ def explain(
     from transformers import AutoModelForCausalLM
     from transformers import AutoTokenizer
 
+    from rewriter.errors import PolicyError
+    from rewriter.errors import RewriteError
     from rewriter.optimize import explain as explain_model
-    from rewriter.passes import PolicyError
-    from rewriter.policies import Policy
-    from rewriter.tracing import RewriteError
+    from rewriter.passes.policy import Policy
 
     if not (model / "config.json").is_file():
         raise typer.BadParameter(f"{model} has no config.json; give the folder of a transformers model")
@@ -109,10 +109,10 @@ def export(
     from transformers import AutoModelForCausalLM
 
     from rewriter import export as exporting
+    from rewriter.errors import PolicyError
+    from rewriter.errors import RewriteError
     from rewriter.optimize import optimize
-    from rewriter.passes import PolicyError
-    from rewriter.policies import Policy
-    from rewriter.tracing import RewriteError
+    from rewriter.passes.policy import Policy
 
     if not (model / "config.json").is_file():
         raise typer.BadParameter(f"{model} has no config.json; give the folder of a transformers model")
@@ -187,7 +187,7 @@ def verify(
         if any(row["relative"] > report.tolerance for row in compared):
             raise typer.Exit(1)
         return
-    from rewriter import verify as verification
+    from rewriter.testing import verify as verification
 
     console = _console()
     try:

@@ -2,43 +2,34 @@
 
 The rewritten model is compiled at its first call, by `torch.compile` with the passes in front of the backend. It is
 captured as one graph; a model that cannot be is an error, because a part left to run as it was would silently ignore
-the policy.
-"""
+the policy."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import nn
-from torch.fx import GraphModule
 from torch.utils._pytree import tree_map_only
 
-from rewriter.passes import PolicyError
-from rewriter.passes import Rewritten
+from rewriter.errors import PolicyError
+from rewriter.errors import RewriteError
+from rewriter.optimized_model import OptimizedModel
 from rewriter.passes import Row
-from rewriter.passes import rewrite
-from rewriter.policies import Exact
-from rewriter.policies import Policy
+from rewriter.passes.policy import Policy
+from rewriter.policies.exact import Exact
 from rewriter.report import Report
-from rewriter.report import module_tree
-from rewriter.tracing import RewriteError
-from rewriter.tracing import guarded
-from rewriter.tracing import traced_call
-
-if TYPE_CHECKING:
-    from rewriter.caches import LiveRangeCache
-    from rewriter.decoding import Decoder
-    from rewriter.reading import Reading
+from rewriter.report.data import module_tree
+from rewriter.tracing import analyse_call
 
 BACKENDS = ("inductor", "eager")
+
+
 OPAQUE_ATTENTION = ("flex_attention", "flash_attention", "paged|")
 """How transformers' names of attention implementations begin that are neither `sdpa` nor `eager`."""
 
@@ -115,301 +106,11 @@ def explain(
     row = Row(length, {name: value for name, value in given.items() if isinstance(value, Tensor)})
     if any(p.is_meta for p in model.parameters()):
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-    for result in _analysed(model, policy or Exact(), args, kwargs, explained=row):
+    for result in analyse_call(model, policy or Exact(), args, kwargs, explained=row):
         report.add(result)
         graph = report.graphs[-1]
         graph.modules = module_tree(model, graph.sites)
     return report
-
-
-def _analysed(
-    model: nn.Module,
-    policy: Policy,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    explained: Row | None = None,
-) -> list[Rewritten]:
-    """What the passes would do to a call; it is run as it is."""
-    results: list[Rewritten] = []
-    lowers = explained is not None and not any(part.adds_parameters or part.is_chunked for part in policy.parts())
-
-    def analyse(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        results.append(rewrite(graph, example_inputs, policy, replace=lowers, explained=explained))
-        return graph.forward
-
-    with torch.no_grad():
-        guarded(traced_call(model, analyse), {}, args, kwargs)
-    return results
-
-
-class OptimizedModel(nn.Module):
-    """A model with rewritten attention; built by `optimize`. Same signature, parameters and training behaviour.
-
-    Attributes:
-        model: the original, whose parameters are shared.
-        policy: the policy it was built with.
-        policy_parameters: the policy's own parameters, by site number and name; empty for most policies.
-        report: every attention site, rewritten or refused, and why; filled at the first call.
-    """
-
-    _decoder: Decoder | None
-
-    def __init__(self, model: nn.Module, policy: Policy, *, backend: str, strict: bool, dump: Path | None) -> None:
-        super().__init__()
-        self.model = model
-        self.policy = policy
-        self.backend = backend
-        self.strict = strict
-        self.dump = dump
-        self.report = Report()
-        self.policy_parameters = nn.ModuleDict()
-        self._parameter_sites: dict[int, str] = {}
-        self.training = model.training
-        self._compile()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns for the same arguments, under the policy.
-
-        With `past_key_values=` a cache of `new_cache`, `input_ids` are the new tokens of a text, and the cache takes them;
-        such a call has no gradients.
-        """
-        if kwargs.get("past_key_values") is not None:
-            from rewriter.caches import LiveRangeCache
-            from rewriter.decoding import cached_forward
-
-            cache = kwargs["past_key_values"]
-            if isinstance(cache, LiveRangeCache):
-                named = {name: value for name, value in kwargs.items() if name != "past_key_values"}
-                positional = inspect.signature(self.model.forward).bind_partial(*args).arguments
-                return cached_forward(self.decoder, cache, **positional, **named)
-        if self.policy.is_chunked:
-            raise PolicyError(
-                f"{self.policy} is a program of two phases, and one call of the model has no query; use generate(context_ids, "
-                "query_ids=...), answer(context, query, tokenizer=...) or read(context_ids, query_ids)"
-            )
-        if any(p.positions == "cache" for p in self.policy.parts()):
-            kwargs = self._with_positions(args, kwargs)
-        if self._compiled_model[0] is not self.model or any(
-            # A proof has read this buffer's values; when they are others, the proof is made anew.
-            not _unchanged(self.model.get_buffer(name), *known)
-            for name, known in self._constants.items()
-        ):
-            self._compile()
-        parameters = dict(self.policy_parameters.named_parameters(remove_duplicate=False))
-        return guarded(self._call, parameters, args, kwargs)
-
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *,
-        query_ids: Tensor | Sequence[Tensor] | None = None,
-        chunk_batch: int = 4,
-        past_key_values: Any = None,
-        prefill_chunk: int | None = None,
-        **options: Any,
-    ) -> Any:
-        """Continues texts over the policy's own cache; transformers' `generate`, with all its modes and options.
-
-        Under `ChunkedEviction` the inputs are contexts, which are `read` first, and the query is the prompt.
-
-        Args:
-            inputs: int64 `[B, n]`, the prompts; `input_ids=` is the same. Pad shorter ones on the left, and give
-                `attention_mask`. With a cache that holds a text already: the whole text, or what follows with the
-                `attention_mask` of the whole.
-            query_ids, chunk_batch: of `read`, under `ChunkedEviction` only.
-            past_key_values: a cache from `new_cache`, for several turns; a new one when left out.
-            prefill_chunk: most tokens of a prompt to run at once.
-            options: of `transformers.GenerationMixin.generate`.
-
-        Returns:
-            What the model's own `generate` returns; under `ChunkedEviction` for the query, without the context.
-
-        Raises:
-            CacheError: the model cannot go on from a cache, or the cache cannot take the prompt; it is as it was.
-            PolicyError: under `ChunkedEviction`, as `read`; or `query_ids` are given under another policy.
-            RewriteError: the model has no `generate`.
-        """
-        if not hasattr(self.model, "generate"):
-            raise RewriteError(
-                f"{type(self.model).__name__} has no generate; models of transformers have, and others can be called step by "
-                "step with past_key_values=fast.new_cache(...)"
-            )
-        from rewriter.decoding import generate
-
-        if query_ids is not None or (self.policy.is_chunked and past_key_values is None):
-            if past_key_values is not None:
-                raise PolicyError(
-                    "give query_ids with a new context, or past_key_values of one that was read; not both"
-                )
-            if query_ids is None:
-                raise PolicyError(f"{self.policy} chooses chunks by the query; give query_ids=[m] beside the context")
-            context_ids = options.pop("input_ids", inputs)
-            if context_ids is None:
-                raise PolicyError("give the context: generate(context_ids, query_ids=...)")
-            mask = options.pop("attention_mask", None)
-            reading = self.read(context_ids, query_ids, attention_mask=mask, chunk_batch=chunk_batch, **options)
-            inputs, past_key_values = reading.query_ids, reading.cache
-            options["attention_mask"] = reading.attention_mask
-        return generate(self, self.decoder, inputs, past_key_values, prefill_chunk, options)
-
-    def read(
-        self,
-        context_ids: Any,
-        query_ids: Tensor | Sequence[Tensor],
-        *,
-        attention_mask: Tensor | None = None,
-        chunk_batch: int = 4,
-        **options: Any,
-    ) -> Reading:
-        """The first phase of `ChunkedEviction`: reads contexts in chunks, and keeps the best keys of the best.
-
-        Args:
-            context_ids: int64 `[N]`; `[B, N]`, padded ones with an `attention_mask`; or a list with one entry for each context:
-                `[N]`, or a list of the chunks themselves. Begin a context with the BOS that the model expects; each chunk
-                gets it.
-            query_ids: int64 `[m]` for all contexts, `[B, m]`, or a list of `[m]`.
-            attention_mask: like `context_ids`, 0 for padding.
-            chunk_batch: chunks that run at once.
-            options: of `generate`, which decide how long the answer may be.
-
-        Raises:
-            PolicyError: the policy is another, a query or context is empty or no token ids, there are not as many queries as
-                contexts, or chunk, query and answer are longer than the model's positions.
-        """
-        from rewriter.reading import read
-
-        return read(self, context_ids, query_ids, attention_mask, chunk_batch, options)
-
-    def answer(self, context: str, query: str, *, tokenizer: Any, chunk_batch: int = 4, **options: Any) -> str:
-        """What the model says to a query about a context, both text, under `ChunkedEviction`.
-
-        Args:
-            tokenizer: of the model; if it puts a BOS before a text, each chunk begins with one, and the query does not.
-            chunk_batch: chunks that run at once.
-            options: of transformers' `generate`.
-
-        Returns:
-            The new tokens as text.
-
-        Raises:
-            PolicyError: as `read`.
-        """
-        from rewriter.reading import answer
-
-        return answer(self, context, query, tokenizer, chunk_batch, options)
-
-    def new_cache(self, max_length: int | None = None) -> LiveRangeCache:
-        """An empty cache for this model and policy.
-
-        Args:
-            max_length: tokens of a row in all; needed where the policy does not bound the keys that live.
-
-        Raises:
-            CacheError: the model cannot go on from a cache, or `max_length` is needed.
-        """
-        return self.decoder.new_cache(max_length)
-
-    @property
-    def decoder(self) -> Decoder:
-        """The decoder of the model as it is now; made when first asked for."""
-        decoder = self._decoder
-        if decoder is None or decoder.model is not self.model or not decoder.is_current:
-            from rewriter.decoding import Decoder
-
-            decoder = self._decoder = Decoder(self, self._take)
-        return decoder
-
-    def _take(self, result: Rewritten) -> None:
-        self._check(result)
-        self._check_parameter_sites(result)
-        self.report.add(result)
-
-    def _with_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Positions are places in the cache; the graph needs to see where the model would have read them."""
-        if kwargs.get("position_ids") is not None:
-            raise PolicyError(f"{self.policy} gives tokens their positions; leave position_ids out")
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if not isinstance(ids, Tensor) or ids.dim() != 2:
-            raise PolicyError(f"{self.policy} gives tokens their positions, and needs input_ids [B, n]")
-        positions = torch.arange(ids.size(1), device=ids.device).expand(ids.size(0), -1).contiguous()
-        return {**kwargs, "position_ids": positions}
-
-    def _compile(self) -> None:
-        """Prepares to capture the model at the next call."""
-        self._constants: dict[str, tuple[Tensor, int]] = {}
-        self._decoder = None
-        self._compiled_model = (self.model,)  # a tuple, or it would be a second submodule
-        self._call = traced_call(self.model, self._backend)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_call": None,
-            "_decoder": None,
-            "_compiled_model": None,
-            "_constants": {},
-            "report": Report(),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy, or what was pickled, compiles its own model at its first call."""
-        super().__setstate__(state)
-        self._compile()
-
-    def _add_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Makes the policy's parameters for the sites of a call, on the model's device, in fp32."""
-        for result in _analysed(self.model, self.policy, args, kwargs):
-            self._check(result)
-            for plan in result.sites:
-                layer = str(plan.layer)
-                if plan.policy.adds_parameters and plan.site.reason is None and layer not in self.policy_parameters:
-                    device = plan.site.node.meta["val"].device
-                    initial = plan.policy.initial_parameters(plan.layer, plan.num_kv_heads, plan.value_dim)
-                    own = {name: nn.Parameter(tensor.to(device)) for name, tensor in initial.items()}
-                    self.policy_parameters[layer] = nn.ParameterDict(own)
-                    self._parameter_sites[plan.layer] = plan.identity
-
-    def _backend(self, graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        result = rewrite(graph, example_inputs, self.policy, dump=self.dump)
-        self._take(result)
-        for name in result.constants:
-            buffer = self.model.get_buffer(name)
-            self._constants[name] = (buffer, buffer._version)
-        if self.backend == "eager":
-            return result.module
-        from torch._inductor.compile_fx import compile_fx
-
-        compiled: Any = compile_fx(result.module, example_inputs)
-        return compiled
-
-    def _check(self, result: Rewritten) -> None:
-        if not result.sites:
-            raise RewriteError(
-                f"no attention found in {type(self.model).__name__}: neither a scaled_dot_product_attention nor a softmax "
-                "of a product of activations; there is nothing to rewrite"
-            )
-        refused = [plan for plan in result.sites if plan.site.reason is not None]
-        if self.strict and refused:
-            reasons = "; ".join(f"site {p.layer} ({p.site.module_path or '-'}): {p.site.reason}" for p in refused)
-            raise RewriteError(f"{len(refused)} of {len(result.sites)} attention sites are refused: {reasons}")
-
-    def _check_parameter_sites(self, result: Rewritten) -> None:
-        """A call that runs other attentions than the one that the parameters were made for would mix them up."""
-        for plan in result.sites:
-            known = self._parameter_sites.get(plan.layer)
-            if plan.parameters and known != plan.identity:
-                raise RewriteError(
-                    f"site {plan.layer} is {plan.identity} in this call, and was {known} when the policy's "
-                    "parameters were made; give optimize example_inputs that run the model as it will be used"
-                )
-
-    def extra_repr(self) -> str:
-        return f"policy={self.policy}, backend={self.backend!r}"
-
-
-def _unchanged(buffer: Tensor, known: Tensor, version: int) -> bool:
-    return buffer is known and buffer._version == version
 
 
 def _check_model(model: object) -> None:

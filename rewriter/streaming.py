@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch import nn
 
-from rewriter.optimize import OptimizedModel
+from rewriter.errors import RewriteError
 from rewriter.optimize import optimize
-from rewriter.policies import Policy
-from rewriter.tracing import RewriteError
+from rewriter.optimized_model import OptimizedModel
+from rewriter.passes.policy import Policy
 
 
 def stream(

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import nn
+from torch.fx import GraphModule
 
-from rewriter.passes import CaptureError
-from rewriter.passes import PolicyError
-
-
-class RewriteError(RuntimeError):
-    """A model cannot be rewritten as asked; the message says why and what to do."""
+from rewriter.errors import CaptureError
+from rewriter.errors import PolicyError
+from rewriter.errors import RewriteError
+from rewriter.passes import Rewritten
+from rewriter.passes import Row
+from rewriter.passes import rewrite
+from rewriter.passes.policy import Policy
 
 
 def traced_call(
@@ -30,6 +32,27 @@ def traced_call(
         return result(model(*args, **kwargs))
 
     return torch.compile(own_code(call), backend=backend, dynamic=True, fullgraph=True)
+
+
+def analyse_call(
+    model: nn.Module,
+    policy: Policy,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    explained: Row | None = None,
+) -> list[Rewritten]:
+    """What the passes would do to a call; it is run as it is."""
+    results: list[Rewritten] = []
+    lowers = explained is not None and not any(part.adds_parameters or part.is_program for part in policy.parts())
+
+    def analyse(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        results.append(rewrite(graph, example_inputs, policy, replace=lowers, explained=explained))
+        return graph.forward
+
+    with torch.no_grad():
+        guarded(traced_call(model, analyse), {}, args, kwargs)
+    return results
 
 
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:

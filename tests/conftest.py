@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck
 from hypothesis import settings
-from rewriter.kernels.compaction import CacheSizes
+from rewriter.kernels.separator_cache import CacheSizes
 from torch import Tensor
 from torch import nn
 

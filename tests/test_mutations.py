@@ -11,9 +11,9 @@ from rewriter.kernels import LiveRanges
 from rewriter.kernels import live_range_attention
 from rewriter.kernels import reference
 from rewriter.kernels.cpu import attention as cpu
-from rewriter.passes import check_masks
 from rewriter.passes import pipeline
-from rewriter.passes import slots
+from rewriter.passes.lower import eviction as slots
+from rewriter.passes.masks import check as check_masks
 from torch import Tensor
 
 import rewriter
@@ -140,8 +140,8 @@ def test_a_fault_in_the_kernel_is_found(name: str, monkeypatch: pytest.MonkeyPat
 
 def without_padding(original: Any) -> Any:
     """A mask analysis that drops every predicate of the key alone."""
-    from rewriter.passes.index_functions import Axis
-    from rewriter.passes.index_functions import apply
+    from rewriter.passes.masks.expression import Axis
+    from rewriter.passes.masks.expression import apply
 
     def faulty(site: Any, functions: Any, constants: Any) -> Any:
         from dataclasses import replace

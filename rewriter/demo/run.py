@@ -26,14 +26,14 @@ from torch import nn
 from rewriter.demo.corpus import held_out_text
 from rewriter.kernels import LiveRanges
 from rewriter.kernels.cpu.schedule import computed_pairs
-from rewriter.optimize import OptimizedModel
 from rewriter.optimize import optimize
-from rewriter.policies import Exact
-from rewriter.policies import PerLayer
-from rewriter.policies import Policy
-from rewriter.policies import SeparatorMask
-from rewriter.policies import SlidingWindow
-from rewriter.policies import policy_ranges
+from rewriter.optimized_model import OptimizedModel
+from rewriter.passes.policy import Policy
+from rewriter.policies.exact import Exact
+from rewriter.policies.per_layer import PerLayer
+from rewriter.policies.ranges import policy_ranges
+from rewriter.policies.separator_mask import SeparatorMask
+from rewriter.policies.sliding_window import SlidingWindow
 
 MODEL = Path(__file__).parent / "model"
 NUM_BYTES = 16_384

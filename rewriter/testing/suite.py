@@ -29,7 +29,7 @@ from rewriter.testing.cases import Case
 from rewriter.testing.strategies import attention_cases
 
 if TYPE_CHECKING:
-    from rewriter.verify import Verification
+    from rewriter.testing.verify import Verification
 
 
 @pytest.fixture

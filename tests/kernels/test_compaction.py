@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rewriter.kernels.compaction import CacheSizes
-from rewriter.kernels.compaction import separator_cache_ends
-from rewriter.kernels.compaction import split_by_epoch
 from rewriter.kernels.live_ranges import FOREVER
+from rewriter.kernels.separator_cache import CacheSizes
+from rewriter.kernels.separator_cache import separator_cache_ends
+from rewriter.kernels.separator_cache import split_by_epoch
 from torch import Tensor
 
 

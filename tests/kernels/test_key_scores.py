@@ -11,7 +11,7 @@ from rewriter.kernels import LiveRanges
 from rewriter.kernels import key_scores
 from rewriter.kernels import live_range_attention
 
-from rewriter.verify import run_suite
+from rewriter.testing.verify import run_suite
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

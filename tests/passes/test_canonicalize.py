@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from rewriter.passes.canonicalize import canonicalize
+from rewriter.passes.graph.canonicalize import canonicalize
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 

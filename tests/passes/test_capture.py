@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from crossed import crossed
 from rewriter.passes import capture as capturing
-from rewriter.passes.repeated_calls import RepeatedCalls
+from rewriter.passes.graph.repeated_calls import RepeatedCalls
 from torch import Tensor
 from torch import nn
 from torch.fx import GraphModule

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
 import rewriter
-from rewriter.caches import CacheError
+from rewriter.errors import CacheError
 
 INF = float("inf")
 

@@ -22,7 +22,7 @@ from rewriter import DynamicMask
 from rewriter import Exact
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
-from rewriter.caches import CacheError
+from rewriter.errors import CacheError
 
 ROWS, LONGEST = 3, 40
 SEPARATORS = tuple(range(3, 20))

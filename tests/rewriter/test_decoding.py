@@ -20,7 +20,7 @@ from rewriter import Exact
 from rewriter import PerLayer
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
-from rewriter.caches import CacheError
+from rewriter.errors import CacheError
 from rewriter.testing import assert_within_budget
 
 SEPARATORS = tuple(range(3, 20))
@@ -490,7 +490,7 @@ def test_a_policy_of_ones_own_goes_on_and_a_wrong_pressure_is_found(tiny_model: 
         """Every second key is forgotten after three queries."""
 
         slots: int = 64
-        ends_alone = True
+        per_key_ranges = True
 
         def live_ranges(self, site: rewriter.SiteTensors) -> rewriter.kernels.LiveRanges:
             end = torch.where(site.index % 2 == 0, site.index + 3, rewriter.kernels.FOREVER)
@@ -630,7 +630,7 @@ def test_what_a_prompt_must_say_of_a_cache_that_holds_a_text(tiny_model: Callabl
 
 @torch.no_grad()
 def test_rows_of_logits_come_as_they_are_asked_for(tiny_model: Callable[..., nn.Module]) -> None:
-    from rewriter.decoding import cached_forward
+    from rewriter.generation.generate import cached_forward
 
     torch._dynamo.reset()
     fast = ready(tiny_model("llama", "sdpa"), SlidingWindow(5))

@@ -14,7 +14,7 @@ from rewriter import PolicyError
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
 from rewriter.demo.run import MODEL
-from rewriter.policies import policy_ranges
+from rewriter.policies.ranges import policy_ranges
 
 POLICIES = [
     Exact(),

@@ -28,7 +28,7 @@ from rewriter import MIXED_CALIBRATION
 from rewriter import Calibrate
 from rewriter import ChunkedEviction
 from rewriter import PolicyError
-from rewriter.caches import CacheError
+from rewriter.errors import CacheError
 
 BOS = 1
 

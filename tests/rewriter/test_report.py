@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import rewriter
-from rewriter.report import GraphReport
-from rewriter.report import SiteReport
+from rewriter.report.data import GraphReport
+from rewriter.report.data import SiteReport
 
 
 def report_of(nano: Any) -> rewriter.Report:

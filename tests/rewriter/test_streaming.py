@@ -17,10 +17,10 @@ import rewriter
 from rewriter import Exact
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
-from rewriter.caches import CacheError
 from rewriter.demo.corpus import held_out_text
 from rewriter.demo.run import load_model
-from rewriter.policies import policy_ranges
+from rewriter.errors import CacheError
+from rewriter.policies.ranges import policy_ranges
 
 POLICY = SeparatorMask(tuple(range(3, 20)), initial=1, window=3, max_separators=2, capacity=9, positions="cache")
 

@@ -21,7 +21,7 @@ from rewriter.cli import app
 from rewriter.testing import Case
 from rewriter.testing import Features
 from rewriter.testing import assert_equivalent
-from rewriter.verify import run_suite
+from rewriter.testing.verify import run_suite
 
 # What a project writes to have its kernel tested: here a dense one with the arguments that it supports.
 OWN_KERNEL = """

@@ -35,7 +35,7 @@ from rewriter import Exact
 from rewriter import Policy
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
-from rewriter.caches import CacheError
+from rewriter.errors import CacheError
 
 SEPARATORS, INITIAL, NEAR = (3, 4, 5, 6, 7, 8), 2, 4
 

@@ -19,7 +19,7 @@ from rewriter.kernels.gpu.launch import record_launches
 from rewriter.kernels.gpu.launch import use_table
 from triton.runtime.jit import JITFunction
 
-from rewriter.verify import compile_entries
+from rewriter.testing.verify import compile_entries
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 

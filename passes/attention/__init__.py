@@ -1,0 +1,1 @@
+"""Finding the attention of a graph."""

@@ -1,0 +1,1 @@
+"""Graphs: capturing, reading, editing and copying them; nothing here knows of attention."""

@@ -1,0 +1,27 @@
+"""Reading nodes: shapes, ranks and arguments from a node's metadata."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+
+def shape(node: Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def arguments(node: Node, count: int) -> list[Any]:
+    """The first `count` positional arguments, None for those left out."""
+    given: list[Any] = list(node.args[:count])
+    return given + [None] * (count - len(given))
+
+
+def rank(node: Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+def is_bool(node: object) -> bool:
+    return isinstance(node, Node) and isinstance(v := node.meta.get("val"), torch.Tensor) and v.dtype == torch.bool

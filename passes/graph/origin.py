@@ -1,0 +1,23 @@
+"""Where a node comes from, for reports and reasons."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+
+def describe(node: Node) -> str:
+    if node.op == "placeholder":
+        return f"input {node.meta.get('source', node.name)}"
+    line = source_line(node)
+    return f"{node.name}{' at ' + line if line else ''}"
+
+
+def source_line(node: Node) -> str:
+    """`file:line` of the innermost frame that made a node, without its folder."""
+    frames = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
+    ]
+    if not frames:
+        return ""
+    path, line = frames[-1].split('"')[1], frames[-1].split("line ")[1].split(",")[0]
+    return f"{path.rsplit('/', 1)[-1]}:{line}"

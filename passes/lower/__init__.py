@@ -1,0 +1,1 @@
+"""From a plan to a graph: live-range attention in the sites' places."""

@@ -1,0 +1,112 @@
+"""Lower: each planned site becomes one `rewriter::live_range_attention`, and dead mask construction is removed.
+
+Small functions are traced to pre-dispatch ATen and their nodes copied into the graph. Live ranges are computed once
+and shared by all sites that have the same mask and policy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rewriter.kernels import FOREVER
+from rewriter.kernels import LiveRanges
+from rewriter.passes.graph.edit import emit
+from rewriter.passes.graph.edit import inherited
+from rewriter.passes.graph.nodes import shape
+from rewriter.passes.lower.cache_positions import attend_by_place
+from rewriter.passes.lower.operator import Attend
+from rewriter.passes.lower.operator import emit_bounds
+from rewriter.passes.lower.plan import PlannedSite
+from rewriter.passes.masks.intervals import MaskProof
+from rewriter.passes.policy import SiteTensors
+from torch import Tensor
+from torch.fx import Graph
+from torch.fx import GraphModule
+from torch.fx import Node
+
+from rewriter.errors import PolicyError
+
+aten = torch.ops.aten
+
+
+def lower(module: GraphModule, planned: list[PlannedSite]) -> int:
+    """Replaces the sites that have a proof and no reason against them, in place; returns how many."""
+    shared: dict[Any, tuple[Node, ...]] = {}
+    replaced = 0
+    for plan in planned:
+        if plan.site.reason is None and plan.proof is not None:
+            _replace(plan, plan.proof, shared)
+            replaced += 1
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return replaced
+
+
+def _replace(plan: PlannedSite, proof: MaskProof, shared: dict[Any, tuple[Node, ...]]) -> None:
+    site = plan.site
+    assert site.query is not None and site.key is not None and site.value is not None
+    graph = site.node.graph
+    with graph.inserting_before(site.node):
+        tensors = (site.query, site.key, site.value)
+        if len(site.query.meta["val"].shape) == 3:
+            tensors = tuple(emit(graph, lambda x: (x.unsqueeze(1),), [t])[0] for t in tensors)  # type: ignore[assignment]
+        query, key, value = tensors
+        if plan.rotations is not None:
+            result = attend_by_place(plan, proof, query, key, value, shared)
+        else:
+            sizes = (str(query.meta["val"].shape), str(key.meta["val"].shape))
+            own = (tensors, *plan.parameters.values()) if plan.policy.reads_site else None
+            sharing = (proof.interval, proof.bias, plan.policy, sizes, own)
+            if sharing not in shared:
+                shared[sharing] = _emit_ranges(graph, plan, proof, query, key, value)
+
+            sinks = [] if site.sinks is None else [site.sinks]
+
+            def attend(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, *rest: Tensor) -> Any:
+                bias = rest[: len(rest) - len(sinks)]
+                joined = {"sinks": rest[-1]} if sinks else {}
+                return (Attend(site)(query, key, value, start, end, None, *bias, **joined),)
+
+            (result,) = emit(graph, attend, [query, key, value, *shared[sharing], *sinks], inherited(site.node))
+    site.node.replace_all_uses_with(result)
+
+
+def _emit_ranges(
+    graph: Graph, plan: PlannedSite, proof: MaskProof, query: Node, key: Node, value: Node
+) -> tuple[Node, ...]:
+    """Start and end in index space, and the key bias where there is one."""
+    if plan.policy.adds_parameters and not plan.parameters:
+        raise PolicyError(
+            f"{plan.policy} has no parameters for site {plan.layer} ({plan.site.module_path or '-'}): it was not there, or was "
+            "refused, when they were made; give optimize example_inputs that run the model as it will be used"
+        )
+    square = str(shape(query)[2]) == str(shape(key)[2])
+    bounds = emit_bounds(graph, proof, key, {})
+    biases = bounds[4:]
+    ids = [] if plan.input_ids is None else [plan.input_ids]
+
+    def ranges(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        given = iter(rest)
+        start, end, segment, index = (next(given) for _ in range(4))
+        bias = next(given) if biases else None
+        input_ids = next(given) if ids else None
+        parameters = dict(zip(plan.parameters, given, strict=True))
+        live = LiveRanges(start, end)
+        origin = SiteTensors.first_token(live, index)
+        site = SiteTensors(live, segment, index, origin, input_ids, query, key, value, parameters)
+        extra = plan.policy.live_ranges(site)
+        if isinstance(extra, tuple):
+            extra, own_bias = extra
+            bias = own_bias if bias is None else bias + own_bias
+        if extra is not None:
+            live = live & extra
+        start, end = live.start, live.end
+        if not square:
+            # The operator aligns rows to the bottom right: row r of the mask has index r + K - Q.
+            offset = key.size(2) - query.size(2)
+            start, end = start + offset, torch.where(end == FOREVER, FOREVER, end + offset)
+        return (start, end) if bias is None else (start, end, bias)
+
+    return emit(graph, ranges, [query, key, value, *bounds, *ids, *plan.parameters.values()])

@@ -1,0 +1,127 @@
+"""The operator in a site's place, and the model's own ranges: what all lowering passes need."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rewriter.passes.attention.site import AttentionSite
+from rewriter.passes.graph.edit import emit
+from rewriter.passes.graph.nodes import shape
+from rewriter.passes.masks.evaluate import bias_tensor
+from rewriter.passes.masks.evaluate import key_bounds
+from rewriter.passes.masks.evaluate import key_grid
+from rewriter.passes.masks.expression import Apply
+from rewriter.passes.masks.expression import Element
+from rewriter.passes.masks.expression import Expression
+from rewriter.passes.masks.expression import Size
+from rewriter.passes.masks.intervals import KEY
+from rewriter.passes.masks.intervals import MaskProof
+from torch import Tensor
+from torch import nn
+from torch.fx import Graph
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+
+class Attend(nn.Module):
+    """The operator in a site's place: its scale and softcap, its dtype, its rank and, where it matters, its layout.
+
+    Computed in the widest dtype of its inputs, returned in that of the original.
+    """
+
+    def __init__(self, site: AttentionSite) -> None:
+        super().__init__()
+        self.scale, self.softcap = site.scale, site.softcap
+        self.dtype = site.node.meta["val"].dtype
+        self.flat = len(shape(site.query)) == 3  # type: ignore[arg-type]
+        self.needs_copy = _is_viewed(site.node)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        start: Tensor,
+        end: Tensor,
+        query_index: Tensor | None = None,
+        bias: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        return self.with_lse(query, key, value, start, end, query_index, bias, sinks)[0]
+
+    def with_lse(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        start: Tensor,
+        end: Tensor,
+        query_index: Tensor | None = None,
+        bias: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The output and the log-sum-exp of each row, fp32 `[B, Hq, Q]`."""
+        query, key, value = widened(query, key, value)
+        output, lse = torch.ops.rewriter.live_range_attention(
+            query, key, value, start, end, query_index, None, bias, sinks, None, self.scale, self.softcap
+        )
+        output = (output.squeeze(1) if self.flat else output).to(self.dtype)
+        return output.contiguous() if self.needs_copy else output, lse
+
+
+def _is_viewed(node: Node) -> bool:
+    """Whether a view of a result asks for the layout that the original product had."""
+    return any(
+        user.target is aten.view.default or (user.target is aten.flatten.using_ints and _is_viewed(user))
+        for user in node.users
+    )
+
+
+def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in the widest of their dtypes: autocast, or a model that upcasts, leaves different ones."""
+    widest = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return tuple(t.to(widest) for t in tensors)
+
+
+def emit_bounds(
+    graph: Graph, proof: MaskProof, key: Node, copies: Mapping[Node, Node], length: Node | None = None
+) -> tuple[Node, ...]:
+    """The model's own start, end and segment, the keys' indices, and the bias of the model's own mask where it has one.
+
+    Args:
+        copies: the proof's nodes in `graph`, where that is another one.
+        length: int32 `[1]`, tokens before the first key; none when left out.
+    """
+    data = _data_of(proof)
+    before = [] if length is None else [length]
+
+    def bounds(key: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        env = dict(zip(data, rest, strict=False))
+        grid = key_grid(key.size(0), key.size(1), key.size(2), key.device, rest[-1] if before else None)
+        interval = proof.interval
+        ranges = [key_bounds(e, env, grid) for e in (interval.start, interval.end, interval.segment)]
+        bias = [] if proof.bias is None else [bias_tensor(proof.bias, env, grid)]
+        return (*ranges, grid[KEY].to(torch.int32), *bias)
+
+    return emit(graph, bounds, [key, *(copies.get(n, n) for n in data), *before])
+
+
+def _data_of(proof: MaskProof) -> list[Node]:
+    """The data that a proof's ranges and bias read."""
+    interval = proof.interval
+    expressions = (interval.start, interval.end, interval.segment, proof.bias)
+    return list(dict.fromkeys(n for e in expressions for n in _data_nodes(e)))
+
+
+def _data_nodes(expression: Expression | None) -> list[Node]:
+    if isinstance(expression, Size):
+        return [expression.node]
+    if isinstance(expression, Element):
+        return [expression.node, *(n for i in expression.indices for n in _data_nodes(i))]
+    if isinstance(expression, Apply):
+        return [n for a in expression.args for n in _data_nodes(a)]
+    return []

@@ -1,0 +1,174 @@
+"""Apply a policy: for each proven site, the live ranges that replace its mask.
+
+A policy says from a site's tensors which keys live how long; the model's own ranges, recovered from its mask, are
+intersected with the policy's. The pass decides and refuses; `lower` and `lower_cached` emit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import field
+
+import torch
+from rewriter.passes.attention.site import AttentionSite
+from rewriter.passes.graph.nodes import rank
+from rewriter.passes.graph.nodes import shape
+from rewriter.passes.lower.policy_parameters import take_policy_parameters
+from rewriter.passes.lower.rotations import Rotation
+from rewriter.passes.lower.rotations import Unrotatable
+from rewriter.passes.lower.rotations import find_rotation
+from rewriter.passes.masks.intervals import MaskProof
+from rewriter.passes.policy import Policy
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx import Node
+
+from rewriter.errors import PolicyError
+
+aten = torch.ops.aten
+
+
+@dataclass
+class PlannedSite:
+    """A site with all that lowering needs, or with its reason for refusal."""
+
+    site: AttentionSite
+    layer: int
+    policy: Policy
+    num_layers: int
+    proof: MaskProof | None = None
+    input_ids: Node | None = None
+    parameters: dict[str, Node] = field(default_factory=dict)
+    rotations: tuple[Rotation, Rotation] | None = None
+
+    @property
+    def num_kv_heads(self) -> int:
+        assert self.site.key is not None
+        return int(shape(self.site.key)[1])
+
+    @property
+    def num_slot_heads(self) -> int:
+        """Heads of the keys in a cache: the KV heads, or the query heads where each keeps its own."""
+        assert self.site.query is not None
+        return int(shape(self.site.query)[1]) if self.policy.keys_per_query_head else self.num_kv_heads
+
+    @property
+    def value_dim(self) -> int:
+        assert self.site.value is not None
+        return int(shape(self.site.value)[-1])
+
+    @property
+    def identity(self) -> str:
+        """What tells the site from others in another graph of the same model: its module and the weights nearest to its value."""
+        assert self.site.value is not None
+        level, seen = [self.site.value], {self.site.value}
+        while level:
+            weights = sorted(n.meta["source"] for n in level if n.meta.get("kind") == "parameter")
+            if weights:
+                return f"{self.site.module_path or '-'} with {', '.join(weights)}"
+            level = list(dict.fromkeys(i for n in level for i in n.all_input_nodes if i not in seen))
+            seen.update(level)
+        return self.site.module_path or "-"
+
+
+def apply_policy(
+    module: GraphModule, sites: list[AttentionSite], proofs: dict[int, MaskProof], policy: Policy
+) -> list[PlannedSite]:
+    """Pairs each site with its policy; sites that a policy is not defined for are refused, with the reason.
+
+    Args:
+        proofs: by position in `sites`.
+
+    Raises:
+        PolicyError: the policy needs token ids and the graph has none.
+    """
+    planned = []
+    parameters = take_policy_parameters(module)
+    for layer, site in enumerate(sites):
+        own = policy.for_layer(layer)
+        plan = PlannedSite(site, layer, own, len(sites), proofs.get(layer))
+        planned.append(plan)
+        if site.reason is not None or plan.proof is None:
+            continue
+        if own.needs_causal and _rows_and_keys_differ(site):
+            site.reason = (
+                f"{type(own).__name__} is defined for causal self-attention with one query per key; "
+                "this is cross-attention or reads a cache of earlier keys"
+            )
+        elif own.needs_causal and not plan.proof.interval.causal and not _is_single(site):
+            site.reason = f"{type(own).__name__} is defined for causal attention, the mask is: {plan.proof.name}"
+        elif own.needs_whole_segments and plan.proof.interval.sliding:
+            site.reason = (
+                f"{type(own).__name__} ranks all earlier keys, and the model's mask hides some of them "
+                f"({plan.proof.name}): a key could leave and come back, which is not one live range"
+            )
+        elif own.adds_parameters and len(shape(site.key)) != 4:  # type: ignore[arg-type]
+            site.reason = (
+                f"{type(own).__name__} has parameters for each KV head, and here heads are folded into the batch"
+            )
+        elif (against := own.reason_against(site, plan.proof)) is not None:
+            site.reason = against
+        elif own.positions == "cache" and (plan.proof.interval.sliding or plan.proof.bias is not None):
+            site.reason = (
+                f"{type(own).__name__} numbers keys by their place in the cache, and the distances of the model's own mask "
+                f"({plan.proof.name}) are in the text"
+            )
+        else:
+            plan.parameters = parameters.get(layer, {})
+            if own.needs_input_ids:
+                plan.input_ids = _input_ids(module, site, type(own).__name__)
+            if own.positions == "cache":
+                try:
+                    plan.rotations = _rotations(module, site, {s.node for s in sites})
+                except Unrotatable as reason:
+                    site.reason = f"{type(own).__name__} numbers keys by their place in the cache, and {reason}"
+    return planned
+
+
+def _rotations(module: GraphModule, site: AttentionSite, attentions: set[Node]) -> tuple[Rotation, Rotation]:
+    """How query and key come from what does not depend on positions."""
+    assert site.query is not None and site.key is not None and site.value is not None
+    inputs = {node.meta.get("source"): node for node in module.graph.nodes if node.op == "placeholder"}
+    positions = next((n for s, n in inputs.items() if s == "position_ids" and isinstance(n.meta["val"], Tensor)), None)
+    if positions is None:
+        raise Unrotatable("the model does not read position_ids")
+    query, key = (find_rotation(node, positions, site.value, attentions) for node in (site.query, site.key))
+    return query, key
+
+
+def _rows_and_keys_differ(site: AttentionSite) -> bool:
+    assert site.query is not None and site.key is not None
+    return str(shape(site.query)[-2]) != str(shape(site.key)[-2])
+
+
+def _is_single(site: AttentionSite) -> bool:
+    """One query and one key: causal, whatever mask is left of it."""
+    assert site.query is not None and site.key is not None
+    return (shape(site.query)[-2], shape(site.key)[-2]) == (1, 1)
+
+
+def _input_ids(module: GraphModule, site: AttentionSite, policy: str) -> Node:
+    """The graph input with the token ids: the integers that an embedding looks up."""
+    found: dict[Node, None] = {}
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.embedding.default:
+            source = node.args[1]
+            while isinstance(source, Node) and source.op == "call_function" and source.args:
+                source = source.args[0]  # views and casts
+            if isinstance(source, Node) and source.op == "placeholder" and rank(source) == 2:
+                found[source] = None
+    named = [node for node in found if "input_ids" in node.meta.get("source", "")]
+    candidates = named or list(found)
+    if len(candidates) != 1:
+        seen = ", ".join(node.meta.get("source", node.name) for node in candidates) or "none"
+        raise PolicyError(
+            f"{policy} looks separators up in the token ids, but the model's call has {len(candidates)} inputs that are "
+            f"token ids ({seen}); call the model with input_ids=..., not with inputs_embeds=..."
+        )
+    assert site.key is not None
+    ids, keys = shape(candidates[0]), shape(site.key)
+    if str(ids[0]) != str(keys[0]) or str(ids[1]) != str(keys[-2]):
+        raise PolicyError(
+            f"{policy} needs one token id for each key: input_ids is {list(ids)}, the attention has {keys[0]} rows of "
+            f"{keys[-2]} keys; call the model with the whole sequence and without past_key_values"
+        )
+    return candidates[0]

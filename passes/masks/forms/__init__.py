@@ -1,0 +1,1 @@
+"""Forms of masks that need more than the algebra: one file each."""

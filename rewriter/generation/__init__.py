@@ -1,0 +1,1 @@
+"""Generation: new tokens over a cache in which keys live as long as their ranges."""

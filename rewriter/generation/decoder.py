@@ -1,0 +1,433 @@
+"""`Decoder`: a model that runs the new tokens of a text only, over a `LiveRangeCache`.
+
+The model is captured once, on a few tokens without a cache. Its sites are proven as always and lowered to slots, in one graph
+for prefill (several new tokens) and one for decoding (a single one). Both are compiled for themselves, and called with the
+model's present parameters, the new tokens and the state of a cache.
+
+That a model may be run so is checked and not assumed: everything in it but attention must treat each token for itself. Some
+tokens are run at once and in pieces, and the logits compared.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import nn
+from torch.fx import GraphModule
+
+from rewriter.errors import CacheError
+from rewriter.errors import PolicyError
+from rewriter.generation.cache import LiveRangeCache
+from rewriter.passes import CachedGraphs
+from rewriter.passes import NotCacheable
+from rewriter.passes import Policy
+from rewriter.passes import Rewritten
+from rewriter.passes import rewrite
+from rewriter.passes.graph.inputs import GraphInput
+from rewriter.tracing import guarded
+from rewriter.tracing import own_code
+from rewriter.tracing import traced_call
+
+ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
+
+
+TRIAL_LENGTH = 9
+"""Tokens of the check."""
+
+
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Of the check, relative to the size of all logits; 16-bit models may differ by more, as rounding does."""
+
+
+class Decoder:
+    """The graphs of a model for prefill and decoding, compiled, with the cache that they change.
+
+    Args:
+        model: captured as it is now.
+        policy, policy_parameters: by site number and name.
+        backend: "inductor" or "eager".
+        dump: folder for the graphs before and after each pass, or None.
+        on_rewritten: called with what the passes did.
+
+    Attributes:
+        prefill, decode: the graphs, callable.
+        own: those that the policy asked for besides, by name.
+        layout: of the caches.
+        inputs, fetch: what the graphs' first inputs are, and how each is found at a call.
+        vocabulary: tokens that the model knows.
+
+    Raises:
+        CacheError: the model cannot go on from a cache; the message says why.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        policy_parameters: nn.ModuleDict,
+        *,
+        backend: str,
+        dump: Path | None,
+        on_rewritten: Callable[[Rewritten], None],
+    ) -> None:
+        self.model = model
+        self.policy = policy
+        self.policy_parameters = policy_parameters
+        self.takes_rows = "logits_to_keep" in _signature(self.model)
+        missing = [name for name in ARGUMENTS if name not in _signature(self.model)]
+        if missing:
+            raise CacheError(
+                f"{type(self.model).__name__}.forward takes no {missing[0]}; a model that goes on from a cache takes "
+                f"{', '.join(ARGUMENTS)}"
+            )
+        result = self._capture(dump)
+        on_rewritten(result)
+        assert result.cached is not None
+        self.graphs: CachedGraphs = result.cached
+        self.layout = self.graphs.layout
+        self.inputs = result.inputs
+        self.fetch = [self._fetcher(place, given) for place, given in enumerate(result.inputs)]
+        self.constants = {name: (b := self.model.get_buffer(name), b._version) for name in result.constants}
+        self.vocabulary = _vocabulary(self.model)
+        self.default_positions = False
+        try:
+            self._check()
+            self.default_positions = self._numbers_by_place()
+        except (CacheError, PolicyError):
+            raise
+        except Exception as error:  # whatever the model's own operators raise on a few tokens
+            raise CacheError(
+                f"{type(self.model).__name__} cannot be tried on {TRIAL_LENGTH} tokens over a cache: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        self.prefill: Callable[..., Any] = self.graphs.prefill
+        self.decode: Callable[..., Any] = self.graphs.decode
+        self.own: dict[str, Callable[..., Any]] = dict(self.graphs.own)
+        if backend == "inductor":
+            self.prefill = _compiled(self.graphs.prefill, dynamic=True)
+            self.decode = _compiled(self.graphs.decode, dynamic=False)
+            self.own = {name: _compiled(graph, dynamic=True) for name, graph in self.graphs.own.items()}
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model is still as it was captured, by Dynamo's guards, and the masks that it holds are what they were."""
+        return self._guards_hold() and all(
+            self.model.get_buffer(name) is buffer and buffer._version == version
+            for name, (buffer, version) in self.constants.items()
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def new_cache(self, max_length: int | None) -> LiveRangeCache:
+        return LiveRangeCache(self.layout, max_length, self.device)
+
+    @torch.no_grad()
+    def run(
+        self,
+        cache: LiveRangeCache,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Takes new tokens, and returns their logits.
+
+        Args:
+            input_ids: integer `[B, n]`, the new tokens.
+            attention_mask: integer or bool `[B, n]` or of the whole text, `[B, length + n]`; 0 for padding.
+            position_ids: integer `[B|1, n]`; the places in the text, padding included, when left out, if that is what the model
+                itself would take.
+            rows: int64 `[m]`, the tokens whose logits are wanted; all when left out.
+
+        Returns:
+            `[B, m, vocabulary]`.
+
+        Raises:
+            CacheError: an argument does not fit; nothing has changed.
+        """
+        self.check_arguments(cache, input_ids, attention_mask, position_ids)
+        num_batch, num_new = input_ids.shape
+        cache.check_room(num_new)
+        cache.allocate(num_batch)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(cache.length, cache.length + num_new, device=input_ids.device)[None]
+        if cache.position_shift is not None:
+            # Padding, which no one sees, may have any.
+            position_ids = (position_ids + cache.position_shift).clamp(min=0)
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask[:, -num_new:].to(torch.int64).contiguous(),
+            "position_ids": position_ids.to(torch.int64).expand(num_batch, -1).contiguous(),
+            "logits_to_keep": torch.arange(num_new, device=input_ids.device) if rows is None else rows,
+        }
+        call = self.decode if num_new == 1 else self.prefill
+        expected = cache.expected_call
+        if expected is not None:
+            if num_new != expected.num_tokens:
+                raise CacheError(
+                    f"the {expected.graph} decides which keys of the cache stay: its {expected.num_tokens} tokens must come in "
+                    f"one call, got {num_new}"
+                )
+            call = self.own[expected.graph]
+        cache.is_broken = True
+        try:
+            logits = self._call(call, arguments, cache)
+        except BaseException:
+            if not cache.length:
+                cache.release()
+            raise
+        if any(int(table["lost"]) for table in cache.tables):
+            raise RuntimeError(
+                "more keys live at once than the policy's pressure() allows, and some were lost: mend pressure()"
+            )
+        cache.length, cache.last_ids, cache.is_broken = cache.length + num_new, input_ids[:, -1].clone(), False
+        if expected is not None:
+            cache.expected_call = None
+            for table in cache.tables:  # what that call has hidden cannot be taken back
+                table["forgotten"].fill_(cache.length)
+        return logits
+
+    def _call(self, call: Callable[..., Any], arguments: Mapping[str, Tensor], cache: LiveRangeCache) -> Tensor:
+        (logits,) = call(*(fetch(arguments) for fetch in self.fetch), *cache.state())
+        return logits if self.takes_rows else logits[:, arguments["logits_to_keep"]]
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raises `CacheError` where one is no token of the model's."""
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= self.vocabulary:
+            raise CacheError(f"input_ids must be from 0 to {self.vocabulary - 1}, got {low if low < 0 else high}")
+
+    def check_arguments(
+        self,
+        cache: LiveRangeCache,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        chunk: int | None = None,
+    ) -> None:
+        if cache.layout is not self.layout:
+            raise CacheError(
+                "the cache was made by another optimized model, policy or dtype, or before the model was changed; make one for "
+                "this model with new_cache()"
+            )
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise CacheError(f"input_ids must be integer [B, n], got {input_ids.dtype} {list(input_ids.shape)}")
+        num_batch, num_new = input_ids.shape
+        if not num_new or not num_batch:
+            raise CacheError(f"input_ids is empty, {list(input_ids.shape)}; give at least one token")
+        cache.check_rows(num_batch)
+        most = self.graphs.most_tokens
+        if most is not None and (chunk or num_new) > most:
+            raise CacheError(
+                f"{type(self.model).__name__} takes at most {most} tokens at once, got {num_new}; give fewer, or prefill_chunk"
+            )
+        self.check_ids(input_ids)
+        if attention_mask is not None:
+            sizes = (num_new, cache.length + num_new)
+            if attention_mask.dim() != 2 or attention_mask.size(0) != num_batch or attention_mask.size(1) not in sizes:
+                raise CacheError(
+                    f"attention_mask must be [{num_batch}, {num_new}], or [{num_batch}, {sizes[1]}] for the whole text, got "
+                    f"{list(attention_mask.shape)}"
+                )
+        if position_ids is None and not self.default_positions:
+            raise CacheError(
+                f"{type(self.model).__name__} does not number tokens by their place in the text; give position_ids [B, n]"
+            )
+        if position_ids is not None and tuple(position_ids.shape) not in ((num_batch, num_new), (1, num_new)):
+            raise CacheError(f"position_ids must be [{num_batch}, {num_new}], got {list(position_ids.shape)}")
+
+    def _capture(self, dump: Path | None) -> Rewritten:
+        results: list[Rewritten] = []
+
+        def captured(*values: Any) -> None:
+            raise _GuardsHold([value for value in values if isinstance(value, Tensor)])
+
+        def changed(*values: Any) -> None:
+            raise _ModelChanged
+
+        def backend(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            if results:
+                return changed
+            results.append(rewrite(graph, example_inputs, self.policy, cached=True, dump=dump))
+            return captured
+
+        device = next(self.model.parameters()).device
+        ids = torch.zeros(2, TRIAL_LENGTH, dtype=torch.int64, device=device)
+        arguments = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": torch.arange(TRIAL_LENGTH, device=device).expand(2, -1).contiguous(),
+        }
+        if self.takes_rows:
+            arguments["logits_to_keep"] = torch.arange(3, device=device)
+        if _takes_use_cache(self.model):
+            arguments["use_cache"] = False  # type: ignore[assignment]
+
+        self._example = traced_call(self.model, backend, _logits), arguments
+        try:
+            with torch.no_grad():
+                guarded(self._example[0], self._named_parameters(), (), arguments)
+        except _GuardsHold as held:
+            self._present = held.tensors
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, NotCacheable):
+                name = type(self.model).__name__
+                raise CacheError(f"{name} cannot go on from a cache: {error.inner_exception}") from None
+            raise
+        return results[0]
+
+    def _named_parameters(self) -> dict[str, Tensor]:
+        return dict(self.policy_parameters.named_parameters(remove_duplicate=False))
+
+    @torch.no_grad()
+    def _guards_hold(self) -> bool:
+        """Makes the call that was captured up to its graph, and takes the tensors that the graph would be given.
+
+        What Dynamo guards is all that the graph depends on: modules, hooks, modes, types, and each number that was read.
+        """
+        call, arguments = self._example
+        try:
+            call(self._named_parameters(), **arguments)
+        except _GuardsHold as held:
+            self._present = held.tensors
+            return True
+        except (_ModelChanged, torch._dynamo.exc.TorchDynamoException):
+            pass
+        return False
+
+    def _fetcher(self, place: int, given: GraphInput) -> Callable[[Mapping[str, Tensor]], Tensor]:
+        """How an input of the graphs is found at each call: parameters by name, as the model may have been given others."""
+        if given.kind == "argument":
+            if given.name in (*ARGUMENTS, "logits_to_keep"):
+                return lambda arguments: arguments[given.name]
+            path, _, name = given.name.rpartition(".")
+            owner: Any = self.policy_parameters.get_submodule(path)
+            return lambda _: owner[name]
+        if given.kind == "constant":
+            return lambda _: self._present[place]
+        path, _, name = given.name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if given.kind == "buffer":
+            return lambda _: _of_static_sizes(module._buffers[name])  # type: ignore[arg-type]
+        return lambda _: module._parameters[name]  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Runs a few tokens at once, and in pieces."""
+        random = torch.Generator().manual_seed(0)
+        device = next(self.model.parameters()).device
+        # Distinct tokens: scores of equal ones tie, and rounding, which depends on the pieces, would decide.
+        ids = torch.stack([torch.randperm(self.vocabulary, generator=random)[:TRIAL_LENGTH] for _ in range(2)])
+        ids = ids.repeat(1, -(-TRIAL_LENGTH // ids.size(1)))[:, :TRIAL_LENGTH].to(device)
+        mask = torch.ones_like(ids)
+        mask[1, 0] = 0
+        mask[0, 5] = 0  # the first token of the second piece
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = []
+        for pieces in ((TRIAL_LENGTH,), (5, 3, 1)):
+            cache = self.new_cache(TRIAL_LENGTH)
+            cache.allocate(2)
+            outputs, begin = [], 0
+            for size in pieces:
+                part = slice(begin, begin + size)
+                arguments = {
+                    "input_ids": ids[:, part],
+                    "attention_mask": mask[:, part],
+                    "position_ids": position_ids[:, part],
+                    "logits_to_keep": torch.arange(size, device=device),
+                }
+                call = self.graphs.decode if size == 1 else self.graphs.prefill
+                outputs.append(self._call(call, arguments, cache))
+                begin += size
+            logits.append(torch.cat(outputs, dim=1)[mask.bool()].double())
+        whole, pieced = logits
+        difference = float((whole - pieced).norm() / whole.norm().clamp(min=1e-30))
+        if not difference <= TOLERANCES.get(outputs[0].dtype, 0.05):
+            raise CacheError(
+                f"{type(self.model).__name__} cannot go on from a cache: it gives other logits for {TRIAL_LENGTH} tokens in "
+                f"pieces than at once (they differ by {difference:.1e} of their size), so something besides attention mixes "
+                "tokens, or it does not take its positions from position_ids"
+            )
+
+    @torch.no_grad()
+    def _numbers_by_place(self) -> bool:
+        """Whether the model itself, given no positions, takes the places of tokens, padding included."""
+        device = next(self.model.parameters()).device
+        ids = (torch.arange(TRIAL_LENGTH, device=device) % self.vocabulary).repeat(2, 1)
+        mask = torch.ones_like(ids)
+        mask[1, :2] = 0
+        given = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            **({"use_cache": False} if _takes_use_cache(self.model) else {}),
+        }
+        places = torch.arange(TRIAL_LENGTH, device=device).expand(2, -1)
+        try:
+            own = _logits(self.model(**given))
+        except TypeError:  # position_ids is not optional
+            return False
+        by_place = _logits(self.model(**given, position_ids=places))
+        own, by_place = (t[mask.bool()].double() for t in (own, by_place))
+        return bool((own - by_place).norm() <= 1e-3 * own.norm())
+
+
+def text_config(model: Any) -> Any:
+    """A transformers model's configuration of what reads text; None for other models."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _compiled(module: GraphModule, *, dynamic: bool) -> Callable[..., Any]:
+    def call(*tensors: Tensor) -> Any:
+        return module(*tensors)
+
+    return torch.compile(own_code(call), dynamic=dynamic, fullgraph=True)
+
+
+def _logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _signature(model: nn.Module) -> Mapping[str, Any]:
+    return inspect.signature(model.forward).parameters
+
+
+def _of_static_sizes(buffer: Tensor) -> Tensor:
+    """The same memory; a mark on the buffer itself would be a change of the model."""
+    alias = buffer.detach()
+    torch._dynamo.mark_static(alias)
+    return alias
+
+
+class _GuardsHold(Exception):
+    """Raised in place of the captured graph, with the tensors that it takes, in order."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+
+
+class _ModelChanged(Exception):
+    """Raised in place of any other graph of the same model."""
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Tokens that the model knows."""
+    size = getattr(text_config(model), "vocab_size", None)
+    if isinstance(size, int):
+        return size
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    return min(sizes, default=2)
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    return "use_cache" in _signature(model) or hasattr(getattr(model, "config", None), "use_cache")

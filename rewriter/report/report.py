@@ -1,0 +1,140 @@
+"""`Report`: every attention site of a model, rewritten or refused, and why; from `explain` also what it would cost."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.console import Group
+from rich.console import RenderableType
+from rich.table import Table
+
+from rewriter.passes import Prediction
+from rewriter.passes import Rewritten
+from rewriter.passes.graph.origin import source_line
+from rewriter.report.data import GraphReport
+from rewriter.report.data import SiteGroup
+from rewriter.report.data import SiteReport
+from rewriter.report.data import _kernel
+from rewriter.report.data import readable_bytes
+
+
+@dataclass
+class Report:
+    """What became of a model's attention. One entry per captured graph, the newest last; printing shows the newest."""
+
+    graphs: list[GraphReport] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[SiteReport]:
+        return self.graphs[-1].sites if self.graphs else []
+
+    @property
+    def refused(self) -> list[SiteReport]:
+        return [site for site in self.sites if not site.rewritten]
+
+    @property
+    def groups(self) -> list[SiteGroup]:
+        """The newest graph's sites, those that are alike together."""
+        found: dict[Any, list[SiteReport]] = {}
+        for site in self.sites:
+            module = re.sub(r"\d+", "0", site.module)
+            same = (module, site.form, site.mask, site.policy, site.kernel, site.reason, site.source, site.prediction)
+            found.setdefault(same, []).append(site)
+        return [SiteGroup(tuple(sites)) for sites in found.values()]
+
+    def add(self, result: Rewritten) -> None:
+        """Records what the passes did to one graph."""
+        sites = []
+        for plan in result.sites:
+            reason = plan.site.reason or ""
+            sites.append(
+                SiteReport(
+                    layer=plan.layer,
+                    module=plan.site.module_path,
+                    form=plan.site.form,
+                    mask=plan.proof.name if plan.proof is not None else "-",
+                    policy=str(plan.policy),
+                    kernel="-" if reason else _kernel(plan.site.node.meta["val"].device.type),
+                    reason=reason,
+                    source=source_line(plan.site.node),
+                    prediction=result.predictions.get(plan.layer),
+                )
+            )
+        self.graphs.append(GraphReport(sites, dict(result.seconds), graphs=dict(result.graphs)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: `{"graphs": [{"sites": [...], "seconds": {...}, "modules": {...}, "graphs": {...}}]}`."""
+        return asdict(self)
+
+    def to_json(self, path: str | Path) -> None:
+        """Writes `to_dict()` as a file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    def to_html(self, path: str | Path) -> None:
+        """Writes the newest graph as one page without external resources: modules, masks as pictures, costs, graphs."""
+        from rewriter.report.html import page
+
+        Path(path).write_text(page(self), encoding="utf-8")
+
+    def summary(self) -> str:
+        if not self.graphs:
+            return "nothing captured yet: call the model once, or give example_inputs to optimize()"
+        count = len(self.sites)
+        return f"{count - len(self.refused)} of {count} attention sites rewritten"
+
+    def __rich__(self) -> RenderableType:
+        table = Table(title=self.summary(), title_justify="left")
+        for name in _COLUMNS:
+            table.add_column(name, overflow="fold")
+        for alike in self.groups:
+            table.add_row(*_cells(alike), style=None if alike.first.rewritten else "yellow")
+        predicted = [alike for alike in self.groups if alike.first.prediction is not None]
+        if not predicted:
+            return table
+        costs = Table(title="Predicted for one row without padding", title_justify="left")
+        for name in _PREDICTED:
+            costs.add_column(name, justify="left" if name == "sites" else "right")
+        for alike in predicted:
+            costs.add_row(alike.numbers, *_predicted(alike.first.prediction))
+        return Group(table, costs)
+
+    def __str__(self) -> str:
+        console = Console(width=160, record=False, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+    def __iter__(self) -> Iterator[SiteReport]:
+        return iter(self.sites)
+
+
+_COLUMNS = ("sites", "modules", "form", "mask", "policy", "kernel or reason", "source")
+
+
+_PREDICTED = ("sites", "tokens", "live pairs, of all", "computed for each", "most keys alive", "keys and values kept")
+
+
+def _cells(alike: SiteGroup) -> tuple[str, ...]:
+    site = alike.first
+    outcome = site.kernel if site.rewritten else f"refused: {site.reason}"
+    return (alike.numbers, alike.modules, site.form, site.mask, site.policy, outcome, site.source or "-")
+
+
+def _predicted(prediction: Prediction | None) -> tuple[str, ...]:
+    assert prediction is not None
+    ratio = prediction.computed_pairs / prediction.live_pairs if prediction.live_pairs else 0.0
+    return (
+        f"{prediction.num_keys:,}",
+        f"{prediction.live_pairs / prediction.dense_pairs:.1%}",
+        f"{ratio:.2f}",
+        f"{prediction.pressure:,}",
+        f"{readable_bytes(prediction.kv_bytes)} of {readable_bytes(prediction.dense_kv_bytes)}",
+    )
