@@ -141,6 +141,7 @@ def test_a_fault_in_the_kernel_is_found(name: str, monkeypatch: pytest.MonkeyPat
 def without_padding(original: Any) -> Any:
     """A mask analysis that drops every predicate of the key alone."""
     from rewriter.passes.masks.expression import Axis
+    from rewriter.passes.masks.expression import Const
     from rewriter.passes.masks.expression import apply
 
     def faulty(site: Any, functions: Any, constants: Any) -> Any:
@@ -152,7 +153,7 @@ def without_padding(original: Any) -> Any:
         causal = replace(
             proof.interval,
             start=Axis(3),
-            end=apply("add", Axis(3), rewriter.passes.index_functions.Const(forever // 2)),
+            end=apply("add", Axis(3), Const(forever // 2)),
         )
         return replace(proof, interval=causal)
 

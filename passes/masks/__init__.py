@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-# Handlers are registered when their modules are imported.
 from rewriter.passes.masks import handlers
-from rewriter.passes.masks.forms import documents
-from rewriter.passes.masks.forms import running_topk
+from rewriter.passes.masks.forms import FORMS
 
-__all__ = ["documents", "handlers", "running_topk"]
+__all__ = ["FORMS", "handlers"]  # importing them registers their handlers

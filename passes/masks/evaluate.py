@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from rewriter.kernels import FOREVER
-from rewriter.kernels import running_topk_ranges
+from rewriter.passes.masks.expression import LARGEST
 from rewriter.passes.masks.expression import Apply
 from rewriter.passes.masks.expression import Axis
 from rewriter.passes.masks.expression import Const
@@ -20,10 +20,23 @@ from rewriter.passes.masks.expression import substitute
 from rewriter.passes.masks.intervals import BATCH
 from rewriter.passes.masks.intervals import HEAD
 from rewriter.passes.masks.intervals import KEY
-from rewriter.passes.masks.intervals import LARGEST
 from rewriter.passes.masks.intervals import PLACE
 from torch import Tensor
 from torch.fx import Node
+
+OfForm = Callable[[Apply, Callable[[Expression], Tensor], Mapping[int, Tensor]], Tensor]
+_OF_FORMS: dict[str, OfForm] = {}
+"""Values of names that forms use, which are rows: from the application, the values of expressions, and the grid."""
+
+
+def evaluates(*names: str) -> Callable[[OfForm], OfForm]:
+    """Registers what computes the value of these names."""
+
+    def register(function: OfForm) -> OfForm:
+        _OF_FORMS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
 
 
 def materialize(expression: Expression, env: Mapping[Node, object], axes: Mapping[int, Tensor]) -> Tensor:
@@ -57,25 +70,11 @@ def materialize(expression: Expression, env: Mapping[Node, object], axes: Mappin
             return value(e.args[0]).to(e.args[1].dtype)  # type: ignore[attr-defined]
         if e.name in ("add", "mul"):  # a number among the operands keeps its precision, and leaves them their type
             return _OPERATIONS[e.name](*(a.value if isinstance(a, Const) else value(a) for a in e.args))
-        if e.name in ("document_start", "document_end"):
-            return _document_bound(e.args[0], env, right=e.name == "document_end")
-        if e.name == "running_topk_end":
-            score, keep, segment = e.args
-            assert isinstance(keep, Const)
-            scores, segments = (_vector(value(part), axes) for part in (score, segment))
-            return running_topk_ranges(scores, int(keep.value), segment=segments.to(torch.int32)).end
+        if e.name in _OF_FORMS:
+            return _OF_FORMS[e.name](e, value, axes)
         return _OPERATIONS[e.name](*(value(a) for a in e.args))
 
     return value(expression)
-
-
-def _document_bound(document: Expression, env: Mapping[Node, object], *, right: bool) -> Tensor:
-    """`[B, 1, K]`: where the run of a key's document begins or ends. Document ids are `[..., K]`, non-decreasing."""
-    assert isinstance(document, Element)
-    ids = env[document.node]
-    assert isinstance(ids, Tensor)
-    ids = ids.reshape(-1, ids.size(-1)).contiguous()
-    return torch.searchsorted(ids, ids, right=right)[:, None, :]
 
 
 _LARGEST_FP32 = torch.finfo(torch.float32).max
@@ -125,7 +124,7 @@ def key_grid(
 
 def key_bounds(expression: Expression, env: Mapping[Node, object], grid: Mapping[int, Tensor]) -> Tensor:
     """A start, end or segment of an `Interval`: int32 `[B|1, Hkv|1, K]`, in row space."""
-    value = _vector(materialize(expression, env, grid), grid)
+    value = vector(materialize(expression, env, grid), grid)
     if _is_data(expression):
         value = torch.where(value > LARGEST, FOREVER, torch.where(value < -LARGEST, -LARGEST, value))
     return value.to(torch.int32)
@@ -135,20 +134,17 @@ def _is_data(expression: Expression) -> bool:
     """Whether an integer's value, and not only the choice between values, is data."""
     if isinstance(expression, Apply):
         values = expression.args[1:] if expression.name == "where" else expression.args
-        return expression.name not in _BOUNDED and any(_is_data(a) for a in values)
+        return expression.name not in _OF_FORMS and any(_is_data(a) for a in values)
     return isinstance(expression, Element)
-
-
-_BOUNDED = ("document_start", "document_end", "running_topk_end")
 
 
 def bias_tensor(bias: Expression, env: Mapping[Node, object], grid: Mapping[int, Tensor]) -> Tensor:
     """The key bias `[B|1, Hkv|1, K]`; fp32 where it is made from integers."""
-    value = _vector(materialize(bias, env, grid), grid)
+    value = vector(materialize(bias, env, grid), grid)
     return value if value.is_floating_point() else value.float()
 
 
-def _vector(value: Tensor, grid: Mapping[int, Tensor]) -> Tensor:
+def vector(value: Tensor, grid: Mapping[int, Tensor]) -> Tensor:
     """`[B|1, Hkv|1, K]` of what was computed over a key grid."""
     value = value.to(grid[KEY].device)
     value = value[(None,) * (3 - value.dim())]

@@ -11,6 +11,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,3 +280,18 @@ def _is_integer(expression: Expression) -> bool:
 def is_masking(value: float) -> bool:
     """Whether an additive value hides a key: exp of it is 0 in fp32, whatever the logit."""
     return (math.isinf(value) and value < 0) or value <= -1e4
+
+
+LARGEST = 2**30
+"""Constant offsets are cut to this: no row is that far, and sums stay in int32. A clamp in the graph would do the same,
+but Inductor (torch 2.13) folds `maximum(arange(n).clamp(-m, m), arange(n)).clamp(max=m)`, m = 2**31 - 1, to m."""
+
+
+def sum_of(terms: Mapping[Expression, int]) -> Expression:
+    """What `linear_terms` takes apart; constant offsets are cut to `LARGEST`."""
+    total: Expression = ZERO
+    for term, factor in terms.items():
+        if term == Const(1):
+            factor = max(-LARGEST, min(LARGEST, factor))
+        total = apply("add", total, apply("mul", term, Const(factor)))
+    return total

@@ -20,11 +20,6 @@ GROUP = 4  # of the query heads of one KV head; HEAD counts KV heads
 PLACE = 5  # of a key among those of a call that continues a text; KEY is its index in the text
 
 
-LARGEST = 2**30
-"""Constant offsets are cut to this: no row is that far, and sums stay in int32. A clamp in the graph would do the same,
-but Inductor (torch 2.13) folds `maximum(arange(n).clamp(-m, m), arange(n)).clamp(max=m)`, m = 2**31 - 1, to m."""
-
-
 NEVER_ENDS = Const(FOREVER)
 
 

@@ -13,23 +13,19 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
-from rewriter.kernels import FOREVER
 from rewriter.passes.attention.site import AttentionSite
 from rewriter.passes.attention.site import MaskTerm
 from rewriter.passes.graph.nodes import is_bool
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.graph.origin import describe
-from rewriter.passes.masks.evaluate import materialize
 from rewriter.passes.masks.expression import FALSE
 from rewriter.passes.masks.expression import TRUE
 from rewriter.passes.masks.expression import ZERO
 from rewriter.passes.masks.expression import Apply
 from rewriter.passes.masks.expression import Axis
 from rewriter.passes.masks.expression import Const
-from rewriter.passes.masks.expression import Element
 from rewriter.passes.masks.expression import Expression
 from rewriter.passes.masks.expression import Precision
 from rewriter.passes.masks.expression import apply
@@ -40,17 +36,16 @@ from rewriter.passes.masks.expression import floating_type
 from rewriter.passes.masks.expression import is_masking
 from rewriter.passes.masks.expression import linear_terms
 from rewriter.passes.masks.expression import negate
-from rewriter.passes.masks.expression import reads_size
 from rewriter.passes.masks.expression import substitute
-from rewriter.passes.masks.forms.documents import is_non_decreasing
-from rewriter.passes.masks.forms.documents import run_positions
-from rewriter.passes.masks.forms.running_topk import topk_membership
+from rewriter.passes.masks.expression import sum_of
+from rewriter.passes.masks.forms import FORMS
+from rewriter.passes.masks.forms.documents import document_positions
+from rewriter.passes.masks.forms.documents import within_documents
 from rewriter.passes.masks.interpret import IndexFunctions
 from rewriter.passes.masks.intervals import EVERYTHING
 from rewriter.passes.masks.intervals import GROUP
 from rewriter.passes.masks.intervals import HEAD
 from rewriter.passes.masks.intervals import KEY
-from rewriter.passes.masks.intervals import LARGEST
 from rewriter.passes.masks.intervals import NEVER_ENDS
 from rewriter.passes.masks.intervals import ROW
 from rewriter.passes.masks.intervals import Interval
@@ -75,7 +70,7 @@ def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mappin
     """
     query, key = (shape(node) for node in (site.query, site.key))  # type: ignore[arg-type]
     group = query[1] // key[1] if len(query) == 4 and isinstance(query[1], int) else 1
-    analysis = _Analysis(functions, constants, group, len(query))
+    analysis = Analysis(functions, constants, group, len(query))
     predicates: list[Expression] = []
     biases: list[Expression] = []
     if site.is_causal:
@@ -96,7 +91,7 @@ def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mappin
     return MaskProof(interval, total, tuple(analysis.read))
 
 
-class _Analysis:
+class Analysis:
     def __init__(self, functions: IndexFunctions, constants: Mapping[Node, Tensor], group: int, rank: int) -> None:
         self.functions = functions
         self.constants = constants
@@ -132,9 +127,9 @@ class _Analysis:
         dtype = term.node.meta["val"].dtype
         if not dtype.is_floating_point:
             raise Unproven(f"mask {term.node.name} is {dtype}, expected bool or a floating-point type")
-        return self._additive(element, torch.finfo(dtype).min)
+        return self.additive(element, torch.finfo(dtype).min)
 
-    def _additive(self, element: Expression, lowest: float) -> tuple[Expression, list[Expression]]:
+    def additive(self, element: Expression, lowest: float) -> tuple[Expression, list[Expression]]:
         """(when the key is visible, key biases) of a mask that is added to the logits.
 
         Args:
@@ -144,14 +139,14 @@ class _Analysis:
             condition, left, right = element.args
             for hidden, shown, when in ((left, right, negate(condition)), (right, left, condition)):
                 if isinstance(hidden, Const) and is_masking(hidden.value):
-                    visible, biases = self._additive(shown, lowest)
+                    visible, biases = self.additive(shown, lowest)
                     self._hides(hidden.value, lowest)
                     return apply("and", when, visible), biases
         known = self._masking(element, lowest)
         if known is not None:
             return known, []
         if isinstance(element, Apply) and element.name == "add":
-            parts = [self._additive(argument, lowest) for argument in element.args]
+            parts = [self.additive(argument, lowest) for argument in element.args]
             biases = parts[0][1] + parts[1][1]
             return apply("and", parts[0][0], parts[1][0]), biases[:1] if len(biases) < 2 else [apply("add", *biases)]
         if ROW in axes_of(element):
@@ -164,31 +159,6 @@ class _Analysis:
             known_kind = ", as a relative position bias is" if HEAD in axes_of(element) else ""
             raise Unproven(f"an additive mask is computed from data{known_kind}{self.origin(element)}")
         return TRUE, [element]
-
-    def _topk(self, predicate: Expression) -> Interval | None:
-        """`is among the keep largest of its row`, as an interval; None where the predicate is something else."""
-        if not isinstance(predicate, Apply) or predicate.name != "not":
-            return None
-        equal = predicate.args[0]
-        if not isinstance(equal, Apply) or equal.name != "eq" or not isinstance(member := equal.args[0], Element):
-            return None
-        topk = topk_membership(member.node)
-        if topk is None or equal.args[1] != ZERO:
-            return None
-        # Every index must be the row's or key's own: a shifted or permuted membership is another one.
-        sizes = shape(member.node)
-        own = [ZERO if type(size) is int and size == 1 else Axis(d) for d, size in enumerate(sizes)]
-        if len(sizes) != 4 or list(member.indices) != own:
-            raise Unproven(f"a top-k is not read at its own row and key{self.origin(predicate)}")
-        lowest = torch.finfo(topk.source.meta["val"].dtype).min
-        visible, scores = self._additive(self.functions.element(topk.source), lowest)
-        among = self.conjunction([visible])
-        if not among.causal or among.sliding:
-            raise Unproven(f"a top-k is not over the keys of a causal prefix ({', '.join(among.traits) or 'no mask'})")
-        if len(scores) != 1:
-            raise Unproven(f"a top-k of {len(scores)} added scores is not understood")
-        end = Apply("running_topk_end", (scores[0], Const(topk.keep), among.segment))
-        return Interval(ZERO, end, sliding=True, traits=(f"dynamic mask {topk.keep}",))
 
     def _hides(self, value: float, lowest: float) -> None:
         """Notes a masking value that need not hide a key beside a bias."""
@@ -213,7 +183,7 @@ class _Analysis:
 
     def conjunction(self, predicates: list[Expression]) -> Interval:
         parts = [part for predicate in predicates for part in flatten("and", _normal(predicate))]
-        positions = [p for part in parts if (p := self._document_positions(part)) is not None]
+        positions = [p for part in parts if (p := document_positions(self, part)) is not None]
         result = EVERYTHING
         for part in parts:
             own = self._interval(part, positions)
@@ -234,10 +204,12 @@ class _Analysis:
         return _maximum(left, right)
 
     def _interval(self, predicate: Expression, positions: list[Expression]) -> Interval:
+        """The interval of one predicate; the forms are asked first."""
         if predicate == TRUE:
             return EVERYTHING
-        if (running := self._topk(predicate)) is not None:
-            return running
+        for form in FORMS:
+            if (interval := form(self, predicate, positions)) is not None:
+                return interval
         if HEAD in axes_of(predicate):
             raise Unproven(f"a mask differs between heads{self.origin(predicate)}")
         if predicate == FALSE:
@@ -245,15 +217,13 @@ class _Analysis:
         if ROW not in axes_of(predicate):
             end = apply("where", predicate, NEVER_ENDS, ZERO)
             return Interval(ZERO, end, segment=end, traits=("padding",))
-        if all(e.node in self.constants for e in elements_of(predicate)) and elements_of(predicate):
-            return self._table(predicate)
         if isinstance(predicate, Apply):
             if predicate.name == "and":
                 return self.conjunction([predicate])
             if predicate.name == "or":
                 return self._union(predicate, positions)
             if predicate.name in ("lt", "le"):
-                return self._comparison(predicate, positions)
+                return self.comparison(predicate, positions)
             if predicate.name == "eq":
                 return self._equality(predicate, positions)
         raise Unproven(f"a mask depends on the query through data{self.origin(predicate)}")
@@ -277,7 +247,7 @@ class _Analysis:
             traits=(*inner.traits, "prefix"),
         )
 
-    def _comparison(self, predicate: Apply, positions: list[Expression]) -> Interval:
+    def comparison(self, predicate: Apply, positions: list[Expression]) -> Interval:
         left, right = predicate.args
         if isinstance(left, Apply) and left.name == "abs" and not (axes_of(right) & {ROW, KEY}):
             inside = left.args[0]
@@ -287,19 +257,9 @@ class _Analysis:
                     apply(predicate.name, apply("mul", right, Const(-1)), inside),
                 ]
             )
-        for side, other in ((left, right), (right, left)):
-            chunk = _chunk(side)
-            if chunk is not None and ROW not in axes_of(other):
-                # x // c <= y  is  x < (y + 1) c;  y <= x // c  is  y c <= x
-                more = (predicate.name == "le") == (side is left)
-                bound = apply("mul", apply("add", other, Const(1)) if more else other, Const(chunk[0]))
-                row = apply("add", Axis(ROW), chunk[1])
-                whole = Apply("lt", (row, bound)) if side is left else Apply("le", (bound, row))
-                interval = self._comparison(whole, positions)
-                return replace(interval, causal=False, traits=(f"blocks of {chunk[0]}",))
         terms = self._difference(left, right, positions)
         factor = terms.pop(Axis(ROW), 0)
-        bound = _sum(terms)
+        bound = sum_of(terms)
         if abs(factor) != 1 or ROW in axes_of(bound):
             raise Unproven(f"a mask compares the query with data{self.origin(predicate)}")
         strict = predicate.name == "lt"
@@ -333,76 +293,12 @@ class _Analysis:
         return {term: factor for term, factor in terms.items() if factor}
 
     def _equality(self, predicate: Apply, positions: list[Expression]) -> Interval:
-        left, right = (_within_documents(argument, positions) for argument in predicate.args)
+        left, right = (within_documents(argument, positions) for argument in predicate.args)
         if ROW not in axes_of(left):
             left, right = right, left
-        same = substitute(left, {ROW: Axis(KEY)}) == right
-        chunk = _chunk(left)
-        if chunk is not None and ROW not in axes_of(right):
-            size, shift = chunk
-            start = apply("add", apply("mul", right, Const(size)), apply("mul", shift, Const(-1)))
-            end = apply("add", start, Const(size))
-            if same:
-                self.early.add(start)
-            trait = f"chunks of {size}" + (" from an offset" if axes_of(shift) else "")
-            return Interval(start, end, sliding=not same, segment=end, traits=(trait,))
-        if KEY in axes_of(left) or not same:
+        if KEY in axes_of(left) or substitute(left, {ROW: Axis(KEY)}) != right:
             return self.conjunction([apply("le", left, right), apply("le", right, left)])
-        if isinstance(left, Element):
-            indices = left.indices
-            if (
-                is_non_decreasing(left.node)
-                and indices[-1] == Axis(ROW)
-                and ROW not in {a for i in indices[:-1] for a in axes_of(i)}
-            ):
-                document = substitute(left, {ROW: Axis(KEY)})
-                start, after = (Apply(f"document_{side}", (document,)) for side in ("start", "end"))
-                self.early.add(start)
-                return Interval(start, after, segment=after, traits=("documents",))
-            raise Unproven(f"document ids are not known to be non-decreasing{self.origin(left)}")
         raise Unproven(f"a mask compares a function of the query with the same of the key{self.origin(predicate)}")
-
-    def _document_positions(self, predicate: Expression) -> Expression | None:
-        """For `ids[b, i] == ids[b, j]` with ids made from positions: the positions' element, over axes 0 and 1."""
-        if isinstance(predicate, Apply) and predicate.name == "eq" and isinstance(ids := predicate.args[0], Element):
-            source = run_positions(ids.node)
-            if source is not None and predicate.args[1] == substitute(ids, {ROW: Axis(KEY), KEY: Axis(ROW)}):
-                return self.functions.element(source)
-        return None
-
-    def _table(self, predicate: Expression) -> Interval:
-        """A predicate over constant buffers: evaluated, and read as one interval per column."""
-        nodes = {e.node for e in elements_of(predicate)}
-        if any(self.constants[node].is_meta for node in nodes):
-            raise Unproven(f"a buffer on the meta device has no values{self.origin(predicate)}")
-        for element in elements_of(predicate):
-            if any(i not in (ZERO, Axis(ROW), Axis(KEY)) for i in element.indices):
-                raise Unproven(f"a buffer is read at other places than [row, key]{self.origin(predicate)}")
-        if reads_size(predicate):
-            raise Unproven(f"a constant mask is another one at another length{self.origin(predicate)}")
-        size = min(
-            self.constants[element.node].shape[d]
-            for element in elements_of(predicate)
-            for d, index in enumerate(element.indices)
-            if index != ZERO
-        )
-        index = torch.arange(size)
-        env = {node: self.constants[node].detach().cpu() for node in nodes}
-        visible = materialize(predicate, env, {ROW: index[:, None], KEY: index[None, :]}).expand(size, size)
-        start, end = _column_intervals(visible)
-        self.read.update(dict.fromkeys(nodes))
-        offset = int(start[0])
-        window = int(end[0])
-        if not bool((start == index + offset).all()) and not bool((start == 0).all()):
-            raise Unproven("a constant mask is neither causal nor a window")
-        bounds = []
-        if bool((start == index + offset).all()):
-            bounds.append(apply("le", _key_plus(offset), Axis(ROW)))
-        if not bool((end == FOREVER).all()):
-            if not bool((end == torch.where(index + window < size, index + window, FOREVER)).all()):
-                raise Unproven("a constant mask is neither causal nor a window")
-            bounds.append(apply("lt", Axis(ROW), _key_plus(window)))
-        return self.conjunction(bounds)
 
     def origin(self, expression: Expression) -> str:
         """Where the data of an expression comes from, for a reason."""
@@ -441,34 +337,6 @@ def _cases(element: Expression) -> list[tuple[Expression, float]] | None:
     return cases if len(cases) <= MAX_CASES else None
 
 
-def _within_documents(expression: Expression, positions: list[Expression]) -> Expression:
-    """`position(i) // c` as `(i + position(j) - j) // c`: within a document, positions count as the indices do."""
-    if not isinstance(expression, Apply) or expression.name != "floordiv":
-        return expression
-    for position in positions:
-        row, key = (substitute(position, {1: Axis(axis)}) for axis in (ROW, KEY))
-        if expression.args[0] == row:
-            shift = apply("add", key, apply("mul", Axis(KEY), Const(-1)))
-            return Apply("floordiv", (apply("add", Axis(ROW), shift), expression.args[1]))
-    return expression
-
-
-def _chunk(expression: Expression) -> tuple[int, Expression] | None:
-    """`(c, x)` of `(i + x) // c`, where x does not depend on i."""
-    if not isinstance(expression, Apply) or expression.name != "floordiv":
-        return None
-    dividend, size = expression.args
-    terms = linear_terms(dividend)
-    if terms is None or terms.pop(Axis(ROW), 0) != 1 or not isinstance(size, Const) or not isinstance(size.value, int):
-        return None
-    shift = _sum(terms)
-    return (size.value, shift) if size.value > 0 and ROW not in axes_of(shift) else None
-
-
-def _key_plus(offset: int) -> Expression:
-    return apply("add", Axis(KEY), Const(offset))
-
-
 def _normal(expression: Expression) -> Expression:
     """Negations moved inwards, onto comparisons and data; comparisons of numbers with known values split into cases."""
     if not isinstance(expression, Apply):
@@ -504,15 +372,6 @@ def _split_comparison(comparison: Apply) -> Expression:
     return _normal(result)
 
 
-def _sum(terms: Mapping[Expression, int]) -> Expression:
-    total: Expression = ZERO
-    for term, factor in terms.items():
-        if term == Const(1):
-            factor = max(-LARGEST, min(LARGEST, factor))
-        total = apply("add", total, apply("mul", term, Const(factor)))
-    return total
-
-
 def _is_not_negative(terms: Mapping[Expression, int]) -> bool:
     """Whether what is left of a start, after its key, is a constant of at least 0."""
     return all(term == Const(1) and factor >= 0 for term, factor in terms.items())
@@ -540,15 +399,3 @@ def _minimum(left: Expression, right: Expression) -> Expression:
     if left in (NEVER_ENDS, right):
         return right
     return left if right == NEVER_ENDS else Apply("min", (left, right))
-
-
-def _column_intervals(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Start and end `[N]` of the one run of rows that see each column of a bool `[N, N]`; the last row means forever."""
-    size = visible.size(0)
-    count = visible.sum(dim=0)
-    first = visible.int().argmax(dim=0)
-    last = size - visible.flip(0).int().argmax(dim=0)
-    if bool(((last - first != count) & (count > 0)).any()):
-        raise Unproven("a constant mask shows a key, hides it and shows it again")
-    end = torch.where(count == 0, 0, torch.where(last == size, FOREVER, last))
-    return torch.where(count == 0, 0, first), end

@@ -275,7 +275,7 @@ def _keep(
         capacity = min(policy.capacity, shortest) if policy.parity else policy.capacity
     first = number > 0 if policy.parity else has_bos
     if policy.parity and policy.capacity is None:
-        first = False  # nothing ranks_hidden_keys
+        first = False  # nothing competes
     if capacity >= length - first:
         place = torch.arange(length, device=scores.device).expand(num_sites, heads, -1)
         if policy.parity and first:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from crossed import crossed
-from rewriter.passes import capture as capturing
+from rewriter.passes.graph import capture as capturing
 from rewriter.passes.graph.repeated_calls import RepeatedCalls
 from torch import Tensor
 from torch import nn

@@ -18,7 +18,7 @@ import torch
 import transformers
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import live_range_attention
-from rewriter.passes import analyse_masks
+from rewriter.passes.masks.forms import running_topk
 from torch import Tensor
 from torch import nn
 
@@ -251,9 +251,9 @@ def test_a_fault_in_the_ranges_is_found(by: dict[str, int], monkeypatch: pytest.
 
 def test_a_wrong_proof_of_a_topk_is_refused_by_the_check_by_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    own = analyse_masks.topk_membership
+    own = running_topk.topk_membership
     one_more = lambda node: (topk := own(node)) and dataclasses.replace(topk, keep=topk.keep + 1)  # noqa: E731
-    monkeypatch.setattr(analyse_masks, "topk_membership", one_more)
+    monkeypatch.setattr(running_topk, "topk_membership", one_more)
     report = rewriter.explain(doge("sdpa"), input_ids=distinct(3, 20, left=False)[0], use_cache=False)
     assert all(
         re.search(r"the proven mask \(dynamic mask 7.*disagrees with the model's", site.reason) for site in report

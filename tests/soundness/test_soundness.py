@@ -33,17 +33,19 @@ def test_the_last_soak_found_nothing_wrong() -> None:
 
 def test_a_wrong_claim_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """An analysis that takes `<=` for `<`, and no check by evaluation behind it."""
-    from rewriter.passes import analyse_masks
+    from rewriter.passes.masks import expression
+    from rewriter.passes.masks import intervals
+    from rewriter.passes.masks import prove
 
     program = "(i - j < 5) & (i >= j)"
-    original = analyse_masks._Analysis._comparison
+    original = prove.Analysis.comparison
 
     def faulty(self, predicate, positions):  # type: ignore[no-untyped-def]
         interval = original(self, predicate, positions)
-        later = analyse_masks.apply("add", interval.end, analyse_masks.Const(1))
-        return interval if interval.end == analyse_masks.NEVER_ENDS else analyse_masks.Interval(interval.start, later)
+        later = expression.apply("add", interval.end, expression.Const(1))
+        return interval if interval.end == intervals.NEVER_ENDS else intervals.Interval(interval.start, later)
 
-    monkeypatch.setattr(analyse_masks._Analysis, "_comparison", faulty)
+    monkeypatch.setattr(prove.Analysis, "comparison", faulty)
     caught = Tally()
     examine([program], caught)
     assert len(caught.caught) == 1 and not caught.wrong

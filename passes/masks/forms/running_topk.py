@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from rewriter.passes.graph.nodes import arguments
-from rewriter.passes.graph.nodes import rank
+from rewriter.kernels import running_topk_ranges
 from rewriter.passes.graph.nodes import shape
+from rewriter.passes.masks.evaluate import evaluates
+from rewriter.passes.masks.evaluate import vector
+from rewriter.passes.masks.expression import ZERO
+from rewriter.passes.masks.expression import Apply
+from rewriter.passes.masks.expression import Axis
+from rewriter.passes.masks.expression import Const
+from rewriter.passes.masks.expression import Element
 from rewriter.passes.masks.expression import Expression
 from rewriter.passes.masks.interpret import IndexFunctions
-from rewriter.passes.masks.interpret import handles
+from rewriter.passes.masks.intervals import Interval
+from rewriter.passes.masks.intervals import Unproven
+from torch import Tensor
 from torch.fx import Node
+
+if TYPE_CHECKING:
+    from rewriter.passes.masks.prove import Analysis
+
+
+from dataclasses import dataclass
+
+from rewriter.passes.graph.nodes import arguments
+from rewriter.passes.graph.nodes import rank
+from rewriter.passes.masks.interpret import handles
 
 aten = torch.ops.aten
 
@@ -49,3 +69,38 @@ def topk_membership(node: Node) -> Topk | None:
         return None
     same = [str(s) for s in shape(source)] == [str(s) for s in shape(node)]
     return Topk(source, keep) if same else None
+
+
+def prove(analysis: Analysis, predicate: Expression, positions: list[Expression]) -> Interval | None:
+    """`is among the keep largest of its row`, as an interval; None where the predicate is something else."""
+    del positions
+    if not isinstance(predicate, Apply) or predicate.name != "not":
+        return None
+    equal = predicate.args[0]
+    if not isinstance(equal, Apply) or equal.name != "eq" or not isinstance(member := equal.args[0], Element):
+        return None
+    topk = topk_membership(member.node)
+    if topk is None or equal.args[1] != ZERO:
+        return None
+    # Every index must be the row's or key's own: a shifted or permuted membership is another one.
+    sizes = shape(member.node)
+    own = [ZERO if type(size) is int and size == 1 else Axis(d) for d, size in enumerate(sizes)]
+    if len(sizes) != 4 or list(member.indices) != own:
+        raise Unproven(f"a top-k is not read at its own row and key{analysis.origin(predicate)}")
+    lowest = torch.finfo(topk.source.meta["val"].dtype).min
+    visible, scores = analysis.additive(analysis.functions.element(topk.source), lowest)
+    among = analysis.conjunction([visible])
+    if not among.causal or among.sliding:
+        raise Unproven(f"a top-k is not over the keys of a causal prefix ({', '.join(among.traits) or 'no mask'})")
+    if len(scores) != 1:
+        raise Unproven(f"a top-k of {len(scores)} added scores is not understood")
+    end = Apply("running_topk_end", (scores[0], Const(topk.keep), among.segment))
+    return Interval(ZERO, end, sliding=True, traits=(f"dynamic mask {topk.keep}",))
+
+
+@evaluates("running_topk_end")
+def _end(expression: Apply, value: Callable[[Expression], Tensor], grid: Mapping[int, Tensor]) -> Tensor:
+    score, keep, segment = expression.args
+    assert isinstance(keep, Const)
+    scores, segments = (vector(value(part), grid) for part in (score, segment))
+    return running_topk_ranges(scores, int(keep.value), segment=segments.to(torch.int32)).end
