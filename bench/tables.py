@@ -13,6 +13,7 @@ What stands between the two lines is replaced. Nothing is measured here, and not
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -342,7 +343,7 @@ def streaming(read: Results) -> str:
         "separator cache": "separator cache: 4 first keys, 64 separators, a window of 224, at most 512",
     }
     ends = [0, *(times * TRAINED_ROWS for times in (1, 4, 16, 64))]
-    stretches = list(zip(ends, ends[1:], strict=False))
+    stretches = list(itertools.pairwise(ends))
     rows = []
     for name, label in names.items():
         parts = read("quality-streaming")[name]["parts"]

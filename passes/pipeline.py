@@ -111,9 +111,9 @@ def rewrite(
     done("find-attention", module)
     constants = {node: value for node, (_, value) in captured.buffers.items()}
     functions = IndexFunctions(canonicalized.modified)
-    proofs = _analyse(sites, functions, constants)
+    verdicts = _analyse(sites, functions, constants)
     done("analyse-masks", module)
-    planned = apply_policy(module, sites, proofs, policy)
+    planned = apply_policy(module, sites, verdicts, policy)
     done("apply-policy", module)
     predictions = {}
     if explained is not None:
@@ -126,32 +126,30 @@ def rewrite(
     elif replace:
         lower(module, planned)
         done("lower", module)
-    read = dict.fromkeys(captured.buffers[node][0] for proof in proofs.values() for node in proof.constants)
+    proofs = [verdict for verdict in verdicts if isinstance(verdict, MaskProof)]
+    read = dict.fromkeys(captured.buffers[node][0] for proof in proofs for node in proof.constants)
     return Rewritten(module, planned, canonicalized, list(read), seconds, captured.inputs, slots, predictions, graphs)
 
 
-def _analyse(sites: list[AttentionSite], functions: IndexFunctions, constants: dict[Any, Any]) -> dict[int, MaskProof]:
-    """Proofs by site; a site without one gets its reason. Sites with the same masks are analysed once."""
-    proofs: dict[int, MaskProof] = {}
+def _analyse(sites: list[AttentionSite], functions: IndexFunctions, constants: dict[Any, Any]) -> list[MaskProof | str]:
+    """Of each site its proof, or the reason why there is none. Sites with the same masks are analysed once."""
+    verdicts: list[MaskProof | str] = []
     known: dict[Any, MaskProof | str] = {}
-    for position, site in enumerate(sites):
+    for site in sites:
         if site.reason is not None:
+            verdicts.append(site.reason)
             continue
         assert site.query is not None and site.key is not None
         sizes = tuple(str(s) for node in (site.query, site.key) for s in node.meta["val"].shape)
-        same = (site.is_causal, tuple(site.masks), sizes)
+        same = (site.is_causal, site.masks, sizes)
         if same not in known:
             try:
                 proof = prove_mask(site, functions, constants)
                 known[same] = check_mask(site, proof, functions, constants) or proof
             except Unproven as reason:
                 known[same] = str(reason)
-        result = known[same]
-        if isinstance(result, MaskProof):
-            proofs[position] = result
-        else:
-            site.reason = result
-    return proofs
+        verdicts.append(known[same])
+    return verdicts
 
 
 def graph_text(graph: Graph) -> str:

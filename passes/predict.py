@@ -99,7 +99,7 @@ def predict(
     result: dict[int, Prediction] = {}
     known: dict[Any, Prediction] = {}
     for plan in planned:
-        if plan.site.reason is not None or plan.proof is None:
+        if plan.reason is not None or plan.proof is None:
             continue
         sizes = tuple(str(shape(n)) for n in (plan.site.query, plan.site.key, plan.site.value))  # type: ignore[arg-type]
         same = (plan.proof.interval, plan.policy, sizes)

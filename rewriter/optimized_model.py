@@ -257,7 +257,7 @@ class OptimizedModel(nn.Module):
             self._check(result)
             for plan in result.sites:
                 layer = str(plan.layer)
-                if plan.policy.adds_parameters and plan.site.reason is None and layer not in self.policy_parameters:
+                if plan.policy.adds_parameters and plan.reason is None and layer not in self.policy_parameters:
                     device = plan.site.node.meta["val"].device
                     initial = plan.policy.initial_parameters(plan.layer, plan.num_kv_heads, plan.value_dim)
                     own = {name: nn.Parameter(tensor.to(device)) for name, tensor in initial.items()}
@@ -283,9 +283,9 @@ class OptimizedModel(nn.Module):
                 f"no attention found in {type(self.model).__name__}: neither a scaled_dot_product_attention nor a softmax "
                 "of a product of activations; there is nothing to rewrite"
             )
-        refused = [plan for plan in result.sites if plan.site.reason is not None]
+        refused = [plan for plan in result.sites if plan.reason is not None]
         if self.strict and refused:
-            reasons = "; ".join(f"site {p.layer} ({p.site.module_path or '-'}): {p.site.reason}" for p in refused)
+            reasons = "; ".join(f"site {p.layer} ({p.site.module_path or '-'}): {p.reason}" for p in refused)
             raise RewriteError(f"{len(refused)} of {len(result.sites)} attention sites are refused: {reasons}")
 
     def _check_parameter_sites(self, result: Rewritten) -> None:

@@ -12,6 +12,7 @@ from rewriter.passes.attention.match_sdpa import match_sdpa
 from rewriter.passes.attention.match_softmax import match_softmax
 from rewriter.passes.attention.match_softmax import product_above
 from rewriter.passes.attention.site import AttentionSite
+from rewriter.passes.attention.site import Draft
 from rewriter.passes.attention.site import Refused
 from rewriter.passes.attention.unsupported import FUSED
 from rewriter.passes.attention.unsupported import MAKES_WEIGHTS
@@ -33,10 +34,10 @@ def find_attention(module: GraphModule, modified: frozenset[Node] = frozenset())
     sites = []
     for node in list(module.graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default:
-            sites.append(_checked(match_sdpa, AttentionSite(node, "sdpa")))
+            sites.append(_matched(match_sdpa, node, "sdpa", modified))
         elif node.target in (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default):
             if product_above(node) is not None:
-                sites.append(_checked(match_softmax, AttentionSite(node, "eager")))
+                sites.append(_matched(match_softmax, node, "eager", modified))
             elif (strange := unsupported_operator(node)) is not None:
                 reason = f"{strange.target} between the product and the softmax is not understood"
                 sites.append(AttentionSite(node, "eager", reason=reason))
@@ -57,23 +58,24 @@ def find_attention(module: GraphModule, modified: frozenset[Node] = frozenset())
                 "it is inside an autograd.Function, whose backward is the model's own; call it under torch.no_grad()"
             )
             sites.append(AttentionSite(node, "autograd.Function", reason=reason))
-    for site in sites:
-        changed = [node for node in (site.query, site.key, site.value, *site.path) if node in modified]
-        if changed and site.reason is None:
-            site.reason = f"{changed[0].name} is modified in place, through a view or where others see it"
     return sites
 
 
-def _checked(match: Callable[[AttentionSite], None], site: AttentionSite) -> AttentionSite:
+def _matched(match: Callable[[Draft], None], node: Node, form: str, modified: frozenset[Node]) -> AttentionSite:
+    draft = Draft(node, form)
     try:
-        match(site)
-        _check_shapes(site)
+        match(draft)
+        _check_shapes(draft)
     except Refused as refusal:
-        site.reason = str(refusal)
-    return site
+        return AttentionSite(node, form, reason=str(refusal))
+    changed = [n for n in (draft.query, draft.key, draft.value, *draft.path) if n in modified]
+    if changed:
+        reason = f"{changed[0].name} is modified in place, through a view or where others see it"
+        return AttentionSite(node, form, reason=reason)
+    return draft.finished()
 
 
-def _check_shapes(site: AttentionSite) -> None:
+def _check_shapes(site: Draft) -> None:
     assert site.query is not None and site.key is not None and site.value is not None
     query, key, value = (shape(n) for n in (site.query, site.key, site.value))
     if len(query) not in (3, 4) or len(key) != len(query) or len(value) != len(query):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from rewriter.passes.attention.site import AttentionSite
+from rewriter.passes.attention.site import Draft
 from rewriter.passes.attention.site import MaskTerm
 from rewriter.passes.attention.site import Refused
 from rewriter.passes.attention.views import fold_repeated_heads
 from torch.fx import Node
 
 
-def match_sdpa(site: AttentionSite) -> None:
+def match_sdpa(site: Draft) -> None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     arguments = {**dict(zip(names, site.node.args, strict=False)), **site.node.kwargs}
     site.query = arguments["query"]  # type: ignore[assignment]

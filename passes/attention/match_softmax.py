@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import replace
 from typing import Any
 
 import torch
-from rewriter.passes.attention.site import AttentionSite
+from rewriter.passes.attention.normalize import derived
+from rewriter.passes.attention.normalize import oriented_factors
+from rewriter.passes.attention.normalize import oriented_product_with_value
+from rewriter.passes.attention.normalize import split_batch_and_heads
+from rewriter.passes.attention.site import Draft
 from rewriter.passes.attention.site import MaskTerm
 from rewriter.passes.attention.site import Refused
 from rewriter.passes.attention.views import PASSIVE
@@ -23,7 +26,6 @@ from rewriter.passes.attention.views import factors
 from rewriter.passes.attention.views import fold_repeated_heads
 from rewriter.passes.attention.views import joins_heads
 from rewriter.passes.attention.views import number_of
-from rewriter.passes.attention.views import same_sizes
 from rewriter.passes.attention.views import skip_casts
 from rewriter.passes.attention.views import splits_heads
 from rewriter.passes.graph.nodes import arguments
@@ -50,7 +52,7 @@ def product_above(node: Node) -> Node | None:
     return None
 
 
-def match_softmax(site: AttentionSite) -> None:
+def match_softmax(site: Draft) -> None:
     softmax = site.node
     dim = softmax.args[1]
     if dim not in (-1, rank(softmax) - 1):
@@ -61,15 +63,15 @@ def match_softmax(site: AttentionSite) -> None:
     views = _walk_up(site, softmax.args[0], product)  # type: ignore[arg-type]
     views += _walk_down(site, softmax)
     site.path.extend(factors(product))
-    site.query, site.key = _oriented_factors(product)
+    site.query, site.key = oriented_factors(product)
     if views:
-        _split_batch_and_heads(site, views)
+        split_batch_and_heads(site, views)
     assert site.key is not None and site.value is not None
     site.key = fold_repeated_heads(site, site.key)
     site.value = fold_repeated_heads(site, site.value)
 
 
-def _walk_up(site: AttentionSite, node: Node, product: Node) -> list[Node]:
+def _walk_up(site: Draft, node: Node, product: Node) -> list[Node]:
     """From the softmax to the product: masks first, then a softcap, then scales; returns the views between ranks 3 and 4."""
     scaled = False
     views = []
@@ -159,7 +161,7 @@ def _without_maximum(node: Node) -> Node | None:
     return scores if reduced.args[2] and list(dims) in ([-1], [last]) else None
 
 
-def _split_sinks(site: AttentionSite, node: Node, product: Node) -> tuple[Node, Node]:
+def _split_sinks(site: Draft, node: Node, product: Node) -> tuple[Node, Node]:
     """(the scores, sinks `[Hq]`) of scores with one more column, the same for all rows of a head."""
     parts, dim = node.args[0], (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))
     assert isinstance(parts, (list, tuple))
@@ -175,9 +177,7 @@ def _split_sinks(site: AttentionSite, node: Node, product: Node) -> tuple[Node, 
     heads = shape(scores)[1] if rank(scores) == 4 else None
     if [*shape(single)] != [1, heads, 1, 1] or shape(column)[-1] != 1:
         raise Refused("a column is joined to the logits that is not one number for each head")
-    with node.graph.inserting_before(node):
-        sinks = node.graph.call_function(aten.reshape.default, (single, [-1]))
-    sinks.meta["val"] = single.meta["val"].reshape([-1])
+    sinks = derived(single, aten.reshape.default, [-1], before=node)
     return scores, sinks
 
 
@@ -221,10 +221,7 @@ def _mask_term(node: Node, other: Any, on_left: bool) -> MaskTerm:
     if node.target is aten.sub.Tensor:
         if not isinstance(other, Node) or not on_left:
             raise Refused("the logits are taken from something, or a number from them")
-        with node.graph.inserting_before(node):
-            negative = node.graph.call_function(aten.neg.default, (other,))
-        negative.meta["val"] = -other.meta["val"]
-        return MaskTerm("add", negative)
+        return MaskTerm("add", derived(other, aten.neg.default, before=node))
     if "masked_fill" in str(node.target):
         mask, fill = other
         kind = "drop"
@@ -240,13 +237,10 @@ def _mask_term(node: Node, other: Any, on_left: bool) -> MaskTerm:
 
 def _scaled_term(term: MaskTerm, node: Node, scale: float | None) -> MaskTerm:
     """`(scores + bias) * scale`: the bias as it comes to the softmax."""
-    with node.graph.inserting_before(node):
-        scaled = node.graph.call_function(aten.mul.Tensor, (term.node, scale))
-    scaled.meta["val"] = term.node.meta["val"] * scale
-    return MaskTerm(term.kind, scaled)
+    return MaskTerm(term.kind, derived(term.node, aten.mul.Tensor, scale, before=node))
 
 
-def _walk_down(site: AttentionSite, node: Node) -> list[Node]:
+def _walk_down(site: Draft, node: Node) -> list[Node]:
     """From the softmax to the product with the value, the weights may be used for nothing else; returns the views, as above."""
     dropped = False
     views = []
@@ -269,110 +263,10 @@ def _walk_down(site: AttentionSite, node: Node) -> list[Node]:
             raise Refused(f"dropout {user.args[1]} is active; call .eval() or set the attention dropout to 0")
         elif user.target in PRODUCTS and user.target is not aten.baddbmm.default:
             site.path.extend(factors(user))
-            weights, value = _oriented_product_with_value(user, node)
+            weights, value = oriented_product_with_value(user, node)
             if weights is not node:
                 raise Refused("the attention weights are the right factor of a product")
             site.node, site.value = user, value
             return views
         else:
             raise Refused(f"the attention weights go to {user.target}, expected a product with the value")
-
-
-def _split_batch_and_heads(site: AttentionSite, views: list[Node]) -> None:
-    """Query, key, value, masks and result of a site whose scores are split into batch and heads on the way: as `[B, H, ...]`."""
-    view = next((node for node in views if splits_heads(node)), None)
-    if view is None:
-        raise Refused("the logits are split into batch and heads by no view of their own")
-    sizes: Any = view.args[2] if view.target is aten.unflatten.int else view.args[1]
-    sizes, (batch, heads) = list(sizes[:2]), shape(view)[:2]
-    flat = shape(view.args[0])[0]  # type: ignore[arg-type]
-    for node in views:
-        seen: Any = node if splits_heads(node) else node.args[0]
-        if not same_sizes(seen, view, slice(2)):
-            raise Refused("the logits are split into batch and heads in two ways")
-    graph = site.node.graph
-
-    def split(node: Node) -> Node:
-        if rank(node) != 3:
-            return node
-        if str(shape(node)[0]) != str(flat):
-            raise Refused(f"{node.name} is repeated for all rows of the batch, or for all heads")
-        if joins_heads(node) and same_sizes(node.args[0], view, slice(2)):  # type: ignore[arg-type]
-            site.path.append(node)
-            return node.args[0]  # type: ignore[return-value]
-        part = graph.call_function(aten.unflatten.int, (node, 0, sizes))
-        part.meta["val"] = node.meta["val"].unflatten(0, (batch, heads))
-        return part
-
-    assert site.query is not None and site.key is not None and site.value is not None
-    with graph.inserting_before(site.node):
-        site.query, site.key, site.value = split(site.query), split(site.key), split(site.value)
-        for place, term in enumerate(site.masks):
-            if rank(term.node) == 3 and str(shape(term.node)[0]) not in ("1", str(heads)):  # those broadcast alike
-                site.masks[place] = replace(term, node=split(term.node))
-    if rank(site.node) == 3:
-        product = site.node
-        site.path.append(product)
-        with graph.inserting_after(product):
-            site.node = split(product)
-        site.node.meta.update({name: value for name, value in product.meta.items() if name != "val"})
-        with graph.inserting_after(site.node):
-            joined = graph.call_function(aten.flatten.using_ints, (site.node, 0, 1))
-        joined.meta["val"] = site.node.meta["val"].flatten(0, 1)
-        product.replace_all_uses_with(joined, delete_user_cb=lambda user: user is not site.node)
-
-
-def _oriented_factors(product: Node) -> tuple[Node, Node]:
-    """Query and key `[..., S, D]` of the logits' product; views are inserted where the graph has none."""
-    graph = product.graph
-    if product.target is aten.einsum.default:
-        return _einsum_factors(product, transpose_right=True)
-    query, transposed = factors(product)
-    last = {rank(transposed) - 2, rank(transposed) - 1}
-    dims: Any = transposed.args[1:]
-    if transposed.target is aten.transpose.int and {d % rank(transposed) for d in dims} == last:
-        return query, transposed.args[0]  # type: ignore[return-value]
-    with graph.inserting_after(transposed):
-        key = graph.call_function(aten.transpose.int, (transposed, -2, -1))
-    key.meta["val"] = transposed.meta["val"].transpose(-2, -1)
-    return query, key
-
-
-def _oriented_product_with_value(product: Node, weights: Node) -> tuple[Node, Node]:
-    if product.target is not aten.einsum.default:
-        left, right = factors(product)
-        return left, right
-    left, right = factors(product)
-    if left is not weights:
-        raise Refused("the attention weights are the right factor of an einsum")
-    _, value = _einsum_factors(product, transpose_right=False)
-    return left, value
-
-
-def _einsum_factors(product: Node, *, transpose_right: bool) -> tuple[Node, Node]:
-    """The factors of an einsum as `[batch..., M, C]` and `[batch..., N, C]` (or `[batch..., C, N]`).
-
-    The result must be `[batch..., M, N]` as it stands, so that it can be replaced.
-    """
-    equation = str(product.args[0]).replace(" ", "")
-    inputs, result = equation.split("->") if "->" in equation else (equation, "")
-    left, right = inputs.split(",")
-    contracted = set(left) & set(right) - set(result)
-    batch = [c for c in result if c in left and c in right]
-    rows, columns = ([c for c in result if c in own and c not in batch] for own in (left, right))
-    simple = len(contracted) == len(rows) == len(columns) == 1 and "." not in equation
-    if not simple or result != "".join([*batch, *rows, *columns]):
-        raise Refused(f"einsum {equation!r} is not a batched matrix product with the result in order")
-    inner = contracted.pop()
-    targets = (
-        [*batch, rows[0], inner],
-        [*batch, columns[0], inner] if transpose_right else [*batch, inner, columns[0]],
-    )
-    factors = []
-    for node, letters, wanted in zip(factors(product), (left, right), targets, strict=True):
-        order = [letters.index(c) for c in wanted]
-        with product.graph.inserting_before(product):
-            view = product.graph.call_function(aten.permute.default, (node, order))
-        view.meta["val"] = node.meta["val"].permute(order)
-        factors.append(view)
-    return factors[0], factors[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import fields
 
 from torch.fx import Node
 
@@ -24,7 +25,7 @@ class MaskTerm:
     fill: float = -math.inf
 
 
-@dataclass
+@dataclass(frozen=True)
 class AttentionSite:
     """One attention of a graph.
 
@@ -37,8 +38,9 @@ class AttentionSite:
         sinks: `[Hq]`, a logit per query head that joins the denominator only; None for none.
         masks: all of them apply.
         is_causal: also causal, top-left aligned.
-        path: the nodes between the product of query and key and the output.
-        reason: why the site is refused; None while it is not.
+        joined: (product, view): where the model's own result has batch and heads in one dimension, that result and a view of
+            `node` that takes its place when the site is lowered; None elsewhere.
+        reason: why it cannot be used, whatever its mask; None if it can.
     """
 
     node: Node
@@ -49,9 +51,9 @@ class AttentionSite:
     scale: float | None = None
     softcap: float | None = None
     sinks: Node | None = None
-    masks: list[MaskTerm] = field(default_factory=list)
+    masks: tuple[MaskTerm, ...] = ()
     is_causal: bool = False
-    path: list[Node] = field(default_factory=list)
+    joined: tuple[Node, Node] | None = None
     reason: str | None = None
 
     @property
@@ -66,6 +68,31 @@ class AttentionSite:
                 path = path[len(prefix) :]
                 break
         return path.replace("_modules['", "").replace("']", "")
+
+
+@dataclass
+class Draft:
+    """A site while it is matched: the fields of `AttentionSite`, and the path from the product of query and key to the output.
+
+    New nodes that it names have no users: the graph stays as it was.
+    """
+
+    node: Node
+    form: str
+    query: Node | None = None
+    key: Node | None = None
+    value: Node | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: Node | None = None
+    masks: list[MaskTerm] = field(default_factory=list)
+    is_causal: bool = False
+    joined: tuple[Node, Node] | None = None
+    path: list[Node] = field(default_factory=list)
+
+    def finished(self) -> AttentionSite:
+        own = {f.name: getattr(self, f.name) for f in fields(AttentionSite) if f.name not in ("masks", "reason")}
+        return AttentionSite(masks=tuple(self.masks), **own)
 
 
 class Refused(Exception):

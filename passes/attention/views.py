@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 
 import torch
-from rewriter.passes.attention.site import AttentionSite
+from rewriter.passes.attention.site import Draft
 from rewriter.passes.graph.nodes import arguments
 from rewriter.passes.graph.nodes import rank
 from rewriter.passes.graph.nodes import shape
@@ -118,7 +118,7 @@ VIEWS = {
 }
 
 
-def fold_repeated_heads(site: AttentionSite, node: Node) -> Node:
+def fold_repeated_heads(site: Draft, node: Node) -> Node:
     """`[B, Hkv, S, D]` behind a `repeat_kv`, what is between them on the site's path; the node itself where there is none."""
     found = _behind_repeated_heads(node)
     while node is not found:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
+from rewriter.passes.attention.normalize import commit
 from rewriter.passes.graph.edit import emit
 from rewriter.passes.graph.edit import inherited
 from rewriter.passes.graph.nodes import shape
@@ -35,7 +36,8 @@ def lower(module: GraphModule, planned: list[PlannedSite]) -> int:
     shared: dict[Any, tuple[Node, ...]] = {}
     replaced = 0
     for plan in planned:
-        if plan.site.reason is None and plan.proof is not None:
+        if plan.reason is None and plan.proof is not None:
+            commit(plan.site)
             _replace(plan, plan.proof, shared)
             replaced += 1
     module.graph.eliminate_dead_code()

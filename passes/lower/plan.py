@@ -5,6 +5,7 @@ intersected with the policy's. The pass decides and refuses; `lower` and `lower_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 
@@ -27,15 +28,28 @@ from rewriter.errors import PolicyError
 aten = torch.ops.aten
 
 
-@dataclass
+@dataclass(frozen=True)
 class PlannedSite:
-    """A site with all that lowering needs, or with its reason for refusal."""
+    """A site with all that lowering needs, or with the reason why it is refused.
+
+    Attributes:
+        site: what was found.
+        layer: its number, from 0 in the order of the graph.
+        policy: of this site.
+        num_layers: sites of the graph.
+        proof: what its mask is; None where that is not proven.
+        reason: why it stays as it was; None where it is replaced.
+        input_ids: the graph's input with the token ids, where the policy needs them.
+        parameters: the policy's, by name.
+        rotations: of query and key, where positions are cache-relative.
+    """
 
     site: AttentionSite
     layer: int
     policy: Policy
     num_layers: int
     proof: MaskProof | None = None
+    reason: str | None = None
     input_ids: Node | None = None
     parameters: dict[str, Node] = field(default_factory=dict)
     rotations: tuple[Rotation, Rotation] | None = None
@@ -71,57 +85,63 @@ class PlannedSite:
 
 
 def apply_policy(
-    module: GraphModule, sites: list[AttentionSite], proofs: dict[int, MaskProof], policy: Policy
+    module: GraphModule, sites: list[AttentionSite], verdicts: Sequence[MaskProof | str], policy: Policy
 ) -> list[PlannedSite]:
     """Pairs each site with its policy; sites that a policy is not defined for are refused, with the reason.
 
     Args:
-        proofs: by position in `sites`.
+        verdicts: of each site its proof, or the reason why there is none.
 
     Raises:
         PolicyError: the policy needs token ids and the graph has none.
     """
-    planned = []
     parameters = take_policy_parameters(module)
-    for layer, site in enumerate(sites):
+    planned = []
+    for layer, (site, verdict) in enumerate(zip(sites, verdicts, strict=True)):
         own = policy.for_layer(layer)
-        plan = PlannedSite(site, layer, own, len(sites), proofs.get(layer))
-        planned.append(plan)
-        if site.reason is not None or plan.proof is None:
+        if isinstance(verdict, str):
+            planned.append(PlannedSite(site, layer, own, len(sites), reason=verdict))
             continue
-        if own.needs_causal and _rows_and_keys_differ(site):
-            site.reason = (
-                f"{type(own).__name__} is defined for causal self-attention with one query per key; "
-                "this is cross-attention or reads a cache of earlier keys"
-            )
-        elif own.needs_causal and not plan.proof.interval.causal and not _is_single(site):
-            site.reason = f"{type(own).__name__} is defined for causal attention, the mask is: {plan.proof.name}"
-        elif own.needs_whole_segments and plan.proof.interval.sliding:
-            site.reason = (
-                f"{type(own).__name__} ranks all earlier keys, and the model's mask hides some of them "
-                f"({plan.proof.name}): a key could leave and come back, which is not one live range"
-            )
-        elif own.adds_parameters and len(shape(site.key)) != 4:  # type: ignore[arg-type]
-            site.reason = (
-                f"{type(own).__name__} has parameters for each KV head, and here heads are folded into the batch"
-            )
-        elif (against := own.reason_against(site, plan.proof)) is not None:
-            site.reason = against
-        elif own.positions == "cache" and (plan.proof.interval.sliding or plan.proof.bias is not None):
-            site.reason = (
-                f"{type(own).__name__} numbers keys by their place in the cache, and the distances of the model's own mask "
-                f"({plan.proof.name}) are in the text"
-            )
-        else:
-            plan.parameters = parameters.get(layer, {})
-            if own.needs_input_ids:
-                plan.input_ids = _input_ids(module, site, type(own).__name__)
-            if own.positions == "cache":
-                try:
-                    plan.rotations = _rotations(module, site, {s.node for s in sites})
-                except Unrotatable as reason:
-                    site.reason = f"{type(own).__name__} numbers keys by their place in the cache, and {reason}"
+        reason, rotations = _reason_against(own, site, verdict), None
+        if reason is None and own.positions == "cache":
+            try:
+                rotations = _rotations(module, site, {s.node for s in sites})
+            except Unrotatable as unrotatable:
+                reason = f"{type(own).__name__} numbers keys by their place in the cache, and {unrotatable}"
+        if reason is not None:
+            planned.append(PlannedSite(site, layer, own, len(sites), verdict, reason))
+            continue
+        input_ids = _input_ids(module, site, type(own).__name__) if own.needs_input_ids else None
+        own_parameters = parameters.get(layer, {})
+        planned.append(PlannedSite(site, layer, own, len(sites), verdict, None, input_ids, own_parameters, rotations))
     return planned
+
+
+def _reason_against(policy: Policy, site: AttentionSite, proof: MaskProof) -> str | None:
+    """Why a policy is not defined for a site; None if it is."""
+    name = type(policy).__name__
+    if policy.needs_causal and _rows_and_keys_differ(site):
+        return (
+            f"{name} is defined for causal self-attention with one query per key; "
+            "this is cross-attention or reads a cache of earlier keys"
+        )
+    if policy.needs_causal and not proof.interval.causal and not _is_single(site):
+        return f"{name} is defined for causal attention, the mask is: {proof.name}"
+    if policy.needs_whole_segments and proof.interval.sliding:
+        return (
+            f"{name} ranks all earlier keys, and the model's mask hides some of them "
+            f"({proof.name}): a key could leave and come back, which is not one live range"
+        )
+    if policy.adds_parameters and len(shape(site.key)) != 4:  # type: ignore[arg-type]
+        return f"{name} has parameters for each KV head, and here heads are folded into the batch"
+    if (own := policy.reason_against(site, proof)) is not None:
+        return own
+    if policy.positions == "cache" and (proof.interval.sliding or proof.bias is not None):
+        return (
+            f"{name} numbers keys by their place in the cache, and the distances of the model's own mask "
+            f"({proof.name}) are in the text"
+        )
+    return None
 
 
 def _rotations(module: GraphModule, site: AttentionSite, attentions: set[Node]) -> tuple[Rotation, Rotation]:

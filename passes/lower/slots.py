@@ -17,6 +17,7 @@ from typing import Any
 
 import sympy
 import torch
+from rewriter.passes.attention.normalize import commit
 from rewriter.passes.graph.copy import GraphCopy
 from rewriter.passes.graph.copy import NotCacheable
 from rewriter.passes.graph.edit import call
@@ -101,13 +102,15 @@ def lower_cached(module: GraphModule, planned: list[PlannedSite]) -> CachedGraph
     proofs = []
     for plan in planned:
         where = f"site {plan.layer} ({plan.site.module_path or '-'})"
-        if plan.site.reason is not None or plan.proof is None:
-            raise NotCacheable(f"{where} is refused: {plan.site.reason}")
+        if plan.reason is not None or plan.proof is None:
+            raise NotCacheable(f"{where} is refused: {plan.reason}")
         try:
             _check(plan, plan.proof)
         except NotCacheable as reason:
             raise NotCacheable(f"{where}: {reason}") from None
         proofs.append(plan.proof)
+    for plan in planned:
+        commit(plan.site)
     most_tokens = _most_tokens(module, planned)
     layout = _layout(planned, proofs)
     lowered = CachedLowering(module, planned, proofs, layout)

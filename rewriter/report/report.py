@@ -54,7 +54,7 @@ class Report:
         """Records what the passes did to one graph."""
         sites = []
         for plan in result.sites:
-            reason = plan.site.reason or ""
+            reason = plan.reason or ""
             sites.append(
                 SiteReport(
                     layer=plan.layer,
