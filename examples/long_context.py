@@ -1,10 +1,10 @@
-"""Finds the right place in a context that is longer than what the model was trained for, and goes on from there.
+"""Finds the right place in a context that is far longer than a row that the model can read well, and goes on from there.
 
-`ChunkedEviction` reads a context in chunks, each with the query behind it. The chunks under which the query is most likely are
-kept, and of their keys the ones that the query attends to most. The context here is source code; the query is the first lines of a
-function somewhere in it, which the model can only continue if the chunk with the function was kept.
+`ChunkedEviction` reads the context in chunks, each with the query behind it. The chunks under which the query is most likely are
+kept, and of their keys those that the query attends to most. Here the context is source code, and the query is a piece of it: the
+chunk that holds it should win.
 
-    python examples/long_context.py
+    python examples/long_context.py --tokens 40000 --at 0.3
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import configparser
 import inspect
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -24,31 +25,40 @@ import rewriter
 from rewriter import ChunkedEviction
 
 MODEL = Path(rewriter.__file__).parent / "demo" / "model"
-CONTEXT = "".join(inspect.getsource(module) for module in (argparse, configparser, tarfile))  # not trained on
+MODULES = (argparse, configparser, tarfile)  # which the model has never seen
 
 
 def main(
-    tokens: int = 40_000, chunk: int = 1024, keep_chunks: int = 3, capacity: int = 256, query: int = 32, new: int = 48,
-    at: float = 0.6, backend: str = "inductor",
-) -> tuple[rewriter.OptimizedModel, torch.Tensor, torch.Tensor]:
+    tokens: int = 20_000,
+    chunk: int = 1024,
+    capacity: int = 256,
+    query: int = 48,
+    at: float = 0.6,
+    backend: str = "inductor",
+) -> tuple[Any, int, torch.Tensor]:
+    """Prints what was kept and how the model goes on; returns the reading, the chunk that holds the query, and the ids."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    context = torch.tensor([tokenizer.bos_token_id, *tokenizer(CONTEXT).input_ids[:tokens]])
+    source = "".join(inspect.getsource(module) for module in MODULES)
+    context = torch.tensor([tokenizer.bos_token_id, *tokenizer(source).input_ids[: tokens - 1]])
     place = int(at * len(context))
-    query_ids, expected = context[place:place + query], context[place + query: place + query + new]
-    policy = ChunkedEviction(chunk, keep_chunks=keep_chunks, capacity=capacity)
-    fast = rewriter.optimize(model, policy, backend=backend)
-    reading = fast.read(context, query_ids, max_new_tokens=new)
-    print(len(context), 'tokens')
-    print(reading.kept, [round(s, 2) for s in reading.scores[0]], [len(c) for c in reading.chunks[0]], place)
-    print(reading.cache.capacities, reading.cache.num_bytes)
+    fast = rewriter.optimize(model, ChunkedEviction(chunk, keep_chunks=2, capacity=capacity), backend=backend)
+
+    reading = fast.read(context, context[place : place + query], max_new_tokens=32)
+    lengths = torch.tensor(
+        [len(part) - 1 for part in reading.chunks[0]]
+    )  # besides the first token, which each chunk has
+    right = int((lengths.cumsum(0) < place).sum())
+    for number, score in enumerate(reading.scores[0]):
+        notes = ["kept"] * (number in reading.kept[0]) + ["holds the query"] * (number == right)
+        print(f"chunk {number:2d}: {score:.2f} nats per token of the query  {', '.join(notes)}")
+    print(f"of {len(context):,} tokens the cache keeps {reading.cache.length:,} keys in each head")
+
     ids = fast.generate(
-        reading.query_ids, attention_mask=reading.attention_mask, past_key_values=reading.cache, max_new_tokens=new, do_sample=False)
-    print("QUERY", tokenizer.decode(query_ids))
-    print("ANSWER", tokenizer.decode(ids[0, query:]))
-    print("EXPECTED", tokenizer.decode(expected))
-    print((ids[0, query:] == expected[:ids.size(1)-query]).float().mean())
-    return fast
+        reading.query_ids, attention_mask=reading.attention_mask, past_key_values=reading.cache, max_new_tokens=32
+    )
+    print(f"the query:\n{tokenizer.decode(ids[0, :query])}\nand on:\n{tokenizer.decode(ids[0, query:])}")
+    return reading, right, ids
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ builds an engine from. Each reloads what it wrote in a fresh process and compare
 
 from __future__ import annotations
 
-from rewriter.export.aot import aot_inductor
 from rewriter.export.artifact import ExportReport
+from rewriter.export.exporters import aot_inductor
+from rewriter.export.exporters import onnx
+from rewriter.export.exporters import tensorrt
 from rewriter.export.loading import Artifact
 from rewriter.export.loading import load
-from rewriter.export.onnx_file import onnx
-from rewriter.export.tensorrt_engine import tensorrt
-from rewriter.export.verification import compare
+from rewriter.export.verify import compare
 
 from rewriter.errors import ArtifactError
 from rewriter.errors import ExportError

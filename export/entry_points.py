@@ -153,6 +153,14 @@ def entry_points(
     return [_forward(optimized, kwargs)], None, why
 
 
+def cache_bound(points: Sequence[EntryPoint], decoder: Decoder | None) -> int | None:
+    """Tokens of a row over the artifact's cache; None where there is no cache, or its policy bounds what lives."""
+    prefill = next((p for p in points if p.name == "prefill"), None)
+    if prefill is None or decoder is None or decoder.new_cache(2).max_length is None:
+        return None
+    return prefill.ranges["tokens"][1]
+
+
 def bind(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """The arguments of a call by name.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rewriter.export.artifact import ExportReport
 from rewriter.export.artifact import check_inputs
+from rewriter.export.registry import TARGETS
 from torch import Tensor
 
 from rewriter.errors import ArtifactError
@@ -148,22 +149,13 @@ class Artifact:
 
 
 def load(path: str | Path) -> Artifact:
-    """An artifact that was written by `aot_inductor` or `onnx`.
+    """An artifact that was written by one of the exporters.
 
     Raises:
         ArtifactError: it is missing, damaged or cut off, or of another format, version or machine.
     """
     path = Path(path)
     report = ExportReport.read(path)
-    if report.target == "aot_inductor":
-        report.check_machine(path)
-        from torch._inductor.package.package import load_package
-
-        try:
-            calls: dict[str, Callable[..., Any]] = {name: load_package(str(path), name) for name in report.entry_points}
-        except Exception as error:  # whatever torch's loader raises
-            raise ArtifactError(f"{path} cannot be loaded: {error}") from error
-        return Artifact(report, calls)
-    from rewriter.export.onnx_file import session
-
-    return Artifact(report, {"forward": session(path, report)})
+    if report.target not in TARGETS:
+        raise ArtifactError(f"{path} is for {report.target!r}; this version opens {', '.join(TARGETS)}")
+    return Artifact(report, TARGETS[report.target].open_calls(path, report))

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from rewriter.kernels.live_ranges import FOREVER
-from rewriter.kernels.separator_cache import _compute_ends
-from rewriter.kernels.separator_cache import _compute_split
+from rewriter.kernels.separator_cache import compute_ends
+from rewriter.kernels.separator_cache import compute_split
 from rewriter.kernels.topk import MAX_TRACED_KEYS
-from rewriter.kernels.topk import _ordered_bits
+from rewriter.kernels.topk import ordered_bits
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -167,7 +167,7 @@ def running_topk_end(score: Tensor, keep: int, segment: Tensor | None = None) ->
     """As `rewriter::running_topk_end`; the bits of its partition in one loop, where unrolled they compile for minutes."""
     rank = torch.nan_to_num(score.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     if segment is not None:
-        rank = (segment.long() << 32) + _ordered_bits(rank)
+        rank = (segment.long() << 32) + ordered_bits(rank)
     order = rank.expand(score.shape).flatten(0, 1).contiguous().argsort(dim=1, descending=True, stable=True)
     num_rows, num_keys = order.shape
     prefix = torch.arange(num_keys, dtype=torch.int32, device=score.device).expand(num_rows, -1).contiguous()
@@ -207,8 +207,8 @@ PORTABLE: dict[Any, Callable[..., Any]] = {
     torch.ops.rewriter.live_range_attention.default: attention,
     torch.ops.rewriter.key_scores.default: key_scores,
     torch.ops.rewriter.running_topk_end.default: running_topk_end,
-    torch.ops.rewriter.separator_cache_ends.default: _compute_ends,
-    torch.ops.rewriter.split_by_epoch.default: _compute_split,
+    torch.ops.rewriter.separator_cache_ends.default: compute_ends,
+    torch.ops.rewriter.split_by_epoch.default: compute_split,
 }
 
 

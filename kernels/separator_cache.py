@@ -90,10 +90,10 @@ def _ends(
         return torch.ops.rewriter.separator_cache_ends_cpu(
             index, is_separator, origin, due, now, num_new, initial, separators, window, capacity
         )
-    return _compute_ends(index, is_separator, origin, due, now, num_new, initial, separators, window, capacity)
+    return compute_ends(index, is_separator, origin, due, now, num_new, initial, separators, window, capacity)
 
 
-def _compute_ends(
+def compute_ends(
     index: Tensor,
     is_separator: Tensor,
     origin: Tensor,
@@ -219,10 +219,10 @@ def _split(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not runs_triton(index):
         return torch.ops.rewriter.split_by_epoch_cpu(index, end, times, now, num_new, most_carried)
-    return _compute_split(index, end, times, now, num_new, most_carried)
+    return compute_split(index, end, times, now, num_new, most_carried)
 
 
-def _compute_split(
+def compute_split(
     index: Tensor, end: Tensor, times: Tensor, now: Tensor, num_new: int, most_carried: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_keys = index.size(1)
@@ -265,8 +265,8 @@ def _split_fake(
 
 
 for _name, _function, _inner, _fake in (
-    ("separator_cache_ends", _ends, _compute_ends, _ends_fake),
-    ("split_by_epoch", _split, _compute_split, _split_fake),
+    ("separator_cache_ends", _ends, compute_ends, _ends_fake),
+    ("split_by_epoch", _split, compute_split, _split_fake),
 ):
     register(f"rewriter::{_name}", _function).register_fake(_fake)
     # One opaque operator on the CPU: a compiler would unroll the jumps into C++.

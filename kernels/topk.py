@@ -61,7 +61,7 @@ def _end_by_partition(score: Tensor, keep: int, segment: Tensor | None) -> Tenso
     num_keys = score.size(2)
     rank = torch.nan_to_num(score.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     if segment is not None:
-        rank = (segment.long() << 32) + _ordered_bits(rank)
+        rank = (segment.long() << 32) + ordered_bits(rank)
     # The best key first; a stable descending sort puts the older of equals first.
     order = rank.expand(score.shape).flatten(0, 1).contiguous().argsort(dim=1, descending=True, stable=True)
     end = torch.full_like(order, FOREVER)
@@ -72,7 +72,7 @@ def _end_by_partition(score: Tensor, keep: int, segment: Tensor | None) -> Tenso
     return torch.empty_like(end).scatter_(1, order, end).to(torch.int32).view(score.shape)
 
 
-def _ordered_bits(score: Tensor) -> Tensor:
+def ordered_bits(score: Tensor) -> Tensor:
     """int64 in the range of int32, in the order of the fp32 scores; the two zeros are equal."""
     bits = torch.where(score == 0, 0.0, score).view(torch.int32)
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()

@@ -1,6 +1,6 @@
 """The checks of `rewriter verify`, as a pytest module: a kernel against the dense reference on everything that broke others.
 
-Run through `rewriter.verify.run_suite`, which passes the kernel and the device in `config.verification`.
+Run through `rewriter.testing.verify.run_suite`, which passes the kernel and the device in `config.verification`.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from rewriter.export import tensorrt_engine
 from rewriter.export.artifact import cases_path
 from rewriter.export.artifact import report_path
+from rewriter.export.targets import tensorrt as tensorrt_engine
 from torch import Tensor
 from torch import nn
 from typer.testing import CliRunner

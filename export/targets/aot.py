@@ -1,6 +1,6 @@
 """AOTInductor: an optimized model as one package of compiled code, for Python and C++ without this package.
 
-On a CPU the operators are lowered to plain ATen first (`rewriter.export.portable`); on a GPU the package holds the Triton
+On a CPU the operators are lowered to plain ATen first (`rewriter.kernels.portable`); on a GPU the package holds the Triton
 kernels. A model that goes on from a cache has two entry points, `prefill` and `decode`, which change the cache's tensors in
 place; each holds the weights.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,45 +20,23 @@ import torch
 from rewriter.export.artifact import FORMAT
 from rewriter.export.artifact import ExportReport
 from rewriter.export.entry_points import EntryPoint
-from rewriter.export.entry_points import bind
+from rewriter.export.entry_points import cache_bound
 from rewriter.export.entry_points import entry_points
-from rewriter.export.verification import cache_bound
-from rewriter.export.verification import finish
-from rewriter.export.verification import new_report
+from rewriter.export.targets.written import Written
 from rewriter.kernels.portable import PORTABLE
 from rewriter.kernels.portable import replace_operators
+
+from rewriter.errors import ArtifactError
 
 if TYPE_CHECKING:
     from rewriter.optimized_model import OptimizedModel
 
 
-def aot_inductor(
-    optimized: OptimizedModel,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    path: str | Path = "model.pt2",
-    *,
-    max_length: int | None = None,
-    cache: bool = True,
-) -> ExportReport:
-    """Compiles an optimized model to a package, and compares what it wrote with the model.
-
-    Args:
-        args, kwargs: of one call of the model, with at least two rows of two tokens; batch and length may then be others.
-        path: file to write, `.pt2`; a report and the compared cases are written beside it.
-        max_length: tokens of a row over the cache, where the policy bounds nothing; the model's positions when left out.
-        cache: False for the model's own call alone, without a decode step.
-
-    Returns:
-        The report.
-
-    Raises:
-        ExportError: the model cannot be exported so, or the package gives other results than the model.
-        RewriteError, PolicyError, CacheError: as `optimize`.
-    """
-    path = Path(path)
-    named = bind(optimized.model, args, kwargs)
-    points, decoder, why = entry_points(optimized, named, max_length, cache)
+def write(
+    optimized: OptimizedModel, kwargs: Mapping[str, Any], path: Path, *, max_length: int | None, cache: bool
+) -> Written:
+    """Compiles the entry points of a model to a package; see `rewriter.export.aot_inductor`."""
+    points, decoder, why = entry_points(optimized, kwargs, max_length, cache)
     device = points[0].examples[0].device
     kernels: dict[str, int] = {}
     functions: dict[str, int] = {}
@@ -70,9 +49,22 @@ def aot_inductor(
                     kernels[str(node.target)] = kernels.get(str(node.target), 0) + 1
     bound = cache_bound(points, decoder)
     _compile(points, path, None if decoder is None else decoder.vocabulary, bound)
-    report = new_report(optimized, "aot_inductor", path, points, why, bound)
-    report.kernels, report.functions = kernels, functions
-    return finish(report, optimized, named, path, points, decoder)
+    return Written(points, decoder, why, bound, kernels=kernels, functions=functions)
+
+
+def open_calls(path: Path, report: ExportReport) -> dict[str, Callable[..., Any]]:
+    """The entry points of a package, ready to be called.
+
+    Raises:
+        ArtifactError: it is of another machine or version, or cannot be loaded.
+    """
+    report.check_machine(path)
+    from torch._inductor.package.package import load_package
+
+    try:
+        return {name: load_package(str(path), name) for name in report.entry_points}
+    except Exception as error:  # whatever torch's loader raises
+        raise ArtifactError(f"{path} cannot be loaded: {error}") from error
 
 
 def _portable(point: EntryPoint, functions: dict[str, int]) -> EntryPoint:

@@ -25,6 +25,8 @@ from rewriter.export.artifact import report_path
 from rewriter.export.artifact import versions
 from rewriter.export.entry_points import EntryPoint
 from rewriter.export.entry_points import first_tensor
+from rewriter.export.loading import load
+from rewriter.export.targets.written import Written
 from torch import Tensor
 
 from rewriter.chunked.reading import run_chunks
@@ -45,37 +47,25 @@ ROWS = 8
 """Logits of so many last tokens are compared."""
 
 
-def cache_bound(points: Sequence[EntryPoint], decoder: Decoder | None) -> int | None:
-    """Tokens of a row over the artifact's cache; None where there is no cache, or its policy bounds what lives."""
-    prefill = next((p for p in points if p.name == "prefill"), None)
-    if prefill is None or decoder is None or decoder.new_cache(2).max_length is None:
-        return None
-    return prefill.ranges["tokens"][1]
-
-
-def new_report(
-    optimized: OptimizedModel,
-    target: str,
-    path: Path,
-    points: Sequence[EntryPoint],
-    no_decode: str,
-    bound: int | None,
-) -> ExportReport:
+def new_report(optimized: OptimizedModel, target: str, path: Path, written: Written) -> ExportReport:
     """The report of an artifact that was just written, before it is compared."""
     fallbacks = list(dict.fromkeys(f"{s.module}: {s.reason}" for s in optimized.report.sites if not s.rewritten))
-    return ExportReport(
+    report = ExportReport(
         target=target,
         policy=optimized.policy.to_dict(),
         dtype=str(next(optimized.model.parameters()).dtype).removeprefix("torch."),
-        versions=versions(),
-        machine=(platform.machine(), points[0].examples[0].device.type),
+        versions={**versions(), **written.versions},
+        machine=(platform.machine(), written.points[0].examples[0].device.type),
         sha256=checksum(path),
         num_bytes=path.stat().st_size,
-        max_length=bound,
-        entry_points=describe(points),
+        max_length=written.bound,
+        entry_points=describe(written.points),
         fallbacks=fallbacks,
-        no_decode=no_decode,
+        no_decode=written.no_decode,
     )
+    report.kernels, report.functions = written.kernels, written.functions
+    report.notes += written.notes
+    return report
 
 
 @torch.no_grad()
@@ -177,15 +167,14 @@ def finish(
     optimized: OptimizedModel,
     kwargs: Mapping[str, Any],
     path: Path,
-    points: Sequence[EntryPoint],
-    decoder: Decoder | None = None,
+    written: Written,
 ) -> ExportReport:
     """Compares an artifact that was just written with the model, and writes the report.
 
     Raises:
         ExportError: they do not agree; the report says by how much.
     """
-    write_cases(optimized, kwargs, path, points, decoder)
+    write_cases(optimized, kwargs, path, written.points, written.decoder)
     report.write(path)  # which loading reads
     report.compared = compare_in_a_fresh_process(path)
     report.write(path)
@@ -205,7 +194,7 @@ def compare_in_a_fresh_process(path: Path) -> list[dict[str, Any]]:
         ExportError: the process failed; with what it said.
     """
     path = path.absolute()
-    command = [sys.executable, "-m", "rewriter.export.verification", str(path)]
+    command = [sys.executable, "-m", "rewriter.export.verify", str(path)]
     # Python looks for modules in the working directory first, where a folder may have this package's name.
     done = subprocess.run(command, capture_output=True, text=True, cwd=path.parent)
     if done.returncode:
@@ -223,7 +212,6 @@ def compare(path: Path) -> list[dict[str, Any]]:
     Raises:
         ArtifactError: the artifact is damaged, or its cases are.
     """
-    from rewriter.export.loading import load
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -19,10 +19,8 @@ from typing import Any
 import torch
 from rewriter.export.artifact import ExportReport
 from rewriter.export.entry_points import EntryPoint
-from rewriter.export.entry_points import bind
 from rewriter.export.entry_points import entry_points
-from rewriter.export.verification import finish
-from rewriter.export.verification import new_report
+from rewriter.export.targets.written import Written
 from rewriter.kernels.portable import replace_operators
 from rewriter.kernels.portable import with_sinks
 from torch import Tensor
@@ -37,39 +35,26 @@ OPSET = 23
 """The least: newer attention operators and types begin here."""
 
 
-def onnx(
-    optimized: OptimizedModel,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    path: str | Path = "model.onnx",
-    *,
-    opset: int = OPSET,
-) -> ExportReport:
-    """Writes an optimized model's own call as an ONNX file, and compares what it wrote with the model.
-
-    Args:
-        args, kwargs: of one call of the model, with at least two rows of two tokens; batch and length may then be others.
-        path: file to write, `.onnx`; a report and the compared cases are written beside it.
-        opset: 23 or later.
-
-    Raises:
-        ExportError: the policy has no form in standard operators, a package is missing, the model cannot be exported so, or
-            the file gives other results than the model.
-        RewriteError, PolicyError: as `optimize`.
-    """
-    path = Path(path)
+def write(optimized: OptimizedModel, kwargs: Mapping[str, Any], path: Path, *, opset: int) -> Written:
+    """Writes the model's own call as an ONNX file; see `rewriter.export.onnx`."""
     if opset < OPSET:
         raise ExportError(f"opset must be at least {OPSET}, got {opset}")
     need_packages()
     check_policy(optimized)
-    named = bind(optimized.model, args, kwargs)
-    points, _, _ = entry_points(optimized, named, None, cached=False)
-    write(points[0], path, opset)
-    report = new_report(optimized, "onnx", path, points, "an ONNX file is the model's own call", None)
-    report.versions.update(package_versions())
-    report.functions = local_functions(path)
-    report.notes.append(f"opset {opset}; the functions' bodies are dense: memory grows with the square of the length")
-    return finish(report, optimized, named, path, points)
+    points, _, _ = entry_points(optimized, kwargs, None, cached=False)
+    write_file(points[0], path, opset)
+    notes = [f"opset {opset}; the functions' bodies are dense: memory grows with the square of the length"]
+    why = "an ONNX file is the model's own call"
+    return Written(points, no_decode=why, versions=package_versions(), functions=local_functions(path), notes=notes)
+
+
+def open_calls(path: Path, report: ExportReport) -> dict[str, Callable[..., Any]]:
+    """The file's one entry point, in ONNX Runtime.
+
+    Raises:
+        ArtifactError: the runtime is missing, or cannot load it.
+    """
+    return {"forward": session(path, report)}
 
 
 def check_policy(optimized: OptimizedModel) -> None:
@@ -102,12 +87,12 @@ def package_versions() -> dict[str, str]:
     return {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
 
 
-def write(point: EntryPoint, path: Path, opset: int) -> None:
+def write_file(point: EntryPoint, path: Path, opset: int) -> None:
     """Writes a program; it is checked by ONNX's own checker."""
     from onnx import checker
     from onnx import helper
     from onnx import save_model
-    from rewriter.export.onnx_functions import FUNCTIONS
+    from rewriter.export.targets.onnx_functions import FUNCTIONS
 
     module: Any = point.program.module()
     replace_operators(module, SYMBOLIC)

@@ -9,23 +9,18 @@ builds the engine for the sizes of the export.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
-from rewriter.export.artifact import ExportReport
 from rewriter.export.entry_points import EntryPoint
-from rewriter.export.entry_points import bind
 from rewriter.export.entry_points import entry_points
-from rewriter.export.onnx_file import OPSET
-from rewriter.export.onnx_file import check_policy
-from rewriter.export.onnx_file import need_packages
-from rewriter.export.onnx_file import package_versions
-from rewriter.export.onnx_file import write
-from rewriter.export.verification import SIZES
-from rewriter.export.verification import finish
-from rewriter.export.verification import new_report
+from rewriter.export.targets.onnx import OPSET
+from rewriter.export.targets.onnx import check_policy
+from rewriter.export.targets.onnx import need_packages
+from rewriter.export.targets.onnx import package_versions
+from rewriter.export.targets.onnx import write_file
+from rewriter.export.targets.written import Written
 
 from rewriter.errors import ExportError
 
@@ -115,51 +110,27 @@ PARSED = frozenset(
 """Standard operators that the parser of TensorRT 10 takes (onnx-tensorrt, docs/operators.md), as far as our files use any."""
 
 
-def tensorrt(
-    optimized: OptimizedModel,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    path: str | Path = "model.trt.onnx",
-    *,
-    precision: str = "fp16",
-) -> ExportReport:
-    """Writes what TensorRT runs, and compares it with the model where that is possible without TensorRT.
-
-    The file's own runtime here is ONNX Runtime: it says whether the file is right, not whether TensorRT builds it.
-
-    Args:
-        args, kwargs: of one call of the model, with at least two rows of two tokens.
-        path: file to write; beside it a report, the compared cases, and `<path>.sh` with the `trtexec` command.
-        precision: "fp32", "fp16" or "bf16", of the engine.
-
-    Raises:
-        ExportError: a package is missing, the policy has no form in standard operators, an operator is not on the parser's
-            list, or the file gives other results than the model.
-        RewriteError, PolicyError: as `optimize`.
-    """
-    path = Path(path)
+def write(optimized: OptimizedModel, kwargs: Mapping[str, Any], path: Path, *, precision: str) -> Written:
+    """Writes what TensorRT's parser takes, and the command that builds an engine; see `rewriter.export.tensorrt`."""
     if precision not in ("fp32", "fp16", "bf16"):
         raise ExportError(f"precision must be fp32, fp16 or bf16, got {precision!r}")
     need_packages()
     check_policy(optimized)
-    named = bind(optimized.model, args, kwargs)
-    points, _, _ = entry_points(optimized, named, None, cached=False)
-    point = points[0]
-    write(point, path, OPSET)
+    points, _, _ = entry_points(optimized, kwargs, None, cached=False)
+    write_file(points[0], path, OPSET)
     _dissolve_functions(path)
     unknown = sorted(set(operators(path)) - PARSED)
     if unknown:
         path.unlink()
         raise ExportError(f"TensorRT's parser does not take {', '.join(unknown)}; nothing was written")
-    command = trtexec(point, path, precision)
+    command = trtexec(points[0], path, precision)
     path.with_name(path.name + ".sh").write_text("#!/bin/sh\n" + command + "\n")
-    report = new_report(optimized, "tensorrt", path, points, "an engine is the model's own call", None)
-    report.versions.update(package_versions())
-    report.notes += [
+    notes = [
         command,
         f"precision {precision}; not built here: TensorRT needs an NVIDIA GPU. The comparison ran this file in ONNX Runtime",
     ]
-    return finish(report, optimized, named, path, points)
+    why = "an engine is the model's own call"
+    return Written(points, no_decode=why, versions=package_versions(), notes=notes)
 
 
 def compile_engine(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> Any:
@@ -192,7 +163,6 @@ def compile_engine(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> Any:
 
 def trtexec(point: EntryPoint, path: Path, precision: str) -> str:
     """The command that builds an engine, with a profile from the smallest to the largest sizes of the export."""
-    largest = max(tokens for _, tokens in SIZES)
 
     def shapes(pick: str) -> str:
         parts = []
@@ -204,7 +174,7 @@ def trtexec(point: EntryPoint, path: Path, precision: str) -> str:
                     continue
                 low, high = point.ranges[dim]
                 batch = dim.startswith("batch")
-                best = min(8 if batch else max(512, largest), high)
+                best = min(8 if batch else 512, high)
                 sizes.append({"min": low, "opt": best, "max": min(high, 64) if batch else high}[pick])
             parts.append(f"{given.name}:{'x'.join(map(str, sizes))}")
         return ",".join(parts)

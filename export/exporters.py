@@ -1,0 +1,109 @@
+"""`aot_inductor`, `onnx` and `tensorrt`: write an artifact, reload it in a fresh process, and compare it with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+from rewriter.export.artifact import ExportReport
+from rewriter.export.entry_points import bind
+from rewriter.export.registry import TARGETS
+from rewriter.export.targets.onnx import OPSET
+from rewriter.export.verify import finish
+from rewriter.export.verify import new_report
+
+if TYPE_CHECKING:
+    from rewriter.optimized_model import OptimizedModel
+
+
+def aot_inductor(
+    optimized: OptimizedModel,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    path: str | Path = "model.pt2",
+    *,
+    max_length: int | None = None,
+    cache: bool = True,
+) -> ExportReport:
+    """Compiles an optimized model to a package, and compares what it wrote with the model.
+
+    Args:
+        args, kwargs: of one call of the model, with at least two rows of two tokens; batch and length may then be others.
+        path: file to write, `.pt2`; a report and the compared cases are written beside it.
+        max_length: tokens of a row over the cache, where the policy bounds nothing; the model's positions when left out.
+        cache: False for the model's own call alone, without a decode step.
+
+    Returns:
+        The report.
+
+    Raises:
+        ExportError: the model cannot be exported so, or the package gives other results than the model.
+        RewriteError, PolicyError, CacheError: as `optimize`.
+    """
+    return _export("aot_inductor", optimized, args, kwargs, path, max_length=max_length, cache=cache)
+
+
+def onnx(
+    optimized: OptimizedModel,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    path: str | Path = "model.onnx",
+    *,
+    opset: int = OPSET,
+) -> ExportReport:
+    """Writes an optimized model's own call as an ONNX file, and compares what it wrote with the model.
+
+    Args:
+        args, kwargs: of one call of the model, with at least two rows of two tokens; batch and length may then be others.
+        path: file to write, `.onnx`; a report and the compared cases are written beside it.
+        opset: 23 or later.
+
+    Raises:
+        ExportError: the policy has no form in standard operators, a package is missing, the model cannot be exported so, or
+            the file gives other results than the model.
+        RewriteError, PolicyError: as `optimize`.
+    """
+    return _export("onnx", optimized, args, kwargs, path, opset=opset)
+
+
+def tensorrt(
+    optimized: OptimizedModel,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    path: str | Path = "model.trt.onnx",
+    *,
+    precision: str = "fp16",
+) -> ExportReport:
+    """Writes what TensorRT runs, and compares it with the model where that is possible without TensorRT.
+
+    The file's own runtime here is ONNX Runtime: it says whether the file is right, not whether TensorRT builds it.
+
+    Args:
+        args, kwargs: of one call of the model, with at least two rows of two tokens.
+        path: file to write; beside it a report, the compared cases, and `<path>.sh` with the `trtexec` command.
+        precision: "fp32", "fp16" or "bf16", of the engine.
+
+    Raises:
+        ExportError: a package is missing, the policy has no form in standard operators, an operator is not on the parser's
+            list, or the file gives other results than the model.
+        RewriteError, PolicyError: as `optimize`.
+    """
+    return _export("tensorrt", optimized, args, kwargs, path, precision=precision)
+
+
+def _export(
+    target: str,
+    optimized: OptimizedModel,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    path: str | Path,
+    **options: Any,
+) -> ExportReport:
+    path = Path(path)
+    named = bind(optimized.model, args, kwargs)
+    written = TARGETS[target].write(optimized, named, path, **options)
+    report = new_report(optimized, target, path, written)
+    return finish(report, optimized, named, path, written)

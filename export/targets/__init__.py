@@ -1,0 +1,1 @@
+"""Targets: each writes an artifact and opens what it wrote; `rewriter.export.registry` lists them."""

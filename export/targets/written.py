@@ -1,0 +1,35 @@
+"""What a target has written, for the report and the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from typing import TYPE_CHECKING
+
+from rewriter.export.entry_points import EntryPoint
+
+if TYPE_CHECKING:
+    from rewriter.generation.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Written:
+    """Attributes:
+    points: the entry points of the artifact.
+    decoder: whose graphs they are; None for the model's own call.
+    no_decode: why there is no decode step; "" where there is one.
+    bound: tokens of a row over the artifact's cache; None where there is no bound.
+    versions: of packages besides torch.
+    kernels, functions: the operators of this package in it, by name, as kernels and as standard operators.
+    notes: for the report.
+    """
+
+    points: Sequence[EntryPoint]
+    decoder: Decoder | None = None
+    no_decode: str = ""
+    bound: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
+    functions: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
