@@ -30,6 +30,7 @@ lint: $(INSTALLED)
 	rm -rf build/installed
 	$(BIN)/pip install --quiet --no-deps --target build/installed .
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --package rewriter
+	cd build/installed && PYTHONPATH=. ../../$(BIN)/lint-imports ../../pyproject.toml
 
 bench: $(INSTALLED)
 	$(BIN)/python bench/attention.py

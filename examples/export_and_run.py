@@ -3,21 +3,19 @@
 `--to onnx` writes the model's own call for any ONNX runtime. `--to aot` writes a package of compiled code that also holds a cache
 and a decode step, so that it generates, from C++ too; compiling it takes minutes. The exporter itself compares what it wrote with
 the model, in a fresh process and at other sizes, before it returns.
-
-    python examples/export_and_run.py --to aot --folder exported
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import rewriter.export
 import torch
 import typer
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
 import rewriter
-import rewriter.export
 from rewriter import SlidingWindow
 
 MODEL = Path(rewriter.__file__).parent / "demo" / "model"

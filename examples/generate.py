@@ -3,8 +3,6 @@
 Under a sliding window with a few first keys, a key that no later query sees gives its slot to a new one. The cache is made once,
 with as many slots as keys are ever alive, and each turn goes on from it. (The bundled model has read Python's standard library,
 so Python is what it writes.)
-
-    python examples/generate.py --window 252 --max-new-tokens 60
 """
 
 from __future__ import annotations

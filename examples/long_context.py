@@ -3,8 +3,6 @@
 `ChunkedEviction` reads the context in chunks, each with the query behind it. The chunks under which the query is most likely are
 kept, and of their keys those that the query attends to most. Here the context is source code, and the query is a piece of it: the
 chunk that holds it should win.
-
-    python examples/long_context.py --tokens 40000 --at 0.3
 """
 
 from __future__ import annotations
@@ -25,7 +23,6 @@ import rewriter
 from rewriter import ChunkedEviction
 
 MODEL = Path(rewriter.__file__).parent / "demo" / "model"
-MODULES = (argparse, configparser, tarfile)  # which the model has never seen
 
 
 def main(
@@ -39,16 +36,13 @@ def main(
     """Prints what was kept and how the model goes on; returns the reading, the chunk that holds the query, and the ids."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    source = "".join(inspect.getsource(module) for module in MODULES)
+    source = "".join(inspect.getsource(module) for module in (argparse, configparser, tarfile))
     context = torch.tensor([tokenizer.bos_token_id, *tokenizer(source).input_ids[: tokens - 1]])
     place = int(at * len(context))
     fast = rewriter.optimize(model, ChunkedEviction(chunk, keep_chunks=2, capacity=capacity), backend=backend)
 
     reading = fast.read(context, context[place : place + query], max_new_tokens=32)
-    lengths = torch.tensor(
-        [len(part) - 1 for part in reading.chunks[0]]
-    )  # besides the first token, which each chunk has
-    right = int((lengths.cumsum(0) < place).sum())
+    right = (place - 1) // (len(reading.chunks[0][0]) - 1)  # each chunk begins with the context's first token
     for number, score in enumerate(reading.scores[0]):
         notes = ["kept"] * (number in reading.kept[0]) + ["holds the query"] * (number == right)
         print(f"chunk {number:2d}: {score:.2f} nats per token of the query  {', '.join(notes)}")

@@ -3,8 +3,6 @@
 Every key lives for `window` queries, every second one twice as long, every fourth four times, and so on. A policy is a frozen
 dataclass with one method, `live_ranges`; because each key's range comes from its own place alone (`ends_alone`), the policy
 generates over a cache, too, and `pressure` says how many slots that cache needs.
-
-    python examples/own_policy.py --window 64 --levels 4
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
 import rewriter
-from rewriter.kernels import LiveRanges
 
 MODEL = Path(rewriter.__file__).parent / "demo" / "model"
 
@@ -33,10 +30,10 @@ class Fading(rewriter.Policy):
     window: int
     levels: int
 
-    def live_ranges(self, site: rewriter.SiteTensors) -> LiveRanges:
+    def live_ranges(self, site: rewriter.SiteTensors) -> rewriter.kernels.LiveRanges:
         place = site.index - site.origin  # padding on the left is not counted
         life = sum((place % 2**level == 0).int() * (self.window * 2**level // 2) for level in range(1, self.levels + 1))
-        return LiveRanges(site.index, site.index + self.window + life)
+        return rewriter.kernels.LiveRanges(site.index, site.index + self.window + life)
 
     def pressure(self, max_length: int) -> int:
         return self.window + self.levels * -(-self.window // 2)

@@ -3,8 +3,6 @@
 The cache keeps the first keys, the newest separators (punctuation) and a window; when it is full it is compacted. Keys are
 numbered by their place in the cache, so positions never leave what the model knows. `rewriter.stream` takes any iterable of token
 ids, also one without an end, and gives the log-probability of each token.
-
-    python examples/stream.py --tokens 100000
 """
 
 from __future__ import annotations

@@ -2,14 +2,11 @@
 
 `DynamicMask` adds parameters of its own, a score for each attention. They belong to the optimized model, not to the model, and
 want a larger learning rate, so they get a group of their own in the optimizer. Everything else is an ordinary training loop.
-
-    python examples/train_with_a_policy.py --steps 200
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import inspect
 import logging
 import subprocess
@@ -33,7 +30,7 @@ def main(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    source = "".join(inspect.getsource(module) for module in (ast, logging, subprocess))
+    source = "".join(inspect.getsource(module) for module in (logging, subprocess))
     text, unseen = (torch.tensor(tokenizer(part).input_ids) for part in (source, inspect.getsource(argparse)))
     held_out = unseen[: rows * length].view(rows, length)
 
