@@ -26,8 +26,9 @@ from rewriter.kernels import LiveRanges
 from rewriter.kernels import key_scores
 from rewriter.kernels import live_range_attention
 from rewriter.kernels import running_topk_ranges
-from rewriter.kernels.gpu.arguments import Arguments
+from rewriter.kernels.arguments import AttentionArguments
 from rewriter.kernels.gpu.decode import MAX_QUERIES
+from rewriter.kernels.gpu.kernel_inputs import KernelInputs
 from rewriter.kernels.gpu.schedule import BACKWARD_CAPACITY
 from rewriter.kernels.gpu.schedule import FORWARD_CAPACITY
 from rewriter.kernels.gpu.schedule import build
@@ -332,9 +333,7 @@ def attention(machine: Machine, sizes: Sizes, mask: str, length: int) -> Figures
 
 def schedules(machine: Machine, inputs: Inputs) -> Figures:
     """Both schedules by themselves, with what the CPU needs to launch them."""
-    arguments = Arguments.make(
-        *inputs.leaves, inputs.live.start, inputs.live.end, *[None] * 3, *[None] * 2, None, None, sort=True
-    )
+    arguments = KernelInputs.make(AttentionArguments(*inputs.leaves, inputs.live.start, inputs.live.end), sort=True)
     figures = {}
     for name, kernel, capacity in (
         ("forward", "forward", FORWARD_CAPACITY),

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import logging
-import subprocess
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -30,8 +29,9 @@ def main(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    source = "".join(inspect.getsource(module) for module in (logging, subprocess))
-    text, unseen = (torch.tensor(tokenizer(part).input_ids) for part in (source, inspect.getsource(argparse)))
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[b-d]*.py"))
+    text = torch.tensor([token for file in files for token in tokenizer(file.read_text("utf-8")).input_ids])
+    unseen = torch.tensor(tokenizer(inspect.getsource(argparse)).input_ids)
     held_out = unseen[: rows * length].view(rows, length)
 
     fast = rewriter.optimize(model, DynamicMask(keep=keep, local=keep), backend=backend, strict=True)

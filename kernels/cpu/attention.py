@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from rewriter.kernels.arguments import AttentionArguments
+from rewriter.kernels.arguments import as_int32
 from rewriter.kernels.cpu.schedule import Tile
 from rewriter.kernels.cpu.schedule import tile_rows
 from rewriter.kernels.cpu.schedule import tiles
@@ -45,6 +47,29 @@ class Logits:
     alibi_slopes: Tensor | None
     scale: float
     softcap: float
+
+    @classmethod
+    def of(cls, arguments: AttentionArguments) -> Logits:
+        a = arguments
+        num_queries, num_keys = a.query.size(2), a.key.size(2)
+        query_index, key_index = a.query_index, a.key_index
+        if query_index is None:
+            query_index = torch.arange(num_keys - num_queries, num_keys, dtype=torch.int32)
+        if key_index is None:
+            key_index = torch.arange(num_keys, dtype=torch.int32)
+        return cls(
+            query_index=_rows(query_index),
+            key_index=_rows(key_index),
+            bias=a.bias,
+            alibi_slopes=a.alibi_slopes,
+            scale=1 / math.sqrt(a.query.size(3)) if a.scale is None else a.scale,
+            softcap=a.softcap or 0.0,
+        )
+
+
+def _rows(index: Tensor) -> Tensor:
+    """int32 `[B|1, size]`."""
+    return as_int32(index)[None] if index.dim() == 1 else as_int32(index)
 
 
 @dataclass(frozen=True)

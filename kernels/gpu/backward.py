@@ -19,9 +19,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from rewriter.kernels.gpu.arguments import Arguments
-from rewriter.kernels.gpu.arguments import range_strides
-from rewriter.kernels.gpu.arguments import row_strides
+from rewriter.kernels.gpu.kernel_inputs import KernelInputs
+from rewriter.kernels.gpu.kernel_inputs import range_strides
+from rewriter.kernels.gpu.kernel_inputs import row_strides
 from rewriter.kernels.gpu.launch import LENGTHS
 from rewriter.kernels.gpu.launch import launch
 from rewriter.kernels.gpu.schedule import BACKWARD_CAPACITY
@@ -40,7 +40,7 @@ from torch import Tensor
 
 
 def backward(
-    arguments: Arguments, output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor
+    arguments: KernelInputs, output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, bias and sinks (None where there is none), in the dtypes of the inputs."""
     a = arguments

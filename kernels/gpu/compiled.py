@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 import triton
-from rewriter.kernels.gpu.arguments import Arguments
+from rewriter.kernels.arguments import AttentionArguments
 from rewriter.kernels.gpu.backward import backward
 from rewriter.kernels.gpu.decode import decode
 from rewriter.kernels.gpu.forward import forward
+from rewriter.kernels.gpu.kernel_inputs import KernelInputs
 from rewriter.kernels.gpu.key_scores import key_scores
 from rewriter.kernels.gpu.launch import Launch
 from rewriter.kernels.gpu.launch import record_launches
@@ -98,13 +99,10 @@ def record(
         options: its optional arguments but `return_lse`.
     """
     meta = torch.device("meta")
-    names = ("query_index", "key_index", "bias", "sinks", "alibi_slopes", "scale", "softcap")
-    given = [options.pop(name, None) for name in names]
-    if options:
-        raise TypeError(f"record takes the options {', '.join(names)}; got {', '.join(options)}")
+    arguments = AttentionArguments(query, key, value, live.start, live.end, **options)
 
-    def made(sort: bool) -> Arguments:
-        return Arguments.make(query, key, value, live.start, live.end, *given, sort=sort)
+    def made(sort: bool) -> KernelInputs:
+        return KernelInputs.make(arguments, sort=sort)
 
     lse = torch.empty(query.shape[:3], device=meta)
     with record_launches(architecture) as recorded:

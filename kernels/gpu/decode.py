@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from rewriter.kernels.gpu.arguments import Arguments
-from rewriter.kernels.gpu.arguments import row_strides
-from rewriter.kernels.gpu.arguments import shared_strides
 from rewriter.kernels.gpu.forward import attend
+from rewriter.kernels.gpu.kernel_inputs import KernelInputs
+from rewriter.kernels.gpu.kernel_inputs import row_strides
+from rewriter.kernels.gpu.kernel_inputs import shared_strides
 from rewriter.kernels.gpu.launch import LENGTHS
 from rewriter.kernels.gpu.launch import launch
 from rewriter.kernels.gpu.tiles import LOG2E
@@ -28,7 +28,7 @@ MAX_QUERIES = 16
 """Up to this many query rows; for more, a schedule pays."""
 
 
-def decode(arguments: Arguments) -> tuple[Tensor, Tensor]:
+def decode(arguments: KernelInputs) -> tuple[Tensor, Tensor]:
     """As `forward`, for few query rows; `arguments.row_order` is None."""
     a = arguments
     config = a.config("decode")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from rewriter.kernels.gpu.arguments import Arguments
-from rewriter.kernels.gpu.arguments import range_strides
-from rewriter.kernels.gpu.arguments import row_strides
+from rewriter.kernels.gpu.kernel_inputs import KernelInputs
+from rewriter.kernels.gpu.kernel_inputs import range_strides
+from rewriter.kernels.gpu.kernel_inputs import row_strides
 from rewriter.kernels.gpu.launch import LENGTHS
 from rewriter.kernels.gpu.launch import launch
 from rewriter.kernels.gpu.schedule import FORWARD_CAPACITY
@@ -29,7 +29,7 @@ from rewriter.kernels.gpu.tiles import packed_rows
 from torch import Tensor
 
 
-def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
+def forward(arguments: KernelInputs) -> tuple[Tensor, Tensor]:
     """Output `[B, Hq, Q, Dv]` in the query's dtype, heads innermost, and log-sum-exp `[B, Hq, Q]` in fp32."""
     a = arguments
     config = a.config("forward")

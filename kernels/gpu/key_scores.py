@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from rewriter.kernels.gpu.arguments import Arguments
-from rewriter.kernels.gpu.arguments import row_strides
-from rewriter.kernels.gpu.arguments import shared_strides
+from rewriter.kernels.gpu.kernel_inputs import KernelInputs
+from rewriter.kernels.gpu.kernel_inputs import row_strides
+from rewriter.kernels.gpu.kernel_inputs import shared_strides
 from rewriter.kernels.gpu.launch import LENGTHS
 from rewriter.kernels.gpu.launch import launch
 from rewriter.kernels.gpu.tiles import LOG2E
@@ -22,7 +22,7 @@ from rewriter.kernels.gpu.tiles import packed_rows
 from torch import Tensor
 
 
-def key_scores(arguments: Arguments, lse: Tensor, group: str) -> Tensor:
+def key_scores(arguments: KernelInputs, lse: Tensor, group: str) -> Tensor:
     """fp32 `[B, Hkv, K]`, or `[B, Hq, K]` for `group="per_query_head"`. `lse` is `[B, Hq, Q]`; the value is not read."""
     a = arguments
     config = a.config("key_scores")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from rewriter.kernels import LiveRanges
-from rewriter.kernels.gpu.arguments import Arguments
+from rewriter.kernels.arguments import AttentionArguments
 from rewriter.kernels.gpu.backward import backward
 from rewriter.kernels.gpu.compiled import TARGETS
 from rewriter.kernels.gpu.compiled import compile_launch
 from rewriter.kernels.gpu.compiled import launches
 from rewriter.kernels.gpu.decode import decode
 from rewriter.kernels.gpu.forward import forward
+from rewriter.kernels.gpu.kernel_inputs import KernelInputs
 from rewriter.kernels.gpu.key_scores import key_scores
 from rewriter.kernels.gpu.launch import HEAD_DIMS
 from rewriter.kernels.gpu.launch import INTERPRETED
@@ -79,14 +80,18 @@ def test_every_option_compiles(architecture: str, wide: bool, monkeypatch: pytes
     live = LiveRanges.causal(70, device="meta")
     index, slopes = torch.arange(70, device="meta")[None].expand(2, -1), torch.empty(130, device="meta")
     options = (live.start, live.end, index, index, None, slopes, slopes, None, 30.0)
-    arguments = Arguments.make(query, key, value, *options, sort=True)
+    arguments = KernelInputs.make(AttentionArguments(query, key, value, *options), sort=True)
     lse = torch.empty(2, 130, 70, device="meta")
     with record_launches(architecture) as recorded:
         forward(arguments)
         backward(arguments, arguments.empty_output(), lse, arguments.empty_output(), lse)
-        decode(Arguments.make(query[:, :, :2], key, value, *options[:2], index[:, :2], *options[3:], sort=False))
+        decode(
+            KernelInputs.make(
+                AttentionArguments(query[:, :, :2], key, value, *options[:2], index[:, :2], *options[3:]), sort=False
+            )
+        )
         for group in ("max", "per_query_head"):
-            key_scores(Arguments.make(query, key, key, *options, sort=False), lse, group)
+            key_scores(KernelInputs.make(AttentionArguments(query, key, key, *options), sort=False), lse, group)
     for launch in recorded:
         launch.kernel.device_caches.clear()  # or what the other variant compiled would be taken
     kernels = [compile_launch(launch, architecture).kernel for launch in recorded]

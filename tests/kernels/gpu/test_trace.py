@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rewriter.kernels import arguments
 from rewriter.kernels import ops
 from rewriter.kernels import topk
 from rewriter.kernels.gpu import launch
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (ops, topk):
+    for module in (arguments, ops, topk):
         monkeypatch.setattr(module, "runs_triton", lambda tensor: True)
     monkeypatch.setattr(launch, "_architecture", lambda device: "sm90")
     with standing_in("sm90"):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rewriter.kernels.arguments import AttentionArguments
+from rewriter.kernels.arguments import as_int32
 from rewriter.kernels.gpu.launch import LaunchConfig
 from rewriter.kernels.gpu.launch import architecture
 from rewriter.kernels.gpu.launch import launch_config
@@ -15,8 +17,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Made by `make`, which see.
+class KernelInputs:
+    """Tensors and sizes as the kernels' pointers, strides and constants want them; built by `make`.
 
     Attributes:
         query, key, value: as given; elements of a row are neighbours.
@@ -43,25 +45,12 @@ class Arguments:
     softcap: float
 
     @classmethod
-    def make(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        start: Tensor,
-        end: Tensor,
-        query_index: Tensor | None,
-        key_index: Tensor | None,
-        bias: Tensor | None,
-        sinks: Tensor | None,
-        alibi_slopes: Tensor | None,
-        scale: float | None,
-        softcap: float | None,
-        *,
-        sort: bool,
-    ) -> Arguments:
-        """From the operator's arguments, already checked; `sort` for kernels with a schedule, which visits rows in the
-        order of their indices, so that those of a tile see much the same keys."""
+    def make(cls, arguments: AttentionArguments, *, sort: bool) -> KernelInputs:
+        """From arguments that are checked; `sort` for kernels with a schedule, which visits rows in the order of their
+        indices, so that those of a tile see much the same keys."""
+        query, key, value = arguments.query, arguments.key, arguments.value
+        query_index, key_index = arguments.query_index, arguments.key_index
+        bias, sinks, alibi_slopes = arguments.bias, arguments.sinks, arguments.alibi_slopes
         num_queries, num_keys = query.size(2), key.size(2)
         row_order = None
         if query_index is None:
@@ -71,7 +60,7 @@ class Arguments:
             if sort:
                 query_index, row_order = query_index.sort(dim=1, stable=True)
                 row_order = row_order.to(torch.int32).contiguous()
-        query_index, start, end = query_index.contiguous(), _with_rows(start), _with_rows(end)
+        query_index, start, end = query_index.contiguous(), _with_rows(arguments.start), _with_rows(arguments.end)
         if alibi_slopes is None:
             key_index = None
         elif key_index is None:
@@ -90,8 +79,8 @@ class Arguments:
             None if bias is None else _with_rows(bias),
             None if alibi_slopes is None else _with_rows(alibi_slopes),
             None if sinks is None else _with_rows(sinks),
-            1 / math.sqrt(query.size(3)) if scale is None else scale,
-            softcap or 0.0,
+            1 / math.sqrt(query.size(3)) if arguments.scale is None else arguments.scale,
+            arguments.softcap or 0.0,
         )
 
     @property
@@ -169,11 +158,6 @@ class Arguments:
     def order(self) -> tuple[Tensor, int]:
         """The row order and its stride of the batch; another tensor, never read, stands for it where there is none."""
         return (self.query, 0) if self.row_order is None else (self.row_order, shared_strides(self.row_order, 1)[0])
-
-
-def as_int32(index: Tensor) -> Tensor:
-    """Indices beyond int32 stand for its ends: no range begins or ends between."""
-    return index if index.dtype == torch.int32 else index.clamp(-(2**31), 2**31 - 2).to(torch.int32)
 
 
 def padded(dim: int) -> int:
