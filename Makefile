@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test zoo soak lint bench gpu-cache clean
+.PHONY: demo test zoo soak lint docs bench gpu-cache clean
 
 demo: $(INSTALLED)
 	$(BIN)/rewriter demo --out demo-output
@@ -17,6 +17,7 @@ test: $(INSTALLED)
 # An hour: what has been examined stands in the file, and is not examined again.
 zoo: $(INSTALLED)
 	$(BIN)/python tests/zoo/examine.py --out bench/results/zoo.json
+	$(BIN)/python bench/tables.py
 
 # Up to an hour: the tests that `make test` leaves out, and ten thousand random masks.
 soak: $(INSTALLED)
@@ -31,6 +32,11 @@ lint: $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps --target build/installed .
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --package rewriter
 	cd build/installed && PYTHONPATH=. ../../$(BIN)/lint-imports ../../pyproject.toml
+
+# The site in build/site; a broken link or reference is an error, and so is a table that is not what the results say.
+docs: $(INSTALLED)
+	$(BIN)/python bench/tables.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(INSTALLED)
 	$(BIN)/python bench/attention.py
@@ -50,7 +56,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,export,test,lint]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,export,test,lint,docs]"
 	touch $@
 
 clean:

@@ -32,9 +32,9 @@ from typing import Any
 import torch
 import triton
 from rewriter.kernels.gpu import launch
-from rewriter.kernels.gpu.compiled import TARGETS
 from rewriter.kernels.gpu.compiled import compile_launch
 from rewriter.kernels.gpu.compiled import record
+from rewriter.kernels.gpu.targets import TARGETS
 from triton.compiler.compiler import make_backend
 from triton.runtime import cache as triton_cache
 
@@ -76,7 +76,7 @@ class Manifest:
             triton=triton.__version__,
             sources=hashlib.sha256(key.replace(_hash_of_binary(), "").encode()).hexdigest(),
             key=key,
-            backend=make_backend(TARGETS[ARCHITECTURE]).hash(),
+            backend=make_backend(TARGETS[ARCHITECTURE].triton).hash(),
             kernels=kernels,
             commit=commit(),
         )

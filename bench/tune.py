@@ -26,7 +26,6 @@ from rewriter.kernels import key_scores
 from rewriter.kernels import live_range_attention
 from rewriter.kernels import running_topk_ranges
 from rewriter.kernels.gpu.compiled import MAX_SPILLED
-from rewriter.kernels.gpu.compiled import SHARED_MEMORY
 from rewriter.kernels.gpu.compiled import compile_launch
 from rewriter.kernels.gpu.compiled import launches
 from rewriter.kernels.gpu.launch import HEAD_DIMS
@@ -35,6 +34,7 @@ from rewriter.kernels.gpu.launch import Table
 from rewriter.kernels.gpu.launch import architecture
 from rewriter.kernels.gpu.launch import table as launch_table
 from rewriter.kernels.gpu.launch import use_table
+from rewriter.kernels.gpu.targets import TARGETS
 
 # block_m, block_n, num_warps, num_stages
 CANDIDATES = {
@@ -80,7 +80,7 @@ def main(
     ] = False,
     element_bits: Annotated[str, typer.Option("--bits", help="Sizes of elements.")] = "16,32",
     head_dims: Annotated[str, typer.Option(help="Head dims.")] = ",".join(map(str, HEAD_DIMS)),
-    architectures: Annotated[str, typer.Option(help="With --compile-only: which ones.")] = ",".join(SHARED_MEMORY),
+    architectures: Annotated[str, typer.Option(help="With --compile-only: which ones.")] = ",".join(TARGETS),
 ) -> None:
     names = architectures.split(",") if compile_only else [architecture(torch.device("cuda"))]
     for name in names:
@@ -203,7 +203,7 @@ def misfits(work: tuple[str, int, int, dict[str, list[int]]]) -> list[str]:
             typer.echo(f"  {launch.kernel.__name__} {entries[kernel]}: {type(error).__name__}")
             bad.append(kernel)
             continue
-        if compiled.spilled > MAX_SPILLED or compiled.shared > SHARED_MEMORY[name]:
+        if compiled.spilled > MAX_SPILLED or compiled.shared > TARGETS[name].shared_memory:
             bad.append(kernel)
     return bad
 

@@ -1,7 +1,7 @@
 """A policy of one's own: what is far away is seen more thinly, so that few keys reach far back.
 
 Every key lives for `window` queries, every second one twice as long, every fourth four times, and so on. A policy is a frozen
-dataclass with one method, `live_ranges`; because each key's range comes from its own place alone (`ends_alone`), the policy
+dataclass with one method, `live_ranges`; because each key's range comes from its own place alone (`per_key_ranges`), the policy
 generates over a cache, too, and `pressure` says how many slots that cache needs.
 """
 
@@ -25,7 +25,7 @@ MODEL = Path(rewriter.__file__).parent / "demo" / "model"
 
 @dataclass(frozen=True)
 class Fading(rewriter.Policy):
-    ends_alone: ClassVar[bool] = True
+    per_key_ranges: ClassVar[bool] = True
 
     window: int
     levels: int

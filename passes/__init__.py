@@ -11,8 +11,8 @@ from rewriter.passes.policy import Extended
 from rewriter.passes.policy import Policy
 from rewriter.passes.policy import SiteTensors
 from rewriter.passes.policy import Slots
+from rewriter.passes.predict import ExampleSequence
 from rewriter.passes.predict import Prediction
-from rewriter.passes.predict import Row
 
 from rewriter.errors import CaptureError
 from rewriter.errors import PolicyError
@@ -21,13 +21,13 @@ __all__ = [
     "CacheLayout",
     "CachedGraphs",
     "CaptureError",
+    "ExampleSequence",
     "Extended",
     "NotCacheable",
     "Policy",
     "PolicyError",
     "Prediction",
     "Rewritten",
-    "Row",
     "SiteTensors",
     "Slots",
     "rewrite",

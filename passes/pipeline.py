@@ -30,8 +30,8 @@ from rewriter.passes.masks.intervals import MaskProof
 from rewriter.passes.masks.intervals import Unproven
 from rewriter.passes.masks.prove import prove_mask
 from rewriter.passes.policy import Policy
+from rewriter.passes.predict import ExampleSequence
 from rewriter.passes.predict import Prediction
-from rewriter.passes.predict import Row
 from rewriter.passes.predict import predict
 from torch import Tensor
 from torch.fx import Graph
@@ -73,7 +73,7 @@ def rewrite(
     replace: bool = True,
     cached: bool = False,
     dump: Path | None = None,
-    explained: Row | None = None,
+    explained: ExampleSequence | None = None,
 ) -> Rewritten:
     """Runs all passes over a Dynamo graph.
 

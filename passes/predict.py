@@ -31,7 +31,7 @@ from torch.fx import Node
 
 
 @dataclass(frozen=True)
-class Row:
+class ExampleSequence:
     """What is predicted for.
 
     Attributes:
@@ -87,7 +87,7 @@ def predict(
     functions: IndexFunctions,
     constants: Mapping[Node, Tensor],
     inputs: tuple[GraphInput, ...],
-    row: Row,
+    row: ExampleSequence,
 ) -> dict[int, Prediction]:
     """Predictions by site number; a refused site has none.
 
@@ -109,7 +109,7 @@ def predict(
     return result
 
 
-class _OneRow(Trial):
+class _OneSequence(Trial):
     """Data of one row without padding: masks are ones, positions count from 0, so that there is one document."""
 
     def _value(self, node: Node) -> Any:
@@ -130,7 +130,7 @@ def _predict(
 ) -> Prediction:
     site = plan.site
     assert site.query is not None and site.key is not None and site.value is not None
-    trial = _OneRow(functions, constants, Sizes(_chosen_sizes(plan, length)), "ones", [])
+    trial = _OneSequence(functions, constants, Sizes(_chosen_sizes(plan, length)), "ones", [])
     query, key, value = (trial.sizes(node) for node in (site.query, site.key, site.value))
     query_heads, heads = (query[1], key[1]) if len(query) == 4 else (1, 1)
     grid = key_grid(1, heads, key[-2], torch.device("cpu"))
@@ -207,7 +207,7 @@ def _under_policy(
     index = torch.arange(own.num_keys, dtype=torch.int32)[None, None, :]
     ids = None
     if policy.needs_input_ids:
-        ids = _row_of_ids(plan, values, own.num_keys)
+        ids = _sequence_of_ids(plan, values, own.num_keys)
         if ids is None:
             return own, "the token ids have no values (a meta device): this is the model's own mask"
         notes.append("the tokens of the call's last row, repeated")
@@ -229,7 +229,7 @@ def _under_policy(
     return own if extra is None else own & extra, "; ".join(notes)
 
 
-def _row_of_ids(plan: PlannedSite, values: Mapping[str, Any], length: int) -> Tensor | None:
+def _sequence_of_ids(plan: PlannedSite, values: Mapping[str, Any], length: int) -> Tensor | None:
     """int64 `[1, length]`: the last row of the call's token ids, again and again; None where they have no values."""
     assert plan.input_ids is not None
     given = values.get(plan.input_ids.meta["source"])

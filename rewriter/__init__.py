@@ -9,7 +9,7 @@ from pathlib import Path as _Path
 
 if not (_Path(__file__).parent / "kernels").is_dir():
     # In a checkout the package's other folders, kernels, passes and export, stand beside this one.
-    __path__.append(str(_Path(__file__).parents[1]))
+    __path__.append(str(_Path(__file__).resolve().parents[1]))
 
 from rewriter.chunked.calibrate import MIXED_CALIBRATION
 from rewriter.chunked.calibrate import Calibrate

@@ -193,11 +193,11 @@ def verify(
     try:
         if compile_only:
             names = tuple(architectures.split(","))
-            unknown = [name for name in names if name not in verification.compiled.TARGETS]
+            unknown = [name for name in names if name not in verification.TARGETS]
             if unknown:
                 raise verification.VerifyError(
                     f"--architectures {architectures}: no such GPU as {unknown[0]}; "
-                    f"there are {', '.join(verification.compiled.TARGETS)}"
+                    f"there are {', '.join(verification.TARGETS)}"
                 )
             entries = list(verification.compile_table(names))
             console.print(verification.compiled_table(entries))

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from rewriter.errors import PolicyError
 from rewriter.errors import RewriteError
 from rewriter.optimized_model import OptimizedModel
-from rewriter.passes import Row
+from rewriter.passes import ExampleSequence
 from rewriter.passes.policy import Policy
 from rewriter.policies.exact import Exact
 from rewriter.report import Report
@@ -103,7 +103,7 @@ def explain(
         raise RewriteError(f"length must be at least 1 token, got {length}")
     report = Report()
     given = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
-    row = Row(length, {name: value for name, value in given.items() if isinstance(value, Tensor)})
+    row = ExampleSequence(length, {name: value for name, value in given.items() if isinstance(value, Tensor)})
     if any(p.is_meta for p in model.parameters()):
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
     for result in analyse_call(model, policy or Exact(), args, kwargs, explained=row):

@@ -15,8 +15,8 @@ from torch.fx import GraphModule
 from rewriter.errors import CaptureError
 from rewriter.errors import PolicyError
 from rewriter.errors import RewriteError
+from rewriter.passes import ExampleSequence
 from rewriter.passes import Rewritten
-from rewriter.passes import Row
 from rewriter.passes import rewrite
 from rewriter.passes.policy import Policy
 
@@ -31,7 +31,7 @@ def traced_call(
             torch.ops.rewriter.policy_parameters(list(policy_parameters.values()), " ".join(policy_parameters))
         return result(model(*args, **kwargs))
 
-    return torch.compile(own_code(call), backend=backend, dynamic=True, fullgraph=True)
+    return torch.compile(with_own_code(call), backend=backend, dynamic=True, fullgraph=True)
 
 
 def analyse_call(
@@ -40,7 +40,7 @@ def analyse_call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
-    explained: Row | None = None,
+    explained: ExampleSequence | None = None,
 ) -> list[Rewritten]:
     """What the passes would do to a call; it is run as it is."""
     results: list[Rewritten] = []
@@ -55,7 +55,7 @@ def analyse_call(
     return results
 
 
-def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with a code object of its own: Dynamo keeps what it compiles there, and gives up after some entries."""
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace()
@@ -66,8 +66,8 @@ def guarded(
     call: Callable[..., Any], policy_parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Calls a compiled model; errors of the passes come out as they are, those of capture with what to do."""
-    args = tuple(_on_its_own(value) for value in args)
-    kwargs = {name: _on_its_own(value) for name, value in kwargs.items()}
+    args = tuple(_as_own_tensor(value) for value in args)
+    kwargs = {name: _as_own_tensor(value) for name, value in kwargs.items()}
     try:
         # DDP would have the graph cut at its buckets, and each piece seen as a model. Hooks that come later are not ignored.
         with torch._dynamo.config.patch(specialize_float=True, optimize_ddp=False, skip_nnmodule_hook_guards=False):
@@ -84,7 +84,7 @@ def guarded(
         ) from error
 
 
-def _on_its_own(value: Any) -> Any:
+def _as_own_tensor(value: Any) -> Any:
     """The same memory, not as a part of a longer tensor: Dynamo would make another graph for that one's sizes and strides.
 
     One row cut out of longer ones is contiguous, but keeps their stride.

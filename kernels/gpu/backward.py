@@ -22,7 +22,7 @@ import triton.language as tl
 from rewriter.kernels.gpu.kernel_inputs import KernelInputs
 from rewriter.kernels.gpu.kernel_inputs import range_strides
 from rewriter.kernels.gpu.kernel_inputs import row_strides
-from rewriter.kernels.gpu.launch import LENGTHS
+from rewriter.kernels.gpu.launch import UNSPECIALIZED
 from rewriter.kernels.gpu.launch import launch
 from rewriter.kernels.gpu.schedule import BACKWARD_CAPACITY
 from rewriter.kernels.gpu.schedule import MAX_SEGMENTS
@@ -253,7 +253,7 @@ def _add_query_gradient(
     return add_dot(b_acc, grad_logits.to(b_key.dtype), b_key, PRECISION)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _query_gradient(
     query_ptr,
     key_ptr,
@@ -539,7 +539,7 @@ def _add_key_gradients(
     return b_grad_key, b_grad_value, b_grad_bias
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _list_gradients(
     query_ptr,
     key_ptr,
@@ -706,7 +706,7 @@ def _list_gradients(
         tl.store(partial_bias_ptr + o_partial, b_grad_bias, mask=m_keys)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _key_gradients(
     query_ptr,
     key_ptr,

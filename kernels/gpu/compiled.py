@@ -28,20 +28,11 @@ from rewriter.kernels.gpu.launch import Launch
 from rewriter.kernels.gpu.launch import record_launches
 from rewriter.kernels.gpu.running_topk import descend
 from rewriter.kernels.gpu.schedule import build
+from rewriter.kernels.gpu.targets import TARGETS
 from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-
-TARGETS = {
-    "sm80": GPUTarget("cuda", 80, 32),
-    "sm90": GPUTarget("cuda", 90, 32),
-    "sm100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-
-SHARED_MEMORY = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024, "gfx942": 64 * 1024}
-"""Bytes of shared memory that a program can have."""
 
 MAX_SPILLED = 128
 """Bytes of registers that a thread may spill: 32 of its 255 registers. A tile with no spill at all can be too small: see
@@ -149,7 +140,7 @@ class _StandIn:
     architecture: str
 
     def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.architecture]
+        return TARGETS[self.architecture].triton
 
     def get_current_device(self) -> str:
         return self.architecture  # Triton keeps what it compiled by device

@@ -14,7 +14,7 @@ from rewriter.kernels.gpu.forward import attend
 from rewriter.kernels.gpu.kernel_inputs import KernelInputs
 from rewriter.kernels.gpu.kernel_inputs import row_strides
 from rewriter.kernels.gpu.kernel_inputs import shared_strides
-from rewriter.kernels.gpu.launch import LENGTHS
+from rewriter.kernels.gpu.launch import UNSPECIALIZED
 from rewriter.kernels.gpu.launch import launch
 from rewriter.kernels.gpu.tiles import LOG2E
 from rewriter.kernels.gpu.tiles import in_fp32
@@ -87,7 +87,7 @@ def decode(arguments: KernelInputs) -> tuple[Tensor, Tensor]:
     return output, lse
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _decode(
     query_ptr,
     key_ptr,
@@ -180,7 +180,7 @@ def _decode(
     tl.store(partial_lse_ptr + p_partial, b_max + tl.log2(b_sum), mask=m_rows)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _merge(
     partial_output_ptr,
     partial_lse_ptr,

@@ -12,7 +12,7 @@ import triton.language as tl
 from rewriter.kernels.gpu.kernel_inputs import KernelInputs
 from rewriter.kernels.gpu.kernel_inputs import range_strides
 from rewriter.kernels.gpu.kernel_inputs import row_strides
-from rewriter.kernels.gpu.launch import LENGTHS
+from rewriter.kernels.gpu.launch import UNSPECIALIZED
 from rewriter.kernels.gpu.launch import launch
 from rewriter.kernels.gpu.schedule import FORWARD_CAPACITY
 from rewriter.kernels.gpu.schedule import MAX_SEGMENTS
@@ -150,7 +150,7 @@ def attend(
     return b_acc, new_max, b_sum
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward(
     query_ptr,
     key_ptr,

@@ -11,7 +11,7 @@ import triton.language as tl
 from rewriter.kernels.gpu.kernel_inputs import KernelInputs
 from rewriter.kernels.gpu.kernel_inputs import row_strides
 from rewriter.kernels.gpu.kernel_inputs import shared_strides
-from rewriter.kernels.gpu.launch import LENGTHS
+from rewriter.kernels.gpu.launch import UNSPECIALIZED
 from rewriter.kernels.gpu.launch import launch
 from rewriter.kernels.gpu.tiles import LOG2E
 from rewriter.kernels.gpu.tiles import base2_logits
@@ -60,7 +60,7 @@ def key_scores(arguments: KernelInputs, lse: Tensor, group: str) -> Tensor:
     return scores
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _key_scores(
     query_ptr,
     key_ptr,

@@ -18,18 +18,19 @@ from typing import Any
 
 import torch
 import triton
+from rewriter.kernels.gpu.targets import of_capability
 
 TABLE = Path(__file__).with_name("launch_table.json")
 HEAD_DIMS = (64, 128, 256)
 """Head dims of the table; others take the next larger one's entry."""
 
-LENGTHS = (
+UNSPECIALIZED = (
     *("num_queries", "num_keys", "num_tiles", "num_splits", "num_partial", "list_size"),
     *("num_values", "num_prefixes", "bit", "num_sorted", "num_places"),
     *("range_stride_b", "range_stride_h", "stride_order_b", "stride_bias_b", "stride_bias_h", "stride_key_index_b"),
     *("stride_start_b", "stride_start_h", "stride_end_b", "stride_end_h", "stride_query_index_b"),
 )
-"""Arguments that follow from a call's lengths. Kernels take them with `do_not_specialize`: Triton would compile a kernel anew
+"""Lengths, and strides that follow from them. Kernels take them with `do_not_specialize`: Triton would compile a kernel anew
 for each combination of those that are 1 or a multiple of 16. The strides of rows, whose alignment makes loads wide, stay."""
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -100,11 +101,7 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def _architecture(device: torch.device) -> str:
-    if torch.version.hip:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    # The other GPUs (8.6, 8.9, 12.0) have about 100 KiB of shared memory: they take gfx942's tiles, made for 64 KiB.
-    return {(8, 0): "sm80", (9, 0): "sm90", (10, 0): "sm100", (10, 3): "sm100"}.get((major, minor), "gfx942")
+    return "gfx942" if torch.version.hip else of_capability(torch.cuda.get_device_capability(device))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from rewriter.kernels.gpu.launch import LENGTHS
+from rewriter.kernels.gpu.launch import UNSPECIALIZED
 from rewriter.kernels.gpu.launch import launch
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def descend(values: Tensor, ones_before: Tensor, bounds: Tensor, wanted: Tensor,
     return moved
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _descend(
     values_ptr,
     ones_before_ptr,

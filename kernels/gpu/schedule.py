@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from rewriter.kernels.gpu.launch import LENGTHS
+from rewriter.kernels.gpu.launch import UNSPECIALIZED
 from rewriter.kernels.gpu.launch import launch
 from torch import Tensor
 
@@ -308,7 +308,7 @@ def _previous_end(flag: Tensor, tile: Tensor) -> Tensor:
     return torch.nn.functional.pad(torch.where(flag, tile + 1, 0).cummax(dim=2).values, (1, 0)).to(torch.int32)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _count_below(sorted_ptr, wanted_ptr, ranks_ptr, num_sorted, num_places, PLACES: tl.constexpr, BLOCK: tl.constexpr):
     """By bisection, as `torch.searchsorted`, which Inductor (torch 2.11) turns into code that does not compile here."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -331,7 +331,7 @@ def _count_below(sorted_ptr, wanted_ptr, ranks_ptr, num_sorted, num_places, PLAC
     tl.store(ranks_ptr + i_row * num_places + o_places, low, mask=m_places)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _fill_lists(
     start_ptr,
     end_ptr,

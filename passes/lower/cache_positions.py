@@ -1,7 +1,7 @@
-"""Attention whose positions are places in the cache: a key is one key for each epoch that it lives in.
+"""Cache-relative positions: a key's position is its place among the keys of the cache, and changes when that is compacted.
 
-Between two compactions the place of a key does not change; its live range is split at each, and its content is rotated for
-each place that it has (`rewriter.kernels.compaction`).
+Between two compactions, an epoch, it stays. A key is copied once for each epoch that it lives in: its live range is split at
+each compaction, and each copy is rotated for the position that it has there (`rewriter.kernels.compaction`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from torch.fx import Graph
 from torch.fx import Node
 
 
-def attend_by_place(
+def attend_cache_relative(
     plan: PlannedSite, proof: MaskProof, query: Node, key: Node, value: Node, shared: dict[Any, tuple[Node, ...]]
 ) -> Node:
-    """Attention whose positions are places in the cache: a key is one key for each epoch that it lives in."""
+    """A site with cache-relative positions: one copy of each key for each epoch that it lives in."""
     graph = plan.site.node.graph
     assert plan.rotations is not None
     for_query, for_key = plan.rotations
@@ -40,12 +40,12 @@ def attend_by_place(
     if sharing not in shared:
         ranges = emit_bounds(graph, proof, key, {})
         ids = [] if plan.input_ids is None else [plan.input_ids]
-        shared[sharing] = call(graph, _Places(plan.policy), [query, key, value, *ranges, *ids], 6)
+        shared[sharing] = call(graph, _CacheRelative(plan.policy), [query, key, value, *ranges, *ids], 6)
     source, place, start, end, own_place, index = shared[sharing]
     query_content, key_content = (r.by_head(graph, r.content) for r in plan.rotations)
     keys, values = call(graph, _Gathered(), [key_content, value, source], 2)
-    query = turned(graph, for_query, query_content, own_place, shared, {})
-    keys = turned(graph, for_key, keys, place, shared, {})
+    query = apply_rotation(graph, for_query, query_content, own_place, shared, {})
+    keys = apply_rotation(graph, for_key, keys, place, shared, {})
     return call(
         graph,
         Attend(plan.site),
@@ -54,7 +54,7 @@ def attend_by_place(
     )[0]
 
 
-class _Places(nn.Module):
+class _CacheRelative(nn.Module):
     """The live ranges of a whole text by epoch, and the places of its keys and queries."""
 
     def __init__(self, policy: Any) -> None:
@@ -80,7 +80,9 @@ class _Places(nn.Module):
         slots = Slots(none, none, {name: none.to(d) for name, d in self.policy.slot_fields.items()}, rows)
         extended = self.policy.extend(slots, site)
         own = index[0, 0]
-        split = split_by_place(self.policy, index, torch.minimum(extended.end, end), extended, own[:1], key.size(2))
+        split = split_by_epoch_positions(
+            self.policy, index, torch.minimum(extended.end, end), extended, own[:1], key.size(2)
+        )
         return split.source, split.position, split.start, split.end, split.query_position, own
 
 
@@ -97,7 +99,7 @@ def gather_keys(tensor: Tensor, source: Tensor) -> Tensor:
     return tensor.gather(2, index)
 
 
-def split_by_place(
+def split_by_epoch_positions(
     policy: Any, index: Tensor, end: Tensor, extended: Extended, now: Tensor, num_new: int
 ) -> SplitRanges:
     """The live ranges of keys whose positions are places, by epoch.
@@ -112,7 +114,7 @@ def split_by_place(
     return split_by_epoch(index, end, times, now, num_new, policy.most_carried)
 
 
-def turned(
+def apply_rotation(
     graph: Graph,
     rotation: Rotation,
     content: Node,
@@ -120,7 +122,7 @@ def turned(
     shared: dict[Any, tuple[Node, ...]],
     copies: Mapping[Node, Node],
 ) -> Node:
-    """A content rotated for its places; the angles are computed once for all sites that have the same."""
+    """A content rotated for its positions; the angles are computed once for all sites that have the same."""
     sharing = ("angles", rotation.angle_nodes, rotation.angles, places)
     if sharing not in shared:
         shared[sharing] = rotation.copy_angles(graph, places, copies)

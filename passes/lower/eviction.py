@@ -14,7 +14,7 @@ from rewriter.kernels import LiveRanges
 from rewriter.passes.lower.cache_layout import FREE
 from rewriter.passes.lower.cache_layout import TableLayout
 from rewriter.passes.lower.cache_positions import gather_keys
-from rewriter.passes.lower.cache_positions import split_by_place
+from rewriter.passes.lower.cache_positions import split_by_epoch_positions
 from rewriter.passes.policy import Extended
 from rewriter.passes.policy import SiteTensors
 from rewriter.passes.policy import Slots
@@ -213,7 +213,7 @@ def _prefill_positions(
     order = torch.cat((joined.order, new.expand(*joined.order.shape[:2], num_new)), dim=2)
     end = keys["end"].gather(2, order)
     index = torch.where(end > now, keys["index"].gather(2, order), FREE)
-    split = split_by_place(layout.policy, index, end, joined.extended, now, num_new)
+    split = split_by_epoch_positions(layout.policy, index, end, joined.extended, now, num_new)
     rank = ((end > now + num_new).to(torch.int64).cumsum(dim=2) - 1).clamp(min=0)
     position = torch.zeros_like(rank).scatter(2, order, rank).gather(2, chosen)
     return position, {

@@ -15,7 +15,7 @@ from rewriter.passes.attention.normalize import commit
 from rewriter.passes.graph.edit import emit
 from rewriter.passes.graph.edit import inherited
 from rewriter.passes.graph.nodes import shape
-from rewriter.passes.lower.cache_positions import attend_by_place
+from rewriter.passes.lower.cache_positions import attend_cache_relative
 from rewriter.passes.lower.operator import Attend
 from rewriter.passes.lower.operator import emit_bounds
 from rewriter.passes.lower.plan import PlannedSite
@@ -56,7 +56,7 @@ def _replace(plan: PlannedSite, proof: MaskProof, shared: dict[Any, tuple[Node, 
             tensors = tuple(emit(graph, lambda x: (x.unsqueeze(1),), [t])[0] for t in tensors)  # type: ignore[assignment]
         query, key, value = tensors
         if plan.rotations is not None:
-            result = attend_by_place(plan, proof, query, key, value, shared)
+            result = attend_cache_relative(plan, proof, query, key, value, shared)
         else:
             sizes = (str(query.meta["val"].shape), str(key.meta["val"].shape))
             own = (tensors, *plan.parameters.values()) if plan.policy.reads_site else None

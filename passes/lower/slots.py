@@ -28,7 +28,7 @@ from rewriter.passes.lower.cache_layout import CacheLayout
 from rewriter.passes.lower.cache_layout import SiteLayout
 from rewriter.passes.lower.cache_layout import StateTensor
 from rewriter.passes.lower.cache_layout import TableLayout
-from rewriter.passes.lower.cache_positions import turned
+from rewriter.passes.lower.cache_positions import apply_rotation
 from rewriter.passes.lower.eviction import Extend
 from rewriter.passes.lower.eviction import StoreDecode
 from rewriter.passes.lower.eviction import StorePrefill
@@ -338,8 +338,8 @@ class SlotLowering(GraphCopy):
         keys, values = call(self.graph, module, [key, value, store["key"], store["value"], *where], 2)
         if plan.rotations is not None:
             for_query, for_key = plan.rotations
-            query = turned(self.graph, for_query, query, shared["own_place"], self.angles, self.copies)
-            keys = turned(self.graph, for_key, keys, shared["place"], self.angles, self.copies)
+            query = apply_rotation(self.graph, for_query, query, shared["own_place"], self.angles, self.copies)
+            keys = apply_rotation(self.graph, for_key, keys, shared["place"], self.angles, self.copies)
         return self.attend(table, plan, query, keys, values)
 
     def attend(self, table: Table, plan: PlannedSite, query: Node, keys: Node, values: Node) -> Node:

@@ -31,8 +31,8 @@ from rewriter.passes import Rewritten
 from rewriter.passes import rewrite
 from rewriter.passes.graph.inputs import GraphInput
 from rewriter.tracing import guarded
-from rewriter.tracing import own_code
 from rewriter.tracing import traced_call
+from rewriter.tracing import with_own_code
 
 ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
 
@@ -391,7 +391,7 @@ def _compiled(module: GraphModule, *, dynamic: bool) -> Callable[..., Any]:
     def call(*tensors: Tensor) -> Any:
         return module(*tensors)
 
-    return torch.compile(own_code(call), dynamic=dynamic, fullgraph=True)
+    return torch.compile(with_own_code(call), dynamic=dynamic, fullgraph=True)
 
 
 def _logits(output: Any) -> Tensor:

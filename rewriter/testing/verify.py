@@ -22,6 +22,7 @@ from rewriter.errors import VerifyError
 from rewriter.kernels import live_range_attention
 from rewriter.kernels.gpu import compiled
 from rewriter.kernels.gpu import launch
+from rewriter.kernels.gpu.targets import TARGETS
 from rewriter.testing import Case
 from rewriter.testing import Features
 from rewriter.testing import assert_equivalent
@@ -224,8 +225,8 @@ def compile_entries(work: tuple[str, int, int]) -> list[CompiledEntry]:
             failure = f"{item.kernel.__name__} does not compile: {type(error).__name__}: {str(error).splitlines()[-1]}"
         if result is not None and result.spilled > compiled.MAX_SPILLED:
             failure = f"{result.spilled} bytes of registers spilled, more than {compiled.MAX_SPILLED}"
-        if result is not None and result.shared > compiled.SHARED_MEMORY[architecture]:
-            failure = f"{result.shared} bytes of shared memory, more than {compiled.SHARED_MEMORY[architecture]}"
+        if result is not None and result.shared > TARGETS[architecture].shared_memory:
+            failure = f"{result.shared} bytes of shared memory, more than {TARGETS[architecture].shared_memory}"
         results.append(CompiledEntry(architecture, bits, head_dim, config, result, failure))
     return results
 

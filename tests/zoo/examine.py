@@ -2,13 +2,12 @@
 
     python tests/zoo/examine.py --out bench/results/zoo.json
 
-examines all of them, prints a table and writes it into the README (`make zoo`). What is in `--out` already is not run again.
+examines all of them (`make zoo`, which then writes the documentation's table). What is in `--out` already is not run again.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable
 from collections.abc import Collection
@@ -44,8 +43,7 @@ TOLERANCE = 1e-5
 equal numbers may be rounded to neighbours, 6e-8 apart; a wrong mask shows as 1e-2 and more."""
 
 
-README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- zoo: written by tests/zoo/examine.py -->", "<!-- end of zoo -->"
+RESULTS = Path(__file__).parents[2] / "bench" / "results" / "zoo.json"
 
 
 @dataclass
@@ -340,64 +338,6 @@ def _over_dynamic_cache(architecture: Architecture, model: nn.Module) -> float:
     return _difference(run(fast), expected)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line per architecture, its implementations together."""
-    lines = [
-        "| architecture | attention | sites | masks proven, of a padded call | `Exact()` | `SeparatorMask` | its cache "
-        "| `DynamicCache` | packed |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_name.setdefault(row["name"], []).append(row)
-    for name, own in by_name.items():
-        for row in own[1:]:
-            row["inductor"] = own[0]["inductor"]  # compiled in one of them
-        cells = [_cells(row) for row in own]
-        different = [c for c in cells if c != cells[0]]
-        attention = ", ".join(row["attention"] for row in own)
-        if different:
-            lines.extend(f"| {name} | {r['attention']} | {' | '.join(c)} |" for r, c in zip(own, cells, strict=True))
-        else:
-            lines.append(f"| {name} | {attention} | {' | '.join(cells[0])} |")
-    return "\n".join(lines)
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    if row["error"]:
-        return ["-", f"an error: {row['error']}", *["-"] * 5]
-    masks = "; ".join(row["masks"])
-    refused = "; ".join(dict.fromkeys(map(_shortened, row["refused"].values())))
-    count = sum(len(sites) for sites in row["masks"].values())
-    sites = f"{count} of {count + len(row['refused'])}"
-    return [
-        sites,
-        "; ".join(part for part in (masks, f"refused: {refused}" if refused else "") if part),
-        _equal(row["exact"]) + ("" if row["inductor"] is None else f"; compiled: {_one(row['inductor'])}"),
-        _equal(row["policy"]),
-        _one(row["cache"]),
-        _one(row["dynamic_cache"]),
-        _one(row["packed"]),
-    ]
-
-
-def _shortened(reason: str) -> str:
-    """A reason without its places and figures."""
-    return re.sub(r" \([^()]*\)", "", reason)
-
-
-def _one(outcome: float | str | None) -> str:
-    if isinstance(outcome, str):
-        return f"refused: {_shortened(outcome.split('cannot go on from a cache: ')[-1])}"
-    return _equal({} if outcome is None else {"": outcome})
-
-
-def _equal(differences: dict[str, float]) -> str:
-    if not differences:
-        return "-"
-    return "equal" if max(differences.values()) <= TOLERANCE else f"differs by {max(differences.values()):.0e}"
-
-
 if __name__ == "__main__":
     import typer
 
@@ -407,7 +347,7 @@ if __name__ == "__main__":
         eager: Annotated[bool, typer.Option(help="Leave compiled code for another time.")] = False,
         backwards: Annotated[bool, typer.Option(help="The last architectures first, beside another process.")] = False,
     ) -> None:
-        """Examine the zoo and print its table."""
+        """Examine the zoo; `bench/tables.py` makes the documentation's table of the results."""
         torch.set_num_threads(1)
         chosen = [(a, attention) for a in ARCHITECTURES for attention in a.implementations]
         for architecture, attention in reversed(chosen) if backwards else chosen:
@@ -420,10 +360,6 @@ if __name__ == "__main__":
                 row = asdict(examine(architecture, attention, compiled=compiled))
                 out.write_text(json.dumps(_ordered({**_read(out), key: row}), indent=1) + "\n")
                 print(f"{architecture.name}, {attention}: {row['seconds']:.0f} s", flush=True)
-        text = table(_ordered(_read(out)))
-        print(text)
-        before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
     def _read(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
         return {(r["name"], r["attention"]): r for r in (json.loads(out.read_text()) if out.exists() else [])}

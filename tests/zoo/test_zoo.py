@@ -9,17 +9,14 @@ from typing import Any
 import pytest
 from architectures import ARCHITECTURES
 from architectures import Architecture
-from examine import BEGIN
-from examine import END
-from examine import README
+from examine import RESULTS
 from examine import TOLERANCE
 from examine import examine
-from examine import table
 
 
 def results() -> dict[tuple[str, str], dict[str, Any]]:
     """What `make zoo` found last."""
-    rows = json.loads((README.parent / "bench" / "results" / "zoo.json").read_text())
+    rows = json.loads(RESULTS.read_text())
     return {(row["name"], row["attention"]): row for row in rows}
 
 
@@ -66,8 +63,3 @@ def test_the_last_results_are_what_is_expected(architecture: Architecture) -> No
         elif architecture.caches == "":
             compared.append(row["cache"])
         assert all(isinstance(difference, float) and difference <= TOLERANCE for difference in compared), row
-
-
-def test_the_readme_has_the_table_of_the_last_results() -> None:
-    text = README.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
-    assert text.strip() == table(list(results().values()))

@@ -7,7 +7,6 @@ import torch
 from rewriter.kernels import LiveRanges
 from rewriter.kernels.arguments import AttentionArguments
 from rewriter.kernels.gpu.backward import backward
-from rewriter.kernels.gpu.compiled import TARGETS
 from rewriter.kernels.gpu.compiled import compile_launch
 from rewriter.kernels.gpu.compiled import launches
 from rewriter.kernels.gpu.decode import decode
@@ -18,6 +17,7 @@ from rewriter.kernels.gpu.launch import HEAD_DIMS
 from rewriter.kernels.gpu.launch import INTERPRETED
 from rewriter.kernels.gpu.launch import record_launches
 from rewriter.kernels.gpu.launch import use_table
+from rewriter.kernels.gpu.targets import TARGETS
 from triton.runtime.jit import JITFunction
 
 from rewriter.testing.verify import compile_entries
@@ -46,8 +46,7 @@ def test_little_spills_and_all_fits(architecture: str, bits: int, head_dim: int)
     if architecture.startswith("sm") and bits == 16:
         assert all("cp.async" in compiled[kernel].instructions for kernel in ("_forward", "_query_gradient"))
     if bits == 16:
-        units = {"sm80": "mma", "sm90": "wgmma", "sm100": "tcgen05", "gfx942": "mma"}[architecture]
-        assert units in compiled["_forward"].instructions
+        assert TARGETS[architecture].matrix_unit in compiled["_forward"].instructions
 
 
 def test_a_tile_that_is_too_large_spills() -> None:

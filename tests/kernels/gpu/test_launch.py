@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import pytest
-from rewriter.kernels.gpu.compiled import TARGETS
 from rewriter.kernels.gpu.launch import HEAD_DIMS
 from rewriter.kernels.gpu.launch import LaunchConfig
 from rewriter.kernels.gpu.launch import launch_config
 from rewriter.kernels.gpu.launch import table
 from rewriter.kernels.gpu.launch import use_table
+from rewriter.kernels.gpu.targets import TARGETS
 
 KERNELS = ("forward", "backward_query", "backward_key", "decode", "key_scores")
 

@@ -1,0 +1,42 @@
+"""The GPUs that the Triton kernels are compiled and tuned for: each one's facts, once.
+
+A new one is an entry here and one in `launch_table.json` (`bench/tune.py --compile-only --architectures NAME` writes it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from triton.backends.compiler import GPUTarget
+
+
+@dataclass(frozen=True)
+class Target:
+    """Attributes:
+    triton: what Triton compiles for.
+    shared_memory: bytes of shared memory that a program can have.
+    capabilities: of NVIDIA's GPUs that take this target's entries of the launch table.
+    matrix_unit: the instruction of 16-bit matrix products, by its name in `compiled.INSTRUCTIONS`.
+    """
+
+    triton: GPUTarget
+    shared_memory: int
+    capabilities: tuple[tuple[int, int], ...]
+    matrix_unit: str
+
+
+TARGETS = {
+    "sm80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, ((8, 0),), "mma"),
+    "sm90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, ((9, 0),), "wgmma"),
+    "sm100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, ((10, 0), (10, 3)), "tcgen05"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, (), "mma"),
+}
+"""By the name that the launch table has."""
+
+SMALLEST = "gfx942"
+"""Other GPUs (8.6, 8.9, 12.0) have about 100 KiB of shared memory: they take these tiles, made for 64 KiB."""
+
+
+def of_capability(capability: tuple[int, int]) -> str:
+    """The target of a GPU of NVIDIA's."""
+    return next((name for name, target in TARGETS.items() if capability in target.capabilities), SMALLEST)

@@ -1,0 +1,42 @@
+"""A clone can be tried where it lies: the package is found from its root, from examples/ and from anywhere, installed or not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+NOT_INSTALLED = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
+TRY = (
+    "import rewriter, rewriter.export, rewriter.kernels.ops, rewriter.passes.pipeline; "
+    "print(rewriter.kernels.__file__, rewriter.SlidingWindow(4))"
+)
+
+
+@pytest.mark.parametrize(
+    ("folder", "before", "path"),
+    [
+        (ROOT, "", ""),
+        (ROOT, NOT_INSTALLED, ""),
+        (ROOT / "examples", "", ""),
+        (ROOT / "examples", NOT_INSTALLED, ""),
+        (Path("/"), NOT_INSTALLED, str(ROOT)),
+    ],
+    ids=["root", "root, not installed", "examples", "examples, not installed", "anywhere, not installed"],
+)
+def test_the_package_is_found(folder: Path, before: str, path: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", before + TRY],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SlidingWindow(window=4, sinks=0)" in done.stdout
+    assert Path(done.stdout.split()[0]).resolve() == (ROOT / "kernels" / "__init__.py").resolve()
