@@ -5,7 +5,9 @@ A model in, the same model with its attention proven, rewritten and run over the
 
 from __future__ import annotations
 
+import importlib as _importlib
 from pathlib import Path as _Path
+from typing import Any as _Any
 
 if not (_Path(__file__).parent / "kernels").is_dir():
     # In a checkout the package's other folders, kernels, passes and export, stand beside this one.
@@ -62,3 +64,10 @@ __all__ = [
     "optimize",
     "stream",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """`rewriter.export` and `rewriter.testing` without an import of their own; they are loaded when they are asked for."""
+    if name in ("export", "testing"):
+        return _importlib.import_module(f"rewriter.{name}")
+    raise AttributeError(f"module 'rewriter' has no attribute {name!r}")

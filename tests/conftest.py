@@ -27,8 +27,10 @@ gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _alone() -> None:
+    """Each test draws the same random numbers, and compiles anew what it compiles."""
     torch.manual_seed(0)
+    torch._dynamo.reset()
 
 
 class NanoAttention(nn.Module):

@@ -221,7 +221,6 @@ CACHE_FAULTS = {
 def test_a_fault_in_the_cache_is_found(
     name: str, tiny_model: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch._dynamo.reset()
     positions = "cache" if name.startswith("places") else "text"
     separators = tuple(range(3, 20))
     policy = rewriter.SeparatorMask(separators, 1, 3, max_separators=2, capacity=9, positions=positions)

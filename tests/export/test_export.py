@@ -210,7 +210,6 @@ def test_calls_are_checked(package: tuple[Any, Path, export.ExportReport]) -> No
 def test_other_packages(
     name: str, policy: rewriter.Policy, entry_points: list[str], tiny_model: Callable[..., nn.Module], tmp_path: Path
 ) -> None:
-    torch._dynamo.reset()
     fast = prepared(tiny_model(name, "eager" if name == "gemma2" else "sdpa"), policy)
     path = tmp_path / "model.pt2"
     report = export.aot_inductor(fast, kwargs=call(), path=path, cache=entry_points != ["forward"])
@@ -262,7 +261,6 @@ def test_onnx_runtime_gives_what_the_model_gives(
 def test_tensorrt_gets_a_file_of_known_operators(
     tiny_model: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch._dynamo.reset()
     fast = prepared(tiny_model("llama", "sdpa", layers=1), SlidingWindow(5, sinks=1))
     path = tmp_path / "model.onnx"
     report = export.tensorrt(fast, kwargs=call(), path=path)
@@ -298,7 +296,6 @@ def test_torch_tensorrt_runs_the_model(tiny_model: Callable[..., nn.Module]) -> 
 
 
 def test_an_operator_that_onnx_lacks_is_named(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
-    torch._dynamo.reset()
     model = tiny_model("gpt_oss", "eager", layers=1)
     model.config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
     path = tmp_path / "model.onnx"
@@ -310,7 +307,6 @@ def test_an_operator_that_onnx_lacks_is_named(tiny_model: Callable[..., nn.Modul
 
 
 def test_refusals_come_before_anything_is_compiled(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
-    torch._dynamo.reset()
     policy = SeparatorMask(SEPARATORS, initial=1, window=3, max_separators=2)
     fast = prepared(tiny_model("llama", "sdpa"), policy)
     for exporter in (export.onnx, export.tensorrt):

@@ -256,7 +256,6 @@ def test_scores_and_weights_changed_through_a_view_are_refused(changed: str) -> 
 
 
 def test_a_buffer_whose_values_change_is_proven_anew(nano: type[nn.Module]) -> None:
-    torch._dynamo.reset()
     model = nano()
     optimized = rewriter.optimize(model, backend="eager", strict=True)
     ids = torch.randint(0, 64, (2, 10))

@@ -120,7 +120,6 @@ def calls() -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("product", FOUND, ids=lambda f: f.__name__)
 def test_views_of_batch_and_heads_on_the_way(product: Product) -> None:
-    torch._dynamo.reset()
     model = Attention(product).double()
     fast = rewriter.optimize(model, backend="eager", strict=True)
     for x, real in calls():
@@ -134,7 +133,6 @@ def test_views_of_batch_and_heads_on_the_way(product: Product) -> None:
 
 @pytest.mark.parametrize("product", REFUSED, ids=lambda f: f.__name__)
 def test_other_views_are_refused(product: Product) -> None:
-    torch._dynamo.reset()
     model = Attention(product).double()
     fast = rewriter.optimize(model, backend="eager")
     for x, real in calls():
@@ -197,7 +195,6 @@ STRANGE: dict[str, tuple[Weighted, str]] = {
 
 @pytest.mark.parametrize("name", SYNONYMS)
 def test_operators_with_two_names(name: str) -> None:
-    torch._dynamo.reset()
     model = Beside(SYNONYMS[name])
     fast = rewriter.optimize(model, backend="eager", strict=True)
     x = torch.randn(3, HEADS, 9, 8)
@@ -208,7 +205,6 @@ def test_operators_with_two_names(name: str) -> None:
 @pytest.mark.parametrize("name", STRANGE)
 def test_what_is_not_understood_is_not_overlooked(name: str) -> None:
     """Beside an attention that is rewritten: else the policy would be ignored there without a word."""
-    torch._dynamo.reset()
     attend, reason = STRANGE[name]
     model = Beside(attend)
     fast = rewriter.optimize(model, backend="eager")

@@ -159,7 +159,6 @@ FUNCTIONS = [
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 @torch.no_grad()
 def test_it_gives_what_it_gave(function: Callable[..., Tensor]) -> None:
-    torch._dynamo.reset()
     model = Function(function, torch.tensor([0.5, -1.0, 2.0, 0.0]) if "sinks" in function.__name__ else None)
     fast = rewriter.optimize(model, backend="eager")
     for rows, length in ((3, 9), (2, 300)):
@@ -284,7 +283,6 @@ class OwnBackward(nn.Module):
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_backward_of_the_models_own_stays(backend: str) -> None:
     """BLOOM has one. A traced graph would have the derivative of its forward, or none."""
-    torch._dynamo.reset()
     fast = rewriter.optimize(OwnBackward(), backend=backend, strict=True)
     for length in (9, 14):
         x = (torch.randn(3, 2, length, 8, dtype=torch.float64) * 0.1).requires_grad_()
@@ -379,7 +377,6 @@ def test_a_mask_that_adds_up_earlier_tokens_does_not_go_on() -> None:
 
 
 def test_a_buffer_on_the_meta_device_has_no_values(nano: type[nn.Module]) -> None:
-    torch._dynamo.reset()
     with torch.device("meta"):
         model = nano()
     report = rewriter.explain(model, torch.zeros(2, 9, dtype=torch.int64))

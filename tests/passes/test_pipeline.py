@@ -50,7 +50,6 @@ def test_time_is_linear_in_the_layers() -> None:
 
 
 def test_ranges_are_computed_once_and_shared(tiny_model: Callable[..., nn.Module], tmp_path: Any) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     ids = torch.randint(0, 64, (3, 12))
     policy = rewriter.SeparatorMask((3, 17), window=4)
@@ -72,7 +71,6 @@ class Stacked(nn.Module):
 
 
 def test_attention_of_rank_3() -> None:
-    torch._dynamo.reset()
     optimized = rewriter.optimize(Stacked(), rewriter.SlidingWindow(3), backend="eager", strict=True)
     x = torch.randn(5, 9, 6)
     i, j = torch.arange(9)[:, None], torch.arange(9)[None, :]

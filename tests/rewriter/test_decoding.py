@@ -88,7 +88,6 @@ def in_pieces(
 def test_pieces_equal_the_masked_full_forward(
     name: str, attention: str, policy: Any, tiny_model: Callable[..., nn.Module]
 ) -> None:
-    torch._dynamo.reset()
     by_place = getattr(policy, "positions", "text") == "cache"
     if by_place and name in ("mistral", "gemma2", "gpt2"):
         fast = ready(tiny_model(name, attention), policy, name)
@@ -149,7 +148,6 @@ def test_places_in_the_cache_equal_streaming_query_by_query(
     policy: SeparatorMask, tiny_model: Callable[..., nn.Module], cache_itself: Callable[..., Any]
 ) -> None:
     """Separators, and with none of them StreamingLLM; one row padded on the left, in one forward and in pieces."""
-    torch._dynamo.reset()
     fast = ready(tiny_model("llama", "sdpa"), policy)
     ids = torch.randint(0, 64, (2, 40))
     mask = (torch.arange(40) >= torch.tensor([[0], [6]])).long()
@@ -196,7 +194,6 @@ class Whole(nn.Module):
 @torch.no_grad()
 def test_scores_that_tie_and_scores_that_are_nan(local: int) -> None:
     """The older of equals stays, in pieces too; a NaN score hides its key."""
-    torch._dynamo.reset()
     ids, mask, positions = padded(3, 26)
     ids = ids % 5
     example = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -240,7 +237,6 @@ MODES = {
 @pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[1], *POLICIES[3:7]], ids=str)
 @torch.no_grad()
 def test_generate(policy: Any, tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     fast = ready(tiny_model("llama", "sdpa", layers=1), policy)
     ids, mask, _ = padded(3, 14)
     slow = oracle(fast)
@@ -261,7 +257,6 @@ def test_generate(policy: Any, tiny_model: Callable[..., nn.Module]) -> None:
 @torch.no_grad()
 def test_several_turns_on_one_cache(tiny_model: Callable[..., nn.Module]) -> None:
     """The whole text again, as transformers has it, or what follows; the cache takes only what is new."""
-    torch._dynamo.reset()
     for policy in (Exact(), SlidingWindow(5, sinks=1), POLICIES[5]):
         fast = ready(tiny_model("llama", "sdpa", layers=1), policy)
         ids, mask, _ = padded(2, 9)
@@ -281,7 +276,6 @@ def test_several_turns_on_one_cache(tiny_model: Callable[..., nn.Module]) -> Non
 
 @torch.no_grad()
 def test_a_streamer_gets_each_token(tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     fast = ready(tiny_model("llama", "sdpa"), SlidingWindow(5))
 
     class Streamer:
@@ -303,7 +297,6 @@ def test_a_streamer_gets_each_token(tiny_model: Callable[..., nn.Module]) -> Non
 @torch.no_grad()
 def test_compiled_steps_neither_recompile_nor_grow(tiny_model: Callable[..., nn.Module]) -> None:
     """Through Inductor: one graph for a single token, one for several, whatever the length; no tensor is made anew."""
-    torch._dynamo.reset()
     policy = POLICIES[5]
     assert isinstance(policy, SeparatorMask)
     model = ready(tiny_model("llama", "sdpa", layers=1), policy).model
@@ -443,7 +436,6 @@ def test_bad_input_leaves_the_cache_as_it_was(tiny_model: Callable[..., nn.Modul
 
 
 def test_models_that_cannot_go_on_are_refused(tiny_model: Callable[..., nn.Module], nano: type[nn.Module]) -> None:
-    torch._dynamo.reset()
     with pytest.raises(CacheError, match=r"NanoAttention\.forward takes no position_ids"):
         rewriter.optimize(nano().eval(), backend="eager").new_cache(9)
     with pytest.raises(rewriter.RewriteError, match="NanoAttention has no generate"):
@@ -461,7 +453,6 @@ def test_models_that_cannot_go_on_are_refused(tiny_model: Callable[..., nn.Modul
 
 def test_a_model_that_mixes_tokens_outside_attention_is_refused() -> None:
     """A causal convolution: in pieces it would begin anew with each. The check by evaluation finds it."""
-    torch._dynamo.reset()
 
     class Convolving(nn.Module):
         def __init__(self) -> None:
@@ -483,7 +474,6 @@ def test_a_model_that_mixes_tokens_outside_attention_is_refused() -> None:
 
 @torch.no_grad()
 def test_a_policy_of_ones_own_goes_on_and_a_wrong_pressure_is_found(tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
 
     @dataclasses.dataclass(frozen=True)
     class Alternating(rewriter.Policy):
@@ -543,7 +533,6 @@ class Plain(nn.Module):
 )
 def test_what_nine_tokens_cannot_show_is_refused(fault: str, reason: str) -> None:
     """A branch on the length, or positions from an arange of the model's own, as Llama 4's attention scale has them."""
-    torch._dynamo.reset()
     with pytest.raises(CacheError, match=reason):
         rewriter.optimize(Plain(fault).eval(), backend="eager").new_cache(30)
 
@@ -551,7 +540,6 @@ def test_what_nine_tokens_cannot_show_is_refused(fault: str, reason: str) -> Non
 @torch.no_grad()
 def test_a_changed_model_is_captured_anew(tiny_model: Callable[..., nn.Module]) -> None:
     """Another submodule, parameters that were one and are two, and a mask that was changed in place."""
-    torch._dynamo.reset()
     ids = torch.randint(0, 64, (2, 9))
     fast = ready(tiny_model("gpt2", "eager", layers=1), SlidingWindow(5))
     before = fast(input_ids=ids, past_key_values=fast.new_cache()).logits
@@ -574,7 +562,6 @@ def test_a_changed_model_is_captured_anew(tiny_model: Callable[..., nn.Module]) 
 
 @torch.no_grad()
 def test_an_interrupted_call_is_noticed(tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
     fast = ready(tiny_model("llama", "sdpa"), SlidingWindow(5))
     ids = torch.randint(0, 64, (2, 9))
     cache = fast.new_cache()
@@ -605,7 +592,6 @@ def test_an_interrupted_call_is_noticed(tiny_model: Callable[..., nn.Module], mo
 
 @torch.no_grad()
 def test_what_a_prompt_must_say_of_a_cache_that_holds_a_text(tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     fast = ready(tiny_model("llama", "sdpa"), SlidingWindow(5))
     ids = torch.randint(2, 64, (1, 30))
     options = {"max_new_tokens": 3, "pad_token_id": 0, "eos_token_id": 1, "do_sample": False}

@@ -42,7 +42,6 @@ def test_held_out_modules_are_not_trained_on() -> None:
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.soak)])
 def test_demo(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
     monkeypatch.setattr(demo, "optimize", functools.partial(demo.optimize, backend=backend))
     monkeypatch.setattr(demo, "NUM_BYTES", 3000)
     monkeypatch.setattr(demo, "LENGTHS", (256, 512))

@@ -250,7 +250,6 @@ def test_a_fault_in_the_ranges_is_found(by: dict[str, int], monkeypatch: pytest.
 
 
 def test_a_wrong_proof_of_a_topk_is_refused_by_the_check_by_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
     own = running_topk.topk_membership
     one_more = lambda node: (topk := own(node)) and dataclasses.replace(topk, keep=topk.keep + 1)  # noqa: E731
     monkeypatch.setattr(running_topk, "topk_membership", one_more)
@@ -359,7 +358,6 @@ class Stop(nn.Module):
 
 
 def test_a_model_without_dummy_inputs_needs_example_inputs() -> None:
-    torch._dynamo.reset()
     with pytest.raises(RewriteError, match=r"Stop has no dummy_inputs to find them with; give example_inputs="):
         rewriter.optimize(Stop(), DynamicMask(4), backend="eager")
     optimized = rewriter.optimize(Stop(), DynamicMask(4), backend="eager", example_inputs=(torch.randn(2, 9, 32),))
@@ -367,7 +365,6 @@ def test_a_model_without_dummy_inputs_needs_example_inputs() -> None:
 
 
 def test_a_call_with_other_sites_than_the_parameters_is_an_error() -> None:
-    torch._dynamo.reset()
     x = torch.randn(2, 9, 32)
     few = rewriter.optimize(Stop(), DynamicMask(4), backend="eager", example_inputs={"x": x, "which": "first"})
     with pytest.raises(PolicyError, match=r"has no parameters for site 1 \(-\): it was not there, or was refused"):
@@ -390,7 +387,6 @@ class Blocks(nn.Module):
 
 
 def test_a_call_that_would_mix_parameters_up_is_an_error() -> None:
-    torch._dynamo.reset()
     x = torch.randn(2, 9, 32)
     optimized = rewriter.optimize(Blocks(), DynamicMask(4), backend="eager", example_inputs={"x": x, "which": "one"})
     with pytest.raises(
@@ -595,7 +591,6 @@ def doge_magnitudes(model: nn.Module) -> Callable[[], dict[str, Tensor]]:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_doge_is_recognised(law: SimpleNamespace, attention: str, tmp_path: Path) -> None:
     """`topk`, `scatter` and `masked_fill` become live ranges; rows of distinct tokens, whose scores do not tie."""
-    torch._dynamo.reset()
     model = doge(attention)
     optimized = rewriter.optimize(model, Exact(), backend="eager", strict=True, dump=tmp_path)
     comparison = law.Comparison(model, optimized, law.call)
@@ -619,7 +614,6 @@ def test_doge_is_recognised(law: SimpleNamespace, attention: str, tmp_path: Path
 
 
 def test_doge_with_a_window_is_refused() -> None:
-    torch._dynamo.reset()
     model = doge("sdpa", sliding_window=5)
     report = rewriter.explain(model, input_ids=distinct(2, 20, left=False)[0], use_cache=False)
     assert all("a top-k is not over the keys of a causal prefix (window 5, causal)" in site.reason for site in report)
@@ -662,13 +656,11 @@ class OwnTopk(nn.Module):
     ],
 )
 def test_another_topk_is_refused(kind: str, reason: str) -> None:
-    torch._dynamo.reset()
     report = rewriter.explain(OwnTopk(kind), torch.randn(2, 11, 32))
     assert len(report.sites) == 1 and reason in report.sites[0].reason, report.sites[0].reason
 
 
 def test_a_dynamic_mask_on_top_of_the_models_own_is_refused() -> None:
-    torch._dynamo.reset()
     report = rewriter.explain(
         doge("sdpa"), input_ids=distinct(2, 20, left=False)[0], use_cache=False, policy=DynamicMask(4)
     )
@@ -686,7 +678,6 @@ class Chunked(Stop):
 
 
 def test_chunks_are_ranked_each_for_itself() -> None:
-    torch._dynamo.reset()
     policy, x = DynamicMask(2), torch.randn(3, 20, 32)
     model = Chunked()
     fast = optimized_model(model, policy, example_inputs={"x": x})
@@ -712,7 +703,6 @@ def test_one_row_and_one_token(law: SimpleNamespace, tiny_model: Callable[..., n
 
 @pytest.mark.parametrize("config", [{}, {"num_key_value_heads": 1}])
 def test_doge_with_one_row(law: SimpleNamespace, config: dict[str, int]) -> None:
-    torch._dynamo.reset()
     model = doge("sdpa", **config)
     optimized = rewriter.optimize(model, backend="eager", strict=True)
     ids, mask = distinct(1, 20, left=True)
@@ -721,7 +711,6 @@ def test_doge_with_one_row(law: SimpleNamespace, config: dict[str, int]) -> None
 
 
 def test_the_same_topk_in_other_words_is_proven() -> None:
-    torch._dynamo.reset()
     model = OwnTopk("prefix")
     x = torch.randn(2, 11, 32)
     optimized = rewriter.optimize(model, backend="eager", strict=True)

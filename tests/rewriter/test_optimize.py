@@ -44,7 +44,6 @@ WINDOWS = {"mistral": (8, 8), "gemma2": (8, None)}  # by layer
 
 @pytest.mark.parametrize(("name", "attention"), MODELS)
 def test_exact(law: SimpleNamespace, name: str, attention: str, tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     model = tiny_model(name, attention).eval()
     optimized = rewriter.optimize(model, Exact(), backend="eager", strict=True)
     comparison = law.Comparison(model, optimized, law.call)
@@ -66,7 +65,6 @@ def test_policy_equals_the_model_given_its_dense_mask(
     tiny_model: Callable[..., nn.Module],
     policy_mask: Callable[..., Tensor],
 ) -> None:
-    torch._dynamo.reset()
     model = tiny_model(name, attention).eval()
     optimized = rewriter.optimize(model, policy, backend="eager", strict=True)
     comparison = law.Comparison(model, optimized, with_dense_mask(name, policy, policy_mask))
@@ -89,7 +87,6 @@ def test_the_newest_separators_equal_the_model_given_their_dense_mask(
     policy_mask: Callable[..., Tensor],
 ) -> None:
     """Of the separators beyond the window two stay; with a capacity, what else is kept goes when the cache is full."""
-    torch._dynamo.reset()
     model = tiny_model(name, attention).eval()
     policy = SeparatorMask(tuple(range(3, 20)), initial=2, window=4, max_separators=2, capacity=capacity)
     optimized = rewriter.optimize(model, policy, backend="eager", strict=True)
@@ -123,7 +120,6 @@ def call_with_dense_mask(
 def test_inductor_serves_several_lengths_and_trains(
     law: SimpleNamespace, tiny_model: Callable[..., nn.Module], policy_mask: Any
 ) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa", layers=1).eval()
     policy = POLICIES[0]
     optimized = rewriter.optimize(model, policy, strict=True)
@@ -135,7 +131,6 @@ def test_inductor_serves_several_lengths_and_trains(
 
 
 def test_packed_documents_are_proven_from_position_ids(tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     optimized = rewriter.optimize(model, backend="eager", strict=True)
     for lengths in ((5, 7), (3, 4, 13)):
@@ -151,7 +146,6 @@ def test_packed_documents_are_proven_from_position_ids(tiny_model: Callable[...,
 
 
 def test_per_layer_policies(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     optimized = rewriter.optimize(
         model, PerLayer({0: Exact(), "default": SlidingWindow(3)}), backend="eager", strict=True
@@ -166,7 +160,6 @@ def test_per_layer_policies(law: SimpleNamespace, tiny_model: Callable[..., nn.M
 def test_a_window_as_long_as_the_text_changes_nothing(
     law: SimpleNamespace, tiny_model: Callable[..., nn.Module]
 ) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     ids, mask = law.batch(3, 12, left=True)
     exact = law.call(rewriter.optimize(model, backend="eager"), ids, mask)
@@ -185,7 +178,6 @@ class Policy(rewriter.Policy):
 
 
 def test_a_policy_of_ones_own(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     optimized = rewriter.optimize(model, Policy(), backend="eager", strict=True)
     ids, _ = law.batch(3, 12, left=False)
@@ -274,7 +266,6 @@ def test_a_bidirectional_model_under_a_causal_policy_is_refused(
 
 
 def test_a_model_without_attention() -> None:
-    torch._dynamo.reset()
     with pytest.raises(rewriter.RewriteError, match="no attention found in Linear"):
         rewriter.optimize(nn.Linear(4, 4), backend="eager")(torch.randn(2, 4))
 
@@ -290,7 +281,6 @@ def test_optimizing_twice(nano: type[nn.Module]) -> None:
 
 
 def test_embeddings_in_place_of_token_ids(tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     optimized = rewriter.optimize(model, POLICIES[0], backend="eager")
     with pytest.raises(rewriter.PolicyError, match=r"call the model with input_ids=\.\.\., not with inputs_embeds"):
@@ -298,7 +288,6 @@ def test_embeddings_in_place_of_token_ids(tiny_model: Callable[..., nn.Module]) 
 
 
 def test_a_cache_of_earlier_keys_is_refused_by_policies(tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     ids = torch.randint(0, 64, (3, 12))
     with torch.no_grad():
@@ -335,7 +324,6 @@ def test_a_model_that_is_not_one_graph() -> None:
 def test_the_model_is_shared_and_not_changed(
     law: SimpleNamespace, tiny_model: Callable[..., nn.Module], tmp_path: Any
 ) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     ids, mask = law.batch(3, 12, left=False)
     before = law.call(model, ids, mask)
@@ -367,7 +355,6 @@ def test_the_model_is_shared_and_not_changed(
 
 def test_many_models_of_one_class_stay_rewritten(nano: type[nn.Module]) -> None:
     """Dynamo forgets to compile after eight entries for one code object; each optimized model has its own."""
-    torch._dynamo.reset()
     ids = torch.randint(0, 64, (2, 10))
     for _ in range(10):
         optimized = rewriter.optimize(nano(), SlidingWindow(2), backend="eager", strict=True)
@@ -379,7 +366,6 @@ def test_sizes_that_dynamo_traces_as_unrelated_symbols(
     law: SimpleNamespace, tiny_model: Callable[..., nn.Module]
 ) -> None:
     """The padding mask's length was no longer the ids' symbol once Dynamo had seen the code before: falsely refused."""
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     rewriter.optimize(model, backend="eager")(input_ids=torch.randint(0, 64, (1, 30)), use_cache=False)
     ids, mask = law.batch(3, 16, left=True)
@@ -389,7 +375,6 @@ def test_sizes_that_dynamo_traces_as_unrelated_symbols(
 
 
 def test_explain_changes_nothing(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     model = tiny_model("gemma2", "eager").eval()
     ids, mask = law.batch(3, 12, left=False)
     report = rewriter.explain(model, input_ids=ids, attention_mask=mask, use_cache=False, policy=SlidingWindow(4))
@@ -399,7 +384,6 @@ def test_explain_changes_nothing(law: SimpleNamespace, tiny_model: Callable[...,
 
 
 def test_autocast_trains(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     optimized = rewriter.optimize(model, backend="eager", strict=True)
     ids, mask = law.batch(3, 12, left=False)
@@ -411,7 +395,6 @@ def test_autocast_trains(law: SimpleNamespace, tiny_model: Callable[..., nn.Modu
 
 def test_a_copy_is_of_the_whole(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
     """A deep copy, and what comes back from a pickle, run their own model and train their own parameters."""
-    torch._dynamo.reset()
     optimized = rewriter.optimize(tiny_model("llama", "sdpa", layers=1).eval(), DynamicMask(4), backend="eager")
     ids, mask = law.batch(3, 12, left=False)
     expected = law.call(optimized, ids, mask)
@@ -427,7 +410,6 @@ def test_a_copy_is_of_the_whole(law: SimpleNamespace, tiny_model: Callable[..., 
 
 
 def test_another_model_takes_effect(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     optimized = rewriter.optimize(tiny_model("llama", "sdpa").eval(), backend="eager")
     ids, mask = law.batch(3, 12, left=False)
     law.call(optimized, ids, mask)
@@ -442,7 +424,6 @@ def test_one_row_with_padding(
     law: SimpleNamespace, policy: Any, tiny_model: Callable[..., nn.Module], policy_mask: Any
 ) -> None:
     """A batch size of 1 is a constant of its graph."""
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     optimized = rewriter.optimize(model, policy, backend="eager", strict=True)
     ids = torch.randint(0, 64, (1, 14))
@@ -457,7 +438,6 @@ def test_one_row_with_padding(
 @torch.no_grad()
 def test_dropout_in_a_checkpoint_without_gradients() -> None:
     """Nothing is recomputed where there is no backward; a partitioner refuses to recompute random numbers."""
-    torch._dynamo.reset()
 
     class Model(nn.Module):
         def __init__(self) -> None:

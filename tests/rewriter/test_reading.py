@@ -279,7 +279,6 @@ def test_reading_equals_one_dense_forward(
     name: str, attention: str, policy: ChunkedEviction, tiny_model: Callable[..., nn.Module], law: SimpleNamespace
 ) -> None:
     """Scores, kept chunks and logits, in fp64: for chunks of unequal length, some at a time."""
-    torch._dynamo.reset()
     original = sharp(tiny_model(name, "eager")).double()
     model = sharp(tiny_model(name, attention)).double()
     model.load_state_dict(original.state_dict())
@@ -438,7 +437,6 @@ def test_a_batch_of_contexts_is_as_one_after_the_other(
     name: str, attention: str, calibration: tuple[Calibrate, ...], tiny_model: Callable[..., nn.Module]
 ) -> None:
     """Contexts and queries of different lengths, some shorter than what calibration observes; greedy and with beams."""
-    torch._dynamo.reset()
     model = sharp(tiny_model(name, attention))
     contexts, queries = tokens(50, 13, 31), tokens(9, 4, 12, bos=False)
     fast = optimized(model, ChunkedEviction(14, keep_chunks=3, capacity=5, calibration=calibration))
@@ -528,7 +526,6 @@ class Untransformed(nn.Module):
 
 @torch.no_grad()
 def test_a_model_that_no_library_knows() -> None:
-    torch._dynamo.reset()
     model = Untransformed().eval()
     context, query = tokens(12, 5, bos=False)
     fast = optimized(model, ChunkedEviction(14))

@@ -42,7 +42,6 @@ def check(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: f
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_models(law: SimpleNamespace, tiny_model: Build, dtype: torch.dtype) -> None:
     """As far from the fp32 model as the original in 16 bits is, and no further."""
-    torch._dynamo.reset()
     whole = tiny_model("llama", "sdpa").eval()
     model = copy.deepcopy(whole).to(dtype)
     fast = rewriter.optimize(model, Exact(), backend="eager", strict=True)
@@ -53,7 +52,6 @@ def test_16_bit_models(law: SimpleNamespace, tiny_model: Build, dtype: torch.dty
 
 
 def test_tied_and_shared_weights(law: SimpleNamespace, tiny_model: Build) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     model.lm_head.weight = model.model.embed_tokens.weight
     model.model.layers[1].self_attn = model.model.layers[0].self_attn  # ALBERT shares layers so
@@ -92,7 +90,6 @@ def test_attention_that_no_pass_can_look_into_is_an_error_that_says_so(attention
 
 
 def test_explain_on_the_meta_device(law: SimpleNamespace, tiny_model: Build) -> None:
-    torch._dynamo.reset()
     ids, mask = law.batch(3, 12, left=True)
     policy = rewriter.SeparatorMask(tuple(range(3, 20)), window=4)
     call = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "policy": policy, "length": 200}
@@ -108,7 +105,6 @@ def test_explain_on_the_meta_device(law: SimpleNamespace, tiny_model: Build) -> 
 
 @backends
 def test_gradient_checkpointing(law: SimpleNamespace, tiny_model: Build, backend: str) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa", layers=1).train()
     ids, mask = law.batch(3, 20, left=False)
     expected = trained(model, lambda: law.call(model, ids, mask)[mask.bool()])
@@ -136,7 +132,6 @@ def test_a_backward_inside_autocast() -> None:
 
 
 def test_autocast(law: SimpleNamespace, tiny_model: Build) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     fast = rewriter.optimize(model, Exact(), backend="eager", strict=True)
     ids, mask = law.batch(3, 20, left=False)
@@ -150,7 +145,6 @@ def test_autocast(law: SimpleNamespace, tiny_model: Build) -> None:
 
 @backends
 def test_inference_mode(law: SimpleNamespace, tiny_model: Build, backend: str) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa", layers=1).eval()
     fast = rewriter.optimize(model, Exact(), backend=backend, strict=True)
     ids, mask = law.batch(3, 20, left=False)
@@ -188,7 +182,6 @@ def test_data_parallel(law: SimpleNamespace, tiny_model: Build) -> None:
 
 
 def test_inputs_that_are_not_contiguous(law: SimpleNamespace, nano: type[nn.Module]) -> None:
-    torch._dynamo.reset()
     model = nano(attention="sdpa").eval()
     fast = rewriter.optimize(model, SlidingWindow(5), strict=True)
     wide = torch.randint(0, 64, (20, 6))
@@ -198,7 +191,6 @@ def test_inputs_that_are_not_contiguous(law: SimpleNamespace, nano: type[nn.Modu
 
 
 def test_a_row_cut_out_of_a_longer_one_takes_the_same_graph(law: SimpleNamespace, tiny_model: Build) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     fast = rewriter.optimize(model, SlidingWindow(5), backend="eager", strict=True)
     ids = torch.randint(0, 64, (1, 40))
@@ -212,7 +204,6 @@ def test_a_row_cut_out_of_a_longer_one_takes_the_same_graph(law: SimpleNamespace
 
 
 def test_one_token(law: SimpleNamespace, tiny_model: Build) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     fast = rewriter.optimize(model, Exact(), backend="eager", strict=True)
     one = torch.randint(0, 64, (3, 1))

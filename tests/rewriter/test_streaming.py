@@ -26,7 +26,6 @@ POLICY = SeparatorMask(tuple(range(3, 20)), initial=1, window=3, max_separators=
 
 
 def test_a_stream_equals_one_forward_whatever_the_block(tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     fast = rewriter.optimize(tiny_model("llama", "sdpa").eval(), POLICY, backend="eager")
     tokens = torch.randint(0, 64, (70,))
     with torch.no_grad():
@@ -40,7 +39,6 @@ def test_a_stream_equals_one_forward_whatever_the_block(tiny_model: Callable[...
 
 
 def test_an_endless_text_is_read_as_it_is_needed(tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     fast = rewriter.optimize(tiny_model("llama", "sdpa").eval(), POLICY, backend="eager")
     read = 0
 
@@ -56,7 +54,6 @@ def test_an_endless_text_is_read_as_it_is_needed(tiny_model: Callable[..., nn.Mo
 
 
 def test_bad_input(tiny_model: Callable[..., nn.Module]) -> None:
-    torch._dynamo.reset()
     model = tiny_model("llama", "sdpa").eval()
     with pytest.raises(ValueError, match="block must be at least 1, got 0"):
         rewriter.stream(model, POLICY, [1, 2], block=0)
@@ -88,7 +85,6 @@ def test_on_real_text_each_query_sees_what_the_cache_holds(
     cache_itself: Callable[..., Any],
 ) -> None:
     """Against the cache kept as lists of keys, as SepLLM keeps it; and the slots of a cache that reads the text by tokens."""
-    torch._dynamo.reset()
     ids, tokenizer = real_text
     policy = SeparatorMask.from_tokenizer(
         tokenizer, initial=initial, window=window, max_separators=separators, capacity=capacity

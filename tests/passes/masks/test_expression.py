@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
 from rewriter.passes.masks.evaluate import materialize
 from rewriter.passes.masks.expression import FALSE
@@ -274,49 +275,42 @@ SIDES = (3, 4)
 GRID = {0: torch.arange(SIDES[0])[:, None], 1: torch.arange(SIDES[1])[None, :]}
 
 
-def both_constant(args: tuple[Expression, ...]) -> bool:
-    return all(isinstance(a, Const) for a in args)
-
-
-def integers(inner: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expression]:
-    """Sums, products and the like; of two bare constants nobody adds up, since `apply` folds them."""
-    truths = comparisons(inner)
-    length = st.integers(1, 4).map(Const)
-    return st.one_of(
-        st.tuples(st.sampled_from(("add", "mul")), st.tuples(inner, inner).filter(lambda a: not both_constant(a))),
-        st.tuples(st.just("floordiv"), st.tuples(inner, st.sampled_from((-3, -1, 1, 2, 5)).map(Const))),
-        st.tuples(st.just("abs"), st.tuples(inner)),
-        st.tuples(st.just("number"), st.tuples(truths)),
-        st.tuples(st.just("where"), st.tuples(truths, inner, inner)),
-        st.tuples(st.sampled_from(("quotient", "remainder")), st.tuples(inner, length)),
-        st.tuples(st.sampled_from(("quotient", "remainder")), st.tuples(merged(inner, length), length)),
-    ).map(lambda made: Apply(*made))
-
-
-def merged(inner: st.SearchStrategy[Expression], length: st.SearchStrategy[Const]) -> st.SearchStrategy[Expression]:
-    """`join(x, y, n)`, in which 0 <= y < n."""
-    return st.tuples(inner, inner, length).map(
-        lambda a: Apply("join", (a[0], Apply("remainder", (a[1], a[2])), a[2]))
+@st.composite
+def numbers(draw: st.DrawFn, depth: int = 3) -> Expression:
+    """An integer; of two bare constants no sums or products, which `apply` folds."""
+    if depth == 0 or draw(st.integers(0, 3)) == 0:
+        return draw(st.one_of(st.integers(-5, 5).map(Const), st.sampled_from((I, J))))
+    inner, length = numbers(depth - 1), st.integers(1, 4).map(Const)
+    name = draw(
+        st.sampled_from(("add", "mul", "floordiv", "abs", "number", "where", "quotient", "remainder", "of a join"))
     )
+    if name in ("add", "mul"):
+        left, right = draw(inner), draw(inner)
+        return Apply(name, (left, J if isinstance(left, Const) and isinstance(right, Const) else right))
+    if name == "floordiv":
+        return Apply(name, (draw(inner), Const(draw(st.sampled_from((-3, -1, 1, 2, 5))))))
+    if name == "abs":
+        return Apply(name, (draw(inner),))
+    if name == "number":
+        return Apply(name, (draw(truths(depth - 1)),))
+    if name == "where":
+        return Apply(name, (draw(truths(depth - 1)), draw(inner), draw(inner)))
+    merged = draw(inner)
+    if name == "of a join":  # join(x, y, n), in which 0 <= y < n
+        n, name = draw(length), draw(st.sampled_from(("quotient", "remainder")))
+        merged = Apply("join", (merged, Apply("remainder", (draw(inner), n)), n))
+    return Apply(name, (merged, draw(length)))
 
 
-def comparisons(numbers: st.SearchStrategy[Expression]) -> st.SearchStrategy[Expression]:
-    leaves = st.one_of(
-        st.booleans().map(Const),
-        st.tuples(st.sampled_from(("lt", "le", "eq")), st.tuples(numbers, numbers)).map(lambda made: Apply(*made)),
-    )
-    return st.recursive(
-        leaves,
-        lambda inner: st.one_of(
-            st.tuples(st.sampled_from(("and", "or")), st.tuples(inner, inner)),
-            st.tuples(st.just("not"), st.tuples(inner)),
-            st.tuples(st.just("where"), st.tuples(inner, inner, inner)),
-        ).map(lambda made: Apply(*made)),
-        max_leaves=4,
-    )
-
-
-NUMBERS = st.recursive(st.one_of(st.integers(-5, 5).map(Const), st.sampled_from((I, J))), integers, max_leaves=6)
+@st.composite
+def truths(draw: st.DrawFn, depth: int = 3) -> Expression:
+    if depth == 0:
+        return Const(draw(st.booleans()))
+    name = draw(st.sampled_from(("lt", "le", "eq", "and", "or", "not", "where", "const")))
+    if name == "const":
+        return Const(draw(st.booleans()))
+    inner = numbers(depth - 1) if name in ("lt", "le", "eq") else truths(depth - 1)
+    return Apply(name, tuple(draw(inner) for _ in range({"not": 1, "where": 3}.get(name, 2))))
 
 
 def rebuilt(expression: Expression) -> Expression:
@@ -351,7 +345,8 @@ def reference(expression: Expression, index: tuple[int, ...]) -> Any:
     }[expression.name](*args)
 
 
-@given(st.one_of(NUMBERS, comparisons(NUMBERS)))
+@settings(max_examples=80)
+@given(st.one_of(numbers(), truths()))
 def test_apply_keeps_values(raw: Expression) -> None:
     built = rebuilt(raw)
     expected = torch.tensor([[reference(raw, (i, j)) for j in range(SIDES[1])] for i in range(SIDES[0])])
@@ -361,7 +356,8 @@ def test_apply_keeps_values(raw: Expression) -> None:
     assert rebuilt(built) == built, "nothing is left to fold"
 
 
-@given(NUMBERS)
+@settings(max_examples=40)
+@given(numbers())
 def test_linear_terms_keep_values(expression: Expression) -> None:
     terms = linear_terms(expression)
     if terms is not None:
@@ -370,7 +366,8 @@ def test_linear_terms_keep_values(expression: Expression) -> None:
         )
 
 
-@given(st.one_of(NUMBERS, comparisons(NUMBERS)), st.integers(-3, 3), st.integers(0, 2))
+@settings(max_examples=40)
+@given(st.one_of(numbers(), truths()), st.integers(-3, 3), st.integers(0, 2))
 def test_substitute_is_evaluation_elsewhere(expression: Expression, at_i: int, at_j: int) -> None:
     assert reference(substitute(expression, {0: Const(at_i), 1: Const(at_j)}), ()) == reference(
         expression, (at_i, at_j)
