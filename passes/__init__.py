@@ -5,8 +5,14 @@ from __future__ import annotations
 from rewriter.passes.lower.cache_layout import CacheLayout
 from rewriter.passes.lower.slots import CachedGraphs
 from rewriter.passes.lower.slots import NotCacheable
+from rewriter.passes.pipeline import Analysed
+from rewriter.passes.pipeline import CachedRewritten
+from rewriter.passes.pipeline import Explained
 from rewriter.passes.pipeline import Rewritten
+from rewriter.passes.pipeline import analyse
+from rewriter.passes.pipeline import explain
 from rewriter.passes.pipeline import rewrite
+from rewriter.passes.pipeline import rewrite_for_cache
 from rewriter.passes.policy import Extended
 from rewriter.passes.policy import Policy
 from rewriter.passes.policy import SiteTensors
@@ -18,10 +24,13 @@ from rewriter.errors import CaptureError
 from rewriter.errors import PolicyError
 
 __all__ = [
+    "Analysed",
     "CacheLayout",
     "CachedGraphs",
+    "CachedRewritten",
     "CaptureError",
     "ExampleSequence",
+    "Explained",
     "Extended",
     "NotCacheable",
     "Policy",
@@ -30,5 +39,8 @@ __all__ = [
     "Rewritten",
     "SiteTensors",
     "Slots",
+    "analyse",
+    "explain",
     "rewrite",
+    "rewrite_for_cache",
 ]

@@ -1,6 +1,7 @@
 """The pipeline: capture -> canonicalize -> find attention -> analyse masks -> apply policy -> lower, or lower to slots.
 
-One order, one place. Each pass returns what it did; `Rewritten` is their sum.
+One order, one place. Each pass returns what it did; what a run of them returns depends on what it is for: `Analysed`,
+`Rewritten`, `CachedRewritten` or `Explained`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -38,97 +38,175 @@ from torch.fx import Graph
 from torch.fx import GraphModule
 
 
-@dataclass
-class Rewritten:
-    """A rewritten graph and what each pass did.
+@dataclass(frozen=True)
+class Analysed:
+    """A captured graph and what the passes found in it; nothing is lowered.
 
     Attributes:
-        module: the graph, ready for a compiler or to be called.
+        module: the graph.
         sites: all attention sites in order, each with its proof or its reason for refusal.
         canonicalized: what canonicalization changed.
         constants: qualified names of the buffers that proofs have read.
         seconds: time of each pass.
         inputs: what the placeholders of the graph hold, symbolic sizes left out.
-        cached: the graphs that go on from a cache, where they were asked for.
-        predictions: what each site would compute and keep, by its number, where that was asked for.
-        graphs: the graph after each pass, as text, where that was asked for; a pass that changed nothing is left out.
     """
 
     module: GraphModule
-    sites: list[PlannedSite] = field(default_factory=list)
-    canonicalized: Canonicalized | None = None
-    constants: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    inputs: tuple[GraphInput, ...] = ()
-    cached: CachedGraphs | None = None
-    predictions: dict[int, Prediction] = field(default_factory=dict)
-    graphs: dict[str, str] = field(default_factory=dict)
+    sites: list[PlannedSite]
+    canonicalized: Canonicalized
+    constants: list[str]
+    seconds: dict[str, float]
+    inputs: tuple[GraphInput, ...]
+
+
+@dataclass(frozen=True)
+class Rewritten(Analysed):
+    """`module` has live-range attention in the places of its sites, ready for a compiler or to be called."""
+
+
+@dataclass(frozen=True)
+class CachedRewritten(Analysed):
+    """Attributes:
+    cached: the graphs that go on from a cache; `module` stays as it was.
+    """
+
+    cached: CachedGraphs
+
+
+@dataclass(frozen=True)
+class Explained(Analysed):
+    """Attributes:
+    predictions: what each site would compute and keep, by its number.
+    graphs: the graph after each pass, as text; a pass that changed nothing is left out.
+    """
+
+    predictions: dict[int, Prediction]
+    graphs: dict[str, str]
+
+
+def analyse(dynamo_graph: GraphModule, example_inputs: Sequence[Any], policy: Policy) -> Analysed:
+    """Runs all passes but the last over a Dynamo graph.
+
+    Args:
+        example_inputs: the values of the graph's placeholders.
+
+    Raises:
+        PolicyError: the policy cannot be applied to these inputs.
+    """
+    return Analysed(**_Run(dynamo_graph, example_inputs, policy).found())
 
 
 def rewrite(
-    dynamo_graph: GraphModule,
-    example_inputs: Sequence[Any],
-    policy: Policy,
-    *,
-    replace: bool = True,
-    cached: bool = False,
-    dump: Path | None = None,
-    explained: ExampleSequence | None = None,
+    dynamo_graph: GraphModule, example_inputs: Sequence[Any], policy: Policy, *, dump: Path | None = None
 ) -> Rewritten:
     """Runs all passes over a Dynamo graph.
 
     Args:
-        example_inputs: the values of the graph's placeholders.
-        replace: False to analyse only.
-        cached: lower to slots, instead; the graph's arguments are then the new tokens of a text.
-        dump: folder for the graph's code before and after each pass.
-        explained: keep the graphs' texts, and predict what each site would compute and keep for such a row.
+        dump: folder for the graph's code after each pass.
 
     Raises:
         PolicyError: the policy cannot be applied to these inputs.
-        NotCacheable: `cached` is asked for, and a site cannot go on from a cache.
     """
-    seconds: dict[str, float] = {}
-    graphs: dict[str, str] = {}
-    began = time.perf_counter()
+    run = _Run(dynamo_graph, example_inputs, policy, dump=dump)
+    lower(run.module, run.planned)
+    run.done("lower", run.module)
+    return Rewritten(**run.found())
 
-    def done(name: str, module: GraphModule) -> None:
-        nonlocal began
-        seconds[name] = time.perf_counter() - began
-        if explained is not None and (text := graph_text(module.graph)) not in list(graphs.values())[-1:]:
-            graphs[name] = text
-        if dump is not None:
-            dump.mkdir(parents=True, exist_ok=True)
-            (dump / f"{len(seconds)}-{name}.txt").write_text(module.print_readable(print_output=False) + "\n")
-        began = time.perf_counter()
 
-    captured = capture(dynamo_graph, example_inputs)
-    module = captured.module
-    done("capture", module)
-    canonicalized = canonicalize(module)
-    done("canonicalize", module)
-    sites = find_attention(module, canonicalized.modified)
-    done("find-attention", module)
-    constants = {node: value for node, (_, value) in captured.buffers.items()}
-    functions = IndexFunctions(canonicalized.modified)
-    verdicts = _analyse(sites, functions, constants)
-    done("analyse-masks", module)
-    planned = apply_policy(module, sites, verdicts, policy)
-    done("apply-policy", module)
-    predictions = {}
-    if explained is not None:
-        predictions = predict(planned, functions, constants, captured.inputs, explained)
-        done("predict", module)
-    slots = None
-    if cached:
-        slots = lower_cached(module, planned)
-        done("lower-to-slots", slots.decode)
-    elif replace:
-        lower(module, planned)
-        done("lower", module)
-    proofs = [verdict for verdict in verdicts if isinstance(verdict, MaskProof)]
-    read = dict.fromkeys(captured.buffers[node][0] for proof in proofs for node in proof.constants)
-    return Rewritten(module, planned, canonicalized, list(read), seconds, captured.inputs, slots, predictions, graphs)
+def rewrite_for_cache(
+    dynamo_graph: GraphModule, example_inputs: Sequence[Any], policy: Policy, *, dump: Path | None = None
+) -> CachedRewritten:
+    """As `rewrite`, lowered to the slots of a cache; the graph's arguments are then the new tokens of a text.
+
+    Raises:
+        PolicyError: the policy cannot be applied to these inputs.
+        NotCacheable: a site cannot go on from a cache.
+    """
+    run = _Run(dynamo_graph, example_inputs, policy, dump=dump)
+    cached = lower_cached(run.module, run.planned)
+    run.done("lower-to-slots", cached.decode)
+    return CachedRewritten(**run.found(), cached=cached)
+
+
+def explain(
+    dynamo_graph: GraphModule,
+    example_inputs: Sequence[Any],
+    policy: Policy,
+    example: ExampleSequence,
+    *,
+    lowers: bool = True,
+) -> Explained:
+    """As `rewrite`, with the graph's text after each pass, and a prediction of what each site would compute and keep.
+
+    Args:
+        example: what is predicted for.
+        lowers: False to leave the last pass out.
+
+    Raises:
+        PolicyError: the policy cannot be applied to these inputs.
+    """
+    run = _Run(dynamo_graph, example_inputs, policy, keeps_texts=True)
+    predictions = predict(run.planned, run.functions, run.constants, run.captured.inputs, example)
+    run.done("predict", run.module)
+    if lowers:
+        lower(run.module, run.planned)
+        run.done("lower", run.module)
+    return Explained(**run.found(), predictions=predictions, graphs=run.texts)
+
+
+class _Run:
+    """All passes but lowering, in their order, and the time that each took."""
+
+    def __init__(
+        self,
+        dynamo_graph: GraphModule,
+        example_inputs: Sequence[Any],
+        policy: Policy,
+        *,
+        dump: Path | None = None,
+        keeps_texts: bool = False,
+    ) -> None:
+        self.dump, self.keeps_texts = dump, keeps_texts
+        self.seconds: dict[str, float] = {}
+        self.texts: dict[str, str] = {}
+        self._began = time.perf_counter()
+        self.captured = capture(dynamo_graph, example_inputs)
+        self.module = self.captured.module
+        self.done("capture", self.module)
+        self.canonicalized = canonicalize(self.module)
+        self.done("canonicalize", self.module)
+        sites = find_attention(self.module, self.canonicalized.modified)
+        self.done("find-attention", self.module)
+        self.constants = {node: value for node, (_, value) in self.captured.buffers.items()}
+        self.functions = IndexFunctions(self.canonicalized.modified)
+        self.verdicts = _analyse(sites, self.functions, self.constants)
+        self.done("analyse-masks", self.module)
+        self.planned = apply_policy(self.module, sites, self.verdicts, policy)
+        self.done("apply-policy", self.module)
+
+    def done(self, name: str, module: GraphModule) -> None:
+        """Ends a pass."""
+        self.seconds[name] = time.perf_counter() - self._began
+        if self.keeps_texts and (text := graph_text(module.graph)) not in list(self.texts.values())[-1:]:
+            self.texts[name] = text
+        if self.dump is not None:
+            self.dump.mkdir(parents=True, exist_ok=True)
+            path = self.dump / f"{len(self.seconds)}-{name}.txt"
+            path.write_text(module.print_readable(print_output=False) + "\n")
+        self._began = time.perf_counter()
+
+    def found(self) -> dict[str, Any]:
+        """The fields of `Analysed`."""
+        proofs = [verdict for verdict in self.verdicts if isinstance(verdict, MaskProof)]
+        read = dict.fromkeys(self.captured.buffers[node][0] for proof in proofs for node in proof.constants)
+        return {
+            "module": self.module,
+            "sites": self.planned,
+            "canonicalized": self.canonicalized,
+            "constants": list(read),
+            "seconds": self.seconds,
+            "inputs": self.captured.inputs,
+        }
 
 
 def _analyse(sites: list[AttentionSite], functions: IndexFunctions, constants: dict[Any, Any]) -> list[MaskProof | str]:

@@ -25,7 +25,7 @@ from rewriter.passes.policy import Policy
 from rewriter.policies.exact import Exact
 from rewriter.report import Report
 from rewriter.report.data import module_tree
-from rewriter.tracing import analyse_call
+from rewriter.tracing import explain_call
 
 BACKENDS = ("inductor", "eager")
 
@@ -106,7 +106,7 @@ def explain(
     row = ExampleSequence(length, {name: value for name, value in given.items() if isinstance(value, Tensor)})
     if any(p.is_meta for p in model.parameters()):
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-    for result in analyse_call(model, policy or Exact(), args, kwargs, explained=row):
+    for result in explain_call(model, policy or Exact(), args, kwargs, row):
         report.add(result)
         graph = report.graphs[-1]
         graph.modules = module_tree(model, graph.sites)

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from rewriter.errors import PolicyError
 from rewriter.errors import RewriteError
-from rewriter.passes import Rewritten
+from rewriter.passes import Analysed
 from rewriter.passes import rewrite
 from rewriter.passes.policy import Policy
 from rewriter.report import Report
@@ -214,7 +214,7 @@ class OptimizedModel(nn.Module):
             )
         return decoder
 
-    def _take(self, result: Rewritten) -> None:
+    def _take(self, result: Analysed) -> None:
         self._check(result)
         self._check_parameter_sites(result)
         self.report.add(result)
@@ -277,7 +277,7 @@ class OptimizedModel(nn.Module):
         compiled: Any = compile_fx(result.module, example_inputs)
         return compiled
 
-    def _check(self, result: Rewritten) -> None:
+    def _check(self, result: Analysed) -> None:
         if not result.sites:
             raise RewriteError(
                 f"no attention found in {type(self.model).__name__}: neither a scaled_dot_product_attention nor a softmax "
@@ -288,7 +288,7 @@ class OptimizedModel(nn.Module):
             reasons = "; ".join(f"site {p.layer} ({p.site.module_path or '-'}): {p.reason}" for p in refused)
             raise RewriteError(f"{len(refused)} of {len(result.sites)} attention sites are refused: {reasons}")
 
-    def _check_parameter_sites(self, result: Rewritten) -> None:
+    def _check_parameter_sites(self, result: Analysed) -> None:
         """A call that runs other attentions than the one that the parameters were made for would mix them up."""
         for plan in result.sites:
             known = self._parameter_sites.get(plan.layer)

@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from torch.fx import GraphModule
 from rewriter.errors import CaptureError
 from rewriter.errors import PolicyError
 from rewriter.errors import RewriteError
+from rewriter.passes import Analysed
 from rewriter.passes import ExampleSequence
-from rewriter.passes import Rewritten
-from rewriter.passes import rewrite
+from rewriter.passes import Explained
+from rewriter.passes import analyse
+from rewriter.passes import explain
 from rewriter.passes.policy import Policy
 
 
@@ -34,24 +37,36 @@ def traced_call(
     return torch.compile(with_own_code(call), backend=backend, dynamic=True, fullgraph=True)
 
 
-def analyse_call(
+def analyse_call(model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Analysed]:
+    """What the passes find in a call; it is run as it is."""
+    return _seen(model, args, kwargs, lambda graph, inputs: analyse(graph, inputs, policy))
+
+
+def explain_call(
+    model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any], example: ExampleSequence
+) -> list[Explained]:
+    """What the passes would do to a call; it is run as it is."""
+    lowers = not any(part.adds_parameters or part.is_program for part in policy.parts())
+    return _seen(model, args, kwargs, lambda graph, inputs: explain(graph, inputs, policy, example, lowers=lowers))
+
+
+Seen = TypeVar("Seen", bound=Analysed)
+
+
+def _seen(
     model: nn.Module,
-    policy: Policy,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    *,
-    explained: ExampleSequence | None = None,
-) -> list[Rewritten]:
-    """What the passes would do to a call; it is run as it is."""
-    results: list[Rewritten] = []
-    lowers = explained is not None and not any(part.adds_parameters or part.is_program for part in policy.parts())
+    look: Callable[[GraphModule, list[Any]], Seen],
+) -> list[Seen]:
+    results: list[Seen] = []
 
-    def analyse(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        results.append(rewrite(graph, example_inputs, policy, replace=lowers, explained=explained))
+    def backend(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        results.append(look(graph, example_inputs))
         return graph.forward
 
     with torch.no_grad():
-        guarded(traced_call(model, analyse), {}, args, kwargs)
+        guarded(traced_call(model, backend), {}, args, kwargs)
     return results
 
 

@@ -24,11 +24,12 @@ from torch.fx import GraphModule
 from rewriter.errors import CacheError
 from rewriter.errors import PolicyError
 from rewriter.generation.cache import LiveRangeCache
+from rewriter.passes import Analysed
 from rewriter.passes import CachedGraphs
+from rewriter.passes import CachedRewritten
 from rewriter.passes import NotCacheable
 from rewriter.passes import Policy
-from rewriter.passes import Rewritten
-from rewriter.passes import rewrite
+from rewriter.passes import rewrite_for_cache
 from rewriter.passes.graph.inputs import GraphInput
 from rewriter.tracing import guarded
 from rewriter.tracing import traced_call
@@ -74,7 +75,7 @@ class Decoder:
         *,
         backend: str,
         dump: Path | None,
-        on_rewritten: Callable[[Rewritten], None],
+        on_rewritten: Callable[[Analysed], None],
     ) -> None:
         self.model = model
         self.policy = policy
@@ -88,7 +89,6 @@ class Decoder:
             )
         result = self._capture(dump)
         on_rewritten(result)
-        assert result.cached is not None
         self.graphs: CachedGraphs = result.cached
         self.layout = self.graphs.layout
         self.inputs = result.inputs
@@ -246,8 +246,8 @@ class Decoder:
         if position_ids is not None and tuple(position_ids.shape) not in ((num_batch, num_new), (1, num_new)):
             raise CacheError(f"position_ids must be [{num_batch}, {num_new}], got {list(position_ids.shape)}")
 
-    def _capture(self, dump: Path | None) -> Rewritten:
-        results: list[Rewritten] = []
+    def _capture(self, dump: Path | None) -> CachedRewritten:
+        results: list[CachedRewritten] = []
 
         def captured(*values: Any) -> None:
             raise _GuardsHold([value for value in values if isinstance(value, Tensor)])
@@ -258,7 +258,7 @@ class Decoder:
         def backend(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             if results:
                 return changed
-            results.append(rewrite(graph, example_inputs, self.policy, cached=True, dump=dump))
+            results.append(rewrite_for_cache(graph, example_inputs, self.policy, dump=dump))
             return captured
 
         device = next(self.model.parameters()).device

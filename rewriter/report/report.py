@@ -16,8 +16,9 @@ from rich.console import Group
 from rich.console import RenderableType
 from rich.table import Table
 
+from rewriter.passes import Analysed
+from rewriter.passes import Explained
 from rewriter.passes import Prediction
-from rewriter.passes import Rewritten
 from rewriter.passes.graph.origin import source_line
 from rewriter.report.data import GraphReport
 from rewriter.report.data import SiteGroup
@@ -50,8 +51,10 @@ class Report:
             found.setdefault(same, []).append(site)
         return [SiteGroup(tuple(sites)) for sites in found.values()]
 
-    def add(self, result: Rewritten) -> None:
+    def add(self, result: Analysed) -> None:
         """Records what the passes did to one graph."""
+        predictions = result.predictions if isinstance(result, Explained) else {}
+        texts = result.graphs if isinstance(result, Explained) else {}
         sites = []
         for plan in result.sites:
             reason = plan.reason or ""
@@ -65,10 +68,10 @@ class Report:
                     kernel="-" if reason else _kernel(plan.site.node.meta["val"].device.type),
                     reason=reason,
                     source=source_line(plan.site.node),
-                    prediction=result.predictions.get(plan.layer),
+                    prediction=predictions.get(plan.layer),
                 )
             )
-        self.graphs.append(GraphReport(sites, dict(result.seconds), graphs=dict(result.graphs)))
+        self.graphs.append(GraphReport(sites, dict(result.seconds), graphs=dict(texts)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `{"graphs": [{"sites": [...], "seconds": {...}, "modules": {...}, "graphs": {...}}]}`."""
