@@ -31,7 +31,7 @@ from rewriter.chunked.lowering import RESULTS
 from rewriter.errors import CacheError
 from rewriter.errors import ExportError
 from rewriter.errors import PolicyError
-from rewriter.generation.decoder import text_config
+from rewriter.generation.model_facts import text_config
 from rewriter.tracing import guarded
 from rewriter.tracing import traced_call
 

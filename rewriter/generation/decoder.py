@@ -5,12 +5,10 @@ for prefill (several new tokens) and one for decoding (a single one). Both are c
 model's present parameters, the new tokens and the state of a cache.
 
 That a model may be run so is checked and not assumed: everything in it but attention must treat each token for itself. Some
-tokens are run at once and in pieces, and the logits compared.
-"""
+tokens are run at once and in pieces, and the logits compared."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,26 +22,20 @@ from torch.fx import GraphModule
 from rewriter.errors import CacheError
 from rewriter.errors import PolicyError
 from rewriter.generation.cache import LiveRangeCache
+from rewriter.generation.guards import CapturedCall
+from rewriter.generation.model_facts import ARGUMENTS
+from rewriter.generation.model_facts import signature_of
+from rewriter.generation.model_facts import takes_use_cache
+from rewriter.generation.model_facts import vocabulary_of
+from rewriter.generation.trial import TRIAL_LENGTH
+from rewriter.generation.trial import check_in_pieces
+from rewriter.generation.trial import takes_indices_as_positions
 from rewriter.passes import Analysed
 from rewriter.passes import CachedGraphs
-from rewriter.passes import CachedRewritten
-from rewriter.passes import NotCacheable
 from rewriter.passes import Policy
 from rewriter.passes import rewrite_for_cache
 from rewriter.passes.graph.inputs import GraphInput
-from rewriter.tracing import guarded
-from rewriter.tracing import traced_call
 from rewriter.tracing import with_own_code
-
-ARGUMENTS = ("input_ids", "attention_mask", "position_ids")
-
-
-TRIAL_LENGTH = 9
-"""Tokens of the check."""
-
-
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Of the check, relative to the size of all logits; 16-bit models may differ by more, as rounding does."""
 
 
 class Decoder:
@@ -80,25 +72,31 @@ class Decoder:
         self.model = model
         self.policy = policy
         self.policy_parameters = policy_parameters
-        self.takes_rows = "logits_to_keep" in _signature(self.model)
-        missing = [name for name in ARGUMENTS if name not in _signature(self.model)]
+        self.takes_rows = "logits_to_keep" in signature_of(self.model)
+        missing = [name for name in ARGUMENTS if name not in signature_of(self.model)]
         if missing:
             raise CacheError(
                 f"{type(self.model).__name__}.forward takes no {missing[0]}; a model that goes on from a cache takes "
                 f"{', '.join(ARGUMENTS)}"
             )
-        result = self._capture(dump)
+        self._captured = CapturedCall(
+            model,
+            self._named_parameters,
+            self._example_arguments(),
+            lambda graph, inputs: rewrite_for_cache(graph, inputs, policy, dump=dump),
+        )
+        result = self._captured.result
         on_rewritten(result)
         self.graphs: CachedGraphs = result.cached
         self.layout = self.graphs.layout
         self.inputs = result.inputs
         self.fetch = [self._fetcher(place, given) for place, given in enumerate(result.inputs)]
         self.constants = {name: (b := self.model.get_buffer(name), b._version) for name in result.constants}
-        self.vocabulary = _vocabulary(self.model)
+        self.vocabulary = vocabulary_of(self.model)
         self.default_positions = False
         try:
-            self._check()
-            self.default_positions = self._numbers_by_place()
+            check_in_pieces(self)
+            self.default_positions = takes_indices_as_positions(self.model, self.vocabulary)
         except (CacheError, PolicyError):
             raise
         except Exception as error:  # whatever the model's own operators raise on a few tokens
@@ -117,7 +115,7 @@ class Decoder:
     @property
     def is_current(self) -> bool:
         """Whether the model is still as it was captured, by Dynamo's guards, and the masks that it holds are what they were."""
-        return self._guards_hold() and all(
+        return self._captured.holds() and all(
             self.model.get_buffer(name) is buffer and buffer._version == version
             for name, (buffer, version) in self.constants.items()
         )
@@ -181,7 +179,7 @@ class Decoder:
             call = self.own[expected.graph]
         cache.is_broken = True
         try:
-            logits = self._call(call, arguments, cache)
+            logits = self.call(call, arguments, cache)
         except BaseException:
             if not cache.length:
                 cache.release()
@@ -197,7 +195,7 @@ class Decoder:
                 table["forgotten"].fill_(cache.length)
         return logits
 
-    def _call(self, call: Callable[..., Any], arguments: Mapping[str, Tensor], cache: LiveRangeCache) -> Tensor:
+    def call(self, call: Callable[..., Any], arguments: Mapping[str, Tensor], cache: LiveRangeCache) -> Tensor:
         (logits,) = call(*(fetch(arguments) for fetch in self.fetch), *cache.state())
         return logits if self.takes_rows else logits[:, arguments["logits_to_keep"]]
 
@@ -246,64 +244,23 @@ class Decoder:
         if position_ids is not None and tuple(position_ids.shape) not in ((num_batch, num_new), (1, num_new)):
             raise CacheError(f"position_ids must be [{num_batch}, {num_new}], got {list(position_ids.shape)}")
 
-    def _capture(self, dump: Path | None) -> CachedRewritten:
-        results: list[CachedRewritten] = []
-
-        def captured(*values: Any) -> None:
-            raise _GuardsHold([value for value in values if isinstance(value, Tensor)])
-
-        def changed(*values: Any) -> None:
-            raise _ModelChanged
-
-        def backend(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            if results:
-                return changed
-            results.append(rewrite_for_cache(graph, example_inputs, self.policy, dump=dump))
-            return captured
-
-        device = next(self.model.parameters()).device
+    def _example_arguments(self) -> dict[str, Any]:
+        """Of the call that is captured."""
+        device = self.device
         ids = torch.zeros(2, TRIAL_LENGTH, dtype=torch.int64, device=device)
-        arguments = {
+        arguments: dict[str, Any] = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "position_ids": torch.arange(TRIAL_LENGTH, device=device).expand(2, -1).contiguous(),
         }
         if self.takes_rows:
             arguments["logits_to_keep"] = torch.arange(3, device=device)
-        if _takes_use_cache(self.model):
-            arguments["use_cache"] = False  # type: ignore[assignment]
-
-        self._example = traced_call(self.model, backend, _logits), arguments
-        try:
-            with torch.no_grad():
-                guarded(self._example[0], self._named_parameters(), (), arguments)
-        except _GuardsHold as held:
-            self._present = held.tensors
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, NotCacheable):
-                name = type(self.model).__name__
-                raise CacheError(f"{name} cannot go on from a cache: {error.inner_exception}") from None
-            raise
-        return results[0]
+        if takes_use_cache(self.model):
+            arguments["use_cache"] = False
+        return arguments
 
     def _named_parameters(self) -> dict[str, Tensor]:
         return dict(self.policy_parameters.named_parameters(remove_duplicate=False))
-
-    @torch.no_grad()
-    def _guards_hold(self) -> bool:
-        """Makes the call that was captured up to its graph, and takes the tensors that the graph would be given.
-
-        What Dynamo guards is all that the graph depends on: modules, hooks, modes, types, and each number that was read.
-        """
-        call, arguments = self._example
-        try:
-            call(self._named_parameters(), **arguments)
-        except _GuardsHold as held:
-            self._present = held.tensors
-            return True
-        except (_ModelChanged, torch._dynamo.exc.TorchDynamoException):
-            pass
-        return False
 
     def _fetcher(self, place: int, given: GraphInput) -> Callable[[Mapping[str, Tensor]], Tensor]:
         """How an input of the graphs is found at each call: parameters by name, as the model may have been given others."""
@@ -314,77 +271,12 @@ class Decoder:
             owner: Any = self.policy_parameters.get_submodule(path)
             return lambda _: owner[name]
         if given.kind == "constant":
-            return lambda _: self._present[place]
+            return lambda _: self._captured.present[place]
         path, _, name = given.name.rpartition(".")
         module = self.model.get_submodule(path)
         if given.kind == "buffer":
             return lambda _: _of_static_sizes(module._buffers[name])  # type: ignore[arg-type]
         return lambda _: module._parameters[name]  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def _check(self) -> None:
-        """Runs a few tokens at once, and in pieces."""
-        random = torch.Generator().manual_seed(0)
-        device = next(self.model.parameters()).device
-        # Distinct tokens: scores of equal ones tie, and rounding, which depends on the pieces, would decide.
-        ids = torch.stack([torch.randperm(self.vocabulary, generator=random)[:TRIAL_LENGTH] for _ in range(2)])
-        ids = ids.repeat(1, -(-TRIAL_LENGTH // ids.size(1)))[:, :TRIAL_LENGTH].to(device)
-        mask = torch.ones_like(ids)
-        mask[1, 0] = 0
-        mask[0, 5] = 0  # the first token of the second piece
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = []
-        for pieces in ((TRIAL_LENGTH,), (5, 3, 1)):
-            cache = self.new_cache(TRIAL_LENGTH)
-            cache.allocate(2)
-            outputs, begin = [], 0
-            for size in pieces:
-                part = slice(begin, begin + size)
-                arguments = {
-                    "input_ids": ids[:, part],
-                    "attention_mask": mask[:, part],
-                    "position_ids": position_ids[:, part],
-                    "logits_to_keep": torch.arange(size, device=device),
-                }
-                call = self.graphs.decode if size == 1 else self.graphs.prefill
-                outputs.append(self._call(call, arguments, cache))
-                begin += size
-            logits.append(torch.cat(outputs, dim=1)[mask.bool()].double())
-        whole, pieced = logits
-        difference = float((whole - pieced).norm() / whole.norm().clamp(min=1e-30))
-        if not difference <= TOLERANCES.get(outputs[0].dtype, 0.05):
-            raise CacheError(
-                f"{type(self.model).__name__} cannot go on from a cache: it gives other logits for {TRIAL_LENGTH} tokens in "
-                f"pieces than at once (they differ by {difference:.1e} of their size), so something besides attention mixes "
-                "tokens, or it does not take its positions from position_ids"
-            )
-
-    @torch.no_grad()
-    def _numbers_by_place(self) -> bool:
-        """Whether the model itself, given no positions, takes the places of tokens, padding included."""
-        device = next(self.model.parameters()).device
-        ids = (torch.arange(TRIAL_LENGTH, device=device) % self.vocabulary).repeat(2, 1)
-        mask = torch.ones_like(ids)
-        mask[1, :2] = 0
-        given = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            **({"use_cache": False} if _takes_use_cache(self.model) else {}),
-        }
-        places = torch.arange(TRIAL_LENGTH, device=device).expand(2, -1)
-        try:
-            own = _logits(self.model(**given))
-        except TypeError:  # position_ids is not optional
-            return False
-        by_place = _logits(self.model(**given, position_ids=places))
-        own, by_place = (t[mask.bool()].double() for t in (own, by_place))
-        return bool((own - by_place).norm() <= 1e-3 * own.norm())
-
-
-def text_config(model: Any) -> Any:
-    """A transformers model's configuration of what reads text; None for other models."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _compiled(module: GraphModule, *, dynamic: bool) -> Callable[..., Any]:
@@ -394,40 +286,8 @@ def _compiled(module: GraphModule, *, dynamic: bool) -> Callable[..., Any]:
     return torch.compile(with_own_code(call), dynamic=dynamic, fullgraph=True)
 
 
-def _logits(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.logits
-
-
-def _signature(model: nn.Module) -> Mapping[str, Any]:
-    return inspect.signature(model.forward).parameters
-
-
 def _of_static_sizes(buffer: Tensor) -> Tensor:
     """The same memory; a mark on the buffer itself would be a change of the model."""
     alias = buffer.detach()
     torch._dynamo.mark_static(alias)
     return alias
-
-
-class _GuardsHold(Exception):
-    """Raised in place of the captured graph, with the tensors that it takes, in order."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
-
-
-class _ModelChanged(Exception):
-    """Raised in place of any other graph of the same model."""
-
-
-def _vocabulary(model: nn.Module) -> int:
-    """Tokens that the model knows."""
-    size = getattr(text_config(model), "vocab_size", None)
-    if isinstance(size, int):
-        return size
-    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    return min(sizes, default=2)
-
-
-def _takes_use_cache(model: nn.Module) -> bool:
-    return "use_cache" in _signature(model) or hasattr(getattr(model, "config", None), "use_cache")

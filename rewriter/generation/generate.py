@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rewriter.errors import CacheError
 from rewriter.generation.cache import LiveRangeCache
-from rewriter.generation.decoder import ARGUMENTS
 from rewriter.generation.decoder import Decoder
+from rewriter.generation.model_facts import ARGUMENTS
 
 IGNORED = ("use_cache", "return_dict", "cache_position")
 """Arguments of a transformers model that say nothing in a cached call."""

@@ -569,13 +569,13 @@ def test_an_interrupted_call_is_noticed(tiny_model: Callable[..., nn.Module], mo
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fast.decoder, "_call", interrupted)
+    monkeypatch.setattr(fast.decoder, "call", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fast(input_ids=ids, past_key_values=cache)
     monkeypatch.undo()
     expected = fast(input_ids=ids[:1], past_key_values=cache).logits
     assert cache.batch_size == 1, "an empty cache has no rows yet"
-    monkeypatch.setattr(fast.decoder, "_call", interrupted)
+    monkeypatch.setattr(fast.decoder, "call", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fast(input_ids=ids[:1], past_key_values=cache)
     monkeypatch.undo()
