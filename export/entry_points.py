@@ -20,6 +20,7 @@ import torch
 from rewriter.passes import Rewritten
 from rewriter.passes import rewrite
 from rewriter.passes.graph.copy import GraphCopy
+from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.lower.cache_layout import StateTensor
 from torch import Tensor
 from torch import nn
@@ -215,7 +216,7 @@ def _forward(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> EntryPoint
     result = capture_forward(optimized, kwargs)
     optimized._take(result)
     placeholders = [node for node in result.module.graph.nodes if node.op == "placeholder"]
-    found = {n.meta["source"]: tuple(n.meta["val"].shape) for n in placeholders if isinstance(n.meta["val"], Tensor)}
+    found = {source_of(n).name: tuple(n.meta["val"].shape) for n in placeholders if isinstance(n.meta["val"], Tensor)}
     shapes = {name: found[name] for name in tensors if name in found}  # in the order of the call
     names: dict[str, str] = {}
     inputs: list[Input] = []

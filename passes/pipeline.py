@@ -19,6 +19,7 @@ from rewriter.passes.graph.canonicalize import Canonicalized
 from rewriter.passes.graph.canonicalize import canonicalize
 from rewriter.passes.graph.capture import capture
 from rewriter.passes.graph.inputs import GraphInput
+from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.lower.full import lower
 from rewriter.passes.lower.plan import PlannedSite
 from rewriter.passes.lower.plan import apply_policy
@@ -237,11 +238,7 @@ def graph_text(graph: Graph) -> str:
         value = node.meta.get("val")
         sizes = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}" if isinstance(value, Tensor) else ""
         if node.op in ("placeholder", "output"):
-            text = (
-                f"input {node.name}: {node.meta.get('source', '')}"
-                if node.op == "placeholder"
-                else f"output {node.args}"
-            )
+            text = f"input {node.name}: {source_of(node).name}" if node.op == "placeholder" else f"output {node.args}"
         else:
             operator_name = (
                 str(node.target) if isinstance(node.target, str | torch._ops.OpOverload) else node.target.__name__

@@ -17,6 +17,7 @@ import torch
 from rewriter.kernels import LiveRanges
 from rewriter.kernels.cpu.schedule import computed_pairs
 from rewriter.passes.graph.inputs import GraphInput
+from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.lower.plan import PlannedSite
 from rewriter.passes.masks.check import Sizes
@@ -114,7 +115,7 @@ class _OneSequence(Trial):
 
     def _value(self, node: Node) -> Any:
         value = node.meta["val"]
-        if isinstance(value, Tensor) and "position" in node.meta.get("source", ""):
+        if isinstance(value, Tensor) and "position" in source_of(node).name:
             sizes = self.sizes(node)
             return torch.arange(sizes[-1]).expand(sizes)
         return super()._value(node)
@@ -232,7 +233,7 @@ def _under_policy(
 def _sequence_of_ids(plan: PlannedSite, values: Mapping[str, Any], length: int) -> Tensor | None:
     """int64 `[1, length]`: the last row of the call's token ids, again and again; None where they have no values."""
     assert plan.input_ids is not None
-    given = values.get(plan.input_ids.meta["source"])
+    given = values.get(source_of(plan.input_ids).name)
     if not isinstance(given, Tensor) or given.is_meta or isinstance(given, torch._subclasses.FakeTensor):
         return None
     row = given[-1].detach().cpu()

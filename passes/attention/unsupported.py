@@ -11,6 +11,7 @@ from rewriter.passes.attention.views import SCORE_OPERATORS
 from rewriter.passes.attention.views import VIEWS
 from rewriter.passes.attention.views import factors
 from rewriter.passes.attention.views import same_sizes
+from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.graph.nodes import rank
 from torch.fx import GraphModule
 from torch.fx import Node
@@ -65,4 +66,4 @@ def _is_weight(factor: Node) -> bool:
     few = rank(factor) < 3
     while factor.target in PASSIVE | VIEWS | {aten.expand.default} and isinstance(factor.args[0], Node):
         factor = factor.args[0]
-    return few or factor.op == "get_attr" or factor.meta.get("kind") in ("parameter", "buffer")
+    return few or factor.op == "get_attr" or source_of(factor).kind in ("parameter", "buffer")

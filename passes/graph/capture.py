@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from rewriter.passes.graph.inputs import GraphInput
-from rewriter.passes.graph.inputs import kind_of
-from rewriter.passes.graph.inputs import readable_source
+from rewriter.passes.graph.inputs import set_source
 from rewriter.passes.graph.repeated_calls import RepeatedCalls
 from torch import Tensor
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
@@ -39,8 +38,7 @@ class CapturedGraph:
     """A pre-dispatch ATen graph.
 
     Attributes:
-        module: the graph; each placeholder's `meta["source"]` says where its value comes from, `meta["kind"]` what it
-            is (`GraphInput.kind`).
+        module: the graph; `inputs.source_of` says where a placeholder's value comes from.
         buffers: the model's buffers among the placeholders, with their qualified names and present values.
         inputs: what each placeholder that is not a symbolic size holds, in order.
     """
@@ -82,12 +80,11 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
         path = str(source.name if source is not None and isinstance(source.name, str) else original.target)
         # Dynamo's word for what belongs to a module that sets attributes in its forward, or has a `__getattr__` of its own.
         path = re.sub(r"\.__dict__\['(_modules|_parameters|_buffers)'\]", r".\1", path)
-        node.meta["source"] = readable_source(path)
-        node.meta["kind"] = kind_of(path)
-        if isinstance(value, Tensor) and "._buffers[" in path:
-            buffers[node] = (node.meta["source"], value)
+        known = set_source(node, path)
+        if isinstance(value, Tensor) and known.kind == "buffer":
+            buffers[node] = (known.name, value)
         if isinstance(node.meta["val"], Tensor):
-            inputs.append(GraphInput(node.meta["kind"], node.meta["source"], value))
+            inputs.append(GraphInput(known.kind, known.name, value))
     return CapturedGraph(module, buffers, tuple(inputs))
 
 

@@ -6,23 +6,45 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from torch.fx import Node
+
 
 @dataclass(frozen=True)
-class GraphInput:
-    """What a placeholder holds.
+class InputSource:
+    """Where the value of a placeholder comes from.
 
     Attributes:
         kind: "parameter" or "buffer" of the model, "argument" of the call, or "constant": a tensor from elsewhere.
         name: qualified name, or the argument's.
-        value: when captured.
     """
 
     kind: str
     name: str
+
+
+@dataclass(frozen=True)
+class GraphInput(InputSource):
+    """A placeholder's source, and its value when it was captured."""
+
     value: Any
 
 
-def kind_of(path: str) -> str:
+NOT_AN_INPUT = InputSource("", "")
+
+
+def source_of(node: Node) -> InputSource:
+    """The source of a captured graph's placeholder; `NOT_AN_INPUT` for any other node."""
+    source: InputSource = node.meta.get("input", NOT_AN_INPUT)
+    return source
+
+
+def set_source(node: Node, path: str) -> InputSource:
+    """Notes where a placeholder's value comes from, by Dynamo's name for it."""
+    node.meta["input"] = InputSource(_kind(path), readable_source(path))
+    return source_of(node)
+
+
+def _kind(path: str) -> str:
     if "._parameters[" in path:
         return "parameter"
     if "._buffers[" in path:

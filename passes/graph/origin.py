@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from rewriter.passes.graph.inputs import source_of
 from torch.fx import Node
 
 
 def describe(node: Node) -> str:
     if node.op == "placeholder":
-        return f"input {node.meta.get('source', node.name)}"
+        return f"input {source_of(node).name or node.name}"
     line = source_line(node)
     return f"{node.name}{' at ' + line if line else ''}"
 

@@ -11,6 +11,7 @@ from dataclasses import field
 
 import torch
 from rewriter.passes.attention.site import AttentionSite
+from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.graph.nodes import rank
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.lower.policy_parameters import take_policy_parameters
@@ -76,7 +77,7 @@ class PlannedSite:
         assert self.site.value is not None
         level, seen = [self.site.value], {self.site.value}
         while level:
-            weights = sorted(n.meta["source"] for n in level if n.meta.get("kind") == "parameter")
+            weights = sorted(source_of(n).name for n in level if source_of(n).kind == "parameter")
             if weights:
                 return f"{self.site.module_path or '-'} with {', '.join(weights)}"
             level = list(dict.fromkeys(i for n in level for i in n.all_input_nodes if i not in seen))
@@ -147,7 +148,7 @@ def _reason_against(policy: Policy, site: AttentionSite, proof: MaskProof) -> st
 def _rotations(module: GraphModule, site: AttentionSite, attentions: set[Node]) -> tuple[Rotation, Rotation]:
     """How query and key come from what does not depend on positions."""
     assert site.query is not None and site.key is not None and site.value is not None
-    inputs = {node.meta.get("source"): node for node in module.graph.nodes if node.op == "placeholder"}
+    inputs = {source_of(node).name: node for node in module.graph.nodes if node.op == "placeholder"}
     positions = next((n for s, n in inputs.items() if s == "position_ids" and isinstance(n.meta["val"], Tensor)), None)
     if positions is None:
         raise Unrotatable("the model does not read position_ids")
@@ -176,10 +177,10 @@ def _input_ids(module: GraphModule, site: AttentionSite, policy: str) -> Node:
                 source = source.args[0]  # views and casts
             if isinstance(source, Node) and source.op == "placeholder" and rank(source) == 2:
                 found[source] = None
-    named = [node for node in found if "input_ids" in node.meta.get("source", "")]
+    named = [node for node in found if "input_ids" in source_of(node).name]
     candidates = named or list(found)
     if len(candidates) != 1:
-        seen = ", ".join(node.meta.get("source", node.name) for node in candidates) or "none"
+        seen = ", ".join(source_of(node).name or node.name for node in candidates) or "none"
         raise PolicyError(
             f"{policy} looks separators up in the token ids, but the model's call has {len(candidates)} inputs that are "
             f"token ids ({seen}); call the model with input_ids=..., not with inputs_embeds=..."

@@ -22,6 +22,7 @@ from rewriter.passes.graph.copy import GraphCopy
 from rewriter.passes.graph.copy import NotCacheable
 from rewriter.passes.graph.edit import call
 from rewriter.passes.graph.edit import inherited
+from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.lower.cache_layout import FREE
 from rewriter.passes.lower.cache_layout import CacheLayout
@@ -171,7 +172,7 @@ def _check(plan: PlannedSite, proof: MaskProof) -> None:
             if isinstance(part, Apply) and part.name == "running_topk_end":
                 raise NotCacheable("the model's own top-k has no recurrent form here")
             if isinstance(part, Element) and _is_state(part.node) and any(axes_of(i) & {KEY} for i in part.indices):
-                raise NotCacheable(f"its mask reads {part.node.meta.get('source', part.node.name)} at the key's index")
+                raise NotCacheable(f"its mask reads {source_of(part.node).name or part.node.name} at the key's index")
             if isinstance(part, Element) and part.node.target is aten.cumsum.default:
                 raise NotCacheable(f"its mask ({proof.name}) adds up earlier tokens")
             if (
@@ -195,7 +196,7 @@ def _begins_early(start: Expression) -> bool:
 
 def _is_state(node: Node) -> bool:
     """Whether a node is a parameter or buffer of the model, and not an argument of the call."""
-    return node.op == "placeholder" and node.meta.get("kind", "argument") != "argument"
+    return source_of(node).kind not in ("", "argument")
 
 
 def _parts(expression: Expression | None) -> list[Expression]:

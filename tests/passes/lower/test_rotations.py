@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,12 +33,15 @@ def angles(positions: Tensor, width: int = WIDTH) -> Tensor:
     return positions[:, :, None].float() * frequencies
 
 
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., : WIDTH // 2], x[..., WIDTH // 2 :]
+
+
 def rotate_half(x: Tensor, positions: Tensor) -> Tensor:
     """As Llama is: the halves of a head are the two coordinates."""
     both = torch.cat((angles(positions), angles(positions)), dim=-1)
     cos, sin = both.cos()[:, None], both.sin()[:, None]
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return x * cos + torch.cat((-x[..., WIDTH // 2 :], x[..., : WIDTH // 2]), dim=-1) * sin
 
 
 def interleaved(x: Tensor, positions: Tensor) -> Tensor:
@@ -57,15 +61,22 @@ def partial(x: Tensor, positions: Tensor) -> Tensor:
 def tokens_first(x: Tensor, positions: Tensor) -> Tensor:
     """Rotated as `[B, S, H, D]`."""
     cos, sin = angles(positions).cos()[:, :, None], angles(positions).sin()[:, :, None]
-    left, right = x.chunk(2, dim=-1)
+    left, right = halves(x)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).transpose(1, 2)
+
+
+def chunked(x: Tensor, positions: Tensor) -> Tensor:
+    """As gpt-oss is: one operator makes both halves."""
+    cos, sin = angles(positions).cos()[:, None], angles(positions).sin()[:, None]
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
 
 def sizes_of_the_call(x: Tensor, positions: Tensor) -> Tensor:
     """The number of tokens is written out on both sides."""
     batch, length = positions.shape
     angle = angles(positions).reshape(batch, 1, length, 4).expand(batch, HEADS, length, 4)
-    left, right = x.chunk(2, dim=-1)
+    left, right = halves(x)
     turned = torch.cat((left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()), dim=-1)
     return turned.reshape(batch, HEADS, length, WIDTH)
 
@@ -82,7 +93,17 @@ FORMS: dict[str, tuple[Rotate, int]] = {
     "tokens first": (tokens_first, 1),
     "sizes of the call": (sizes_of_the_call, 2),
     "a scale and a shift": (a_scale_and_a_shift, 2),
+    "chunked": (chunked, 2),
 }
+CHUNKED = pytest.param(
+    "chunked",
+    marks=pytest.mark.xfail(
+        strict=True,
+        reason="find_rotation takes a node of several tensors (chunk, split, unbind of the content) for one without tokens: "
+        "a copy reads the pieces of the original's content",
+    ),
+)
+NAMES = [CHUNKED if name == "chunked" else name for name in FORMS]
 
 
 class Traced:
@@ -114,6 +135,7 @@ def positions(length: int = LENGTH, seed: int = 0) -> Tensor:
     return torch.randint(0, 50, (BATCH, length), generator=torch.Generator().manual_seed(seed))
 
 
+@functools.cache
 def trace(rotate: Rotate, token_dim: int = 2) -> Traced:
     def forward(query: Tensor, key: Tensor, value: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         return rotate(query, position_ids), rotate(key * 2, position_ids), value
@@ -121,7 +143,7 @@ def trace(rotate: Rotate, token_dim: int = 2) -> Traced:
     return Traced(forward, content(token_dim), content(token_dim, seed=1), content(2, seed=2), positions())
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_found(name: str) -> None:
     rotate, token_dim = FORMS[name]
     traced = trace(rotate, token_dim)
@@ -130,10 +152,14 @@ def test_what_is_found(name: str) -> None:
     assert rotation.token_dim == token_dim
     assert rotation.result is traced.query and rotation.nodes[-1] is traced.query
     assert {n for n in rotation.angles if n is not traced.positions} <= set(rotation.angle_nodes)
-    assert traced.find(traced.key).content.name == "mul", "what is done to a key before stays before"
+    assert not set(rotation.others) & {rotation.content, *rotation.content.users}
+    doubled = traced.find(traced.key).content
+    assert doubled.target is torch.ops.aten.mul.Tensor and doubled.args[1] == 2, (
+        "what is done to a key before stays before"
+    )
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("length", [1, LENGTH, 9])
 def test_a_copy_for_other_positions_rotates_there(name: str, length: int) -> None:
     """In a copy of the graph, with as many tokens as there are."""
@@ -172,7 +198,7 @@ def test_angles_are_shared_by_query_and_key() -> None:
         cos, sin = angles(position_ids).cos()[:, None], angles(position_ids).sin()[:, None]
 
         def rotate(x: Tensor) -> Tensor:
-            left, right = x.chunk(2, dim=-1)
+            left, right = halves(x)
             return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
 
         return rotate(query), rotate(key), value
