@@ -49,6 +49,11 @@ class AttentionArguments:
         types = get_type_hints(cls)
         return {f.name: types[f.name] for f in fields(cls) if f.name not in without}
 
+    @classmethod
+    def optional(cls) -> tuple[str, ...]:
+        """Names of the fields that may be left out."""
+        return tuple(f.name for f in fields(cls) if f.default is None)
+
     @property
     def is_empty(self) -> bool:
         """Whether there is no row, or no key."""

@@ -299,9 +299,13 @@ def _scores_cpu(query: Tensor, key: Tensor, lse: Tensor, *rest: Any) -> Tensor:
 
 
 def _signed(function: Callable[..., Any], parameters: Mapping[str, Any], result: Any) -> Callable[..., Any]:
-    """The function with the signature that torch reads an operator's schema from."""
+    """The function with the signature that torch reads an operator's schema from; what may be left out is None."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    named = [inspect.Parameter(name, kind, annotation=type_) for name, type_ in parameters.items()]
+    optional = AttentionArguments.optional() if list(parameters)[-1] in AttentionArguments.optional() else ()
+    named = [
+        inspect.Parameter(name, kind, annotation=type_, default=None if name in optional else inspect.Parameter.empty)
+        for name, type_ in parameters.items()
+    ]
     function.__signature__ = inspect.Signature(named, return_annotation=result)  # type: ignore[attr-defined]
     return function
 

@@ -120,6 +120,8 @@ def find_rotation(result: Node, positions: Node, value: Node, attentions: Collec
             for source in top.all_input_nodes:
                 if source is positions or source in placed or _mentions(source, tokens):
                     stack.append(source)
+                elif _is_several(source, tokens):
+                    stack.append(source)  # pieces of one tensor: what they are pieces of
                 elif _has_tokens(source, tokens):
                     frontier.add(source)
                 else:
@@ -184,7 +186,16 @@ def _mentions(node: Node, tokens: sympy.Expr) -> bool:
 
 
 def _has_tokens(node: Node, tokens: sympy.Expr) -> bool:
+    return _tensor_has_tokens(node.meta.get("val"), tokens)
+
+
+def _is_several(node: Node, tokens: sympy.Expr) -> bool:
+    """Whether a node gives several tensors of the tokens, as `chunk`, `split` and `unbind` do."""
     value = node.meta.get("val")
+    return isinstance(value, (list, tuple)) and any(_tensor_has_tokens(part, tokens) for part in value)
+
+
+def _tensor_has_tokens(value: Any, tokens: sympy.Expr) -> bool:
     return isinstance(value, Tensor) and any(
         isinstance(s, torch.SymInt) and tokens in s.node.expr.free_symbols for s in value.shape
     )

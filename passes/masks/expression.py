@@ -277,6 +277,19 @@ def _is_integer(expression: Expression) -> bool:
     return True
 
 
+def is_not_negative(expression: Expression) -> bool:
+    """Whether an integer is known to be at least 0; data is not."""
+    if isinstance(expression, Const):
+        return expression.value >= 0
+    if isinstance(expression, Apply) and expression.name in ("abs", "number", "lt", "le", "eq", "and", "or", "not"):
+        return True
+    if isinstance(expression, Apply) and expression.name == "where":
+        return all(map(is_not_negative, expression.args[1:]))
+    if isinstance(expression, Apply) and expression.name in ("add", "mul", "floordiv", "quotient", "remainder", "join"):
+        return all(map(is_not_negative, expression.args))
+    return isinstance(expression, (Axis, Size))
+
+
 def is_masking(value: float) -> bool:
     """Whether an additive value hides a key: exp of it is 0 in fp32, whatever the logit."""
     return (math.isinf(value) and value < 0) or value <= -1e4

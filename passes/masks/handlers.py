@@ -20,6 +20,7 @@ from rewriter.passes.masks.expression import Expression
 from rewriter.passes.masks.expression import Precision
 from rewriter.passes.masks.expression import apply
 from rewriter.passes.masks.expression import broadcast
+from rewriter.passes.masks.expression import is_not_negative
 from rewriter.passes.masks.expression import linear_difference
 from rewriter.passes.masks.expression import negate
 from rewriter.passes.masks.expression import reads_index
@@ -44,6 +45,8 @@ def _arange(functions: IndexFunctions, node: Node) -> Expression | None:
     step = functions.scalar(node.args[2]) if len(node.args) > 2 else Const(1)
     if start is None or step is None or node.meta["val"].is_floating_point():
         return None
+    if any(isinstance(part, Const) and isinstance(part.value, float) for part in (start, step)):
+        return None  # a fraction is cut to an integer
     return apply("add", apply("mul", Axis(0), step), start)
 
 
@@ -58,7 +61,14 @@ def _full(functions: IndexFunctions, node: Node) -> Expression | None:
     position = 0 if node.target is aten.scalar_tensor.default else 2 if node.target is aten.new_full.default else 1
     if len(node.args) <= position:
         return None
-    return functions.scalar(node.args[position])
+    value = functions.scalar(node.args[position])
+    if isinstance(value, Const) and is_bool(node):
+        return Const(bool(value.value))
+    if isinstance(value, Const) and isinstance(value.value, float) and not node.meta["val"].is_floating_point():
+        return None  # a fraction is cut to an integer
+    if is_bool(node) or _may_wrap(node, value):
+        return None
+    return value
 
 
 @handles(
@@ -110,6 +120,19 @@ def cast(element: Expression, node: Node) -> Expression:
 
 
 _NARROW = (torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16)
+
+
+def _is_narrow_integer(node: Node) -> bool:
+    """Whether sums and products of a node's type wrap where indices need not."""
+    return node.meta["val"].dtype in (torch.uint8, torch.int8, torch.int16)
+
+
+def _may_wrap(node: Node, value: Expression | None) -> bool:
+    """Whether a number need not fit the node's type."""
+    if not _is_narrow_integer(node) or value is None:
+        return False
+    limits = torch.iinfo(node.meta["val"].dtype)
+    return not isinstance(value, Const) or not limits.min <= value.value <= limits.max
 
 
 @handles(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
@@ -184,10 +207,10 @@ def _slice(functions: IndexFunctions, node: Node) -> Expression | None:
     if offset is None or step not in (None, 1):
         return None
     if isinstance(offset, Const) and offset.value < 0:
-        size = functions.scalar(shape(source)[dim]) if isinstance(shape(source)[dim], int) else None
-        if size is None:
+        size = shape(source)[dim]
+        if not isinstance(size, int):
             return None
-        offset = apply("add", offset, size)
+        offset = Const(max(offset.value + size, 0))
     return substitute(functions.element(source), {dim: apply("add", Axis(dim), offset)})
 
 
@@ -211,6 +234,8 @@ def _index(functions: IndexFunctions, node: Node) -> Expression | None:
     if len(indices) != rank(source) or any(not isinstance(i, Node) or is_bool(i) for i in indices):
         return None
     positions = [functions.operand(i, node) for i in indices]
+    if functions.is_opened(source) and not all(p is not None and is_not_negative(p) for p in positions):
+        return None  # a negative position counts from the end
     return substitute(functions.element(source), dict(enumerate(positions)))  # type: ignore[arg-type]
 
 
@@ -238,8 +263,10 @@ def _binary(functions: IndexFunctions, node: Node) -> Expression | None:
     logical = [is_bool(a) or isinstance(a, bool) for a in node.args[:2]]
     if name in ("add", "mul", "sub", "rsub") and not all(logical):
         left, right = (apply("number", x) if b else x for x, b in zip((left, right), logical, strict=True))
+    if not is_bool(node) and _is_narrow_integer(node):
+        return None  # it may wrap
     left, right = (with_exact_indices(x) if is_bool(node) else cast(x, node) for x in (left, right))
-    alpha: Any = node.kwargs.get("alpha", 1)
+    alpha: Any = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
     if alpha not in (1, -1) and node.meta["val"].is_floating_point():
         return None  # the product is not rounded
     if name == "rsub":
@@ -281,12 +308,16 @@ def _not(functions: IndexFunctions, node: Node) -> Expression | None:
 
 @handles(aten.neg.default)
 def _neg(functions: IndexFunctions, node: Node) -> Expression | None:
+    if _is_narrow_integer(node):
+        return None
     operand = functions.operand(node.args[0], node)
     return None if operand is None else apply("mul", operand, Const(-1))
 
 
 @handles(aten.abs.default)
 def _abs(functions: IndexFunctions, node: Node) -> Expression | None:
+    if _is_narrow_integer(node):
+        return None
     operand = functions.operand(node.args[0], node)
     return None if operand is None else apply("abs", operand)
 

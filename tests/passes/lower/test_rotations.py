@@ -95,26 +95,23 @@ FORMS: dict[str, tuple[Rotate, int]] = {
     "a scale and a shift": (a_scale_and_a_shift, 2),
     "chunked": (chunked, 2),
 }
-CHUNKED = pytest.param(
-    "chunked",
-    marks=pytest.mark.xfail(
-        strict=True,
-        reason="find_rotation takes a node of several tensors (chunk, split, unbind of the content) for one without tokens: "
-        "a copy reads the pieces of the original's content",
-    ),
-)
-NAMES = [CHUNKED if name == "chunked" else name for name in FORMS]
+NAMES = list(FORMS)
 
 
 class Traced:
-    """A graph with a query, a key and a value; rows and tokens are symbolic where they are not fixed."""
+    """A graph with a query, a key and a value.
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, dynamic: bool = True) -> None:
-        kinds = {BATCH: DimDynamic.DYNAMIC, LENGTH: DimDynamic.DYNAMIC} if dynamic else {}
+    Args:
+        dynamic: the sizes that are symbolic.
+    """
+
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, dynamic: tuple[int, ...] = (LENGTH,)
+    ) -> None:
         mode = FakeTensorMode(shape_env=ShapeEnv())
         fakes = []
         for tensor in inputs:
-            sizes = [kinds.get(size, DimDynamic.STATIC) for size in tensor.shape]
+            sizes = [DimDynamic.DYNAMIC if size in dynamic else DimDynamic.STATIC for size in tensor.shape]
             fakes.append(mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
         with mode:
             self.module: GraphModule = make_fx(function, pre_dispatch=True)(*fakes)
@@ -140,7 +137,9 @@ def trace(rotate: Rotate, token_dim: int = 2) -> Traced:
     def forward(query: Tensor, key: Tensor, value: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         return rotate(query, position_ids), rotate(key * 2, position_ids), value
 
-    return Traced(forward, content(token_dim), content(token_dim, seed=1), content(2, seed=2), positions())
+    dynamic = (BATCH, LENGTH) if rotate is sizes_of_the_call else (LENGTH,)
+    inputs = content(token_dim), content(token_dim, seed=1), content(2, seed=2), positions()
+    return Traced(forward, *inputs, dynamic=dynamic)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -247,7 +246,7 @@ def test_without_positions() -> None:
 
 
 def test_a_fixed_number_of_tokens() -> None:
-    reason = refused(lambda q, k, v, p: (rotate_half(q, p), rotate_half(k, p), v), dynamic=False)
+    reason = refused(lambda q, k, v, p: (rotate_half(q, p), rotate_half(k, p), v), dynamic=())
     assert reason == "the number of tokens is fixed in this graph"
 
 
