@@ -12,8 +12,8 @@ from typing import Any
 from typing import get_type_hints
 
 import torch
-from rewriter.kernels.gpu.launch import runs_triton
-from rewriter.kernels.gpu.schedule import MAX_KEYS
+from rewriter.kernels.dispatch import MAX_TRITON_KEYS
+from rewriter.kernels.dispatch import runs_triton
 from torch import Tensor
 
 from rewriter.errors import AttentionInputError
@@ -118,7 +118,7 @@ class AttentionArguments:
                     f"bias must be a float tensor [B|1, Hkv|1, {num_keys}], got {bias.dtype} {list(bias.shape)}"
                 )
             _check_broadcast("bias", bias, (num_batch, num_kv_heads))
-        limit = MAX_KEYS if runs_triton(query) else 2**31
+        limit = MAX_TRITON_KEYS if runs_triton(query) else 2**31
         if isinstance(num_keys, int) and num_keys >= limit:
             raise AttentionInputError(f"{num_keys} keys are too many for int32 indices; give fewer than {limit}")
         if runs_triton(query) and isinstance(num_batch, int) and num_batch >= 2**16:

@@ -19,13 +19,13 @@ from rewriter.kernels.arguments import AttentionArguments
 from rewriter.kernels.cpu import attention as cpu
 from rewriter.kernels.cpu import decode as cpu_decode
 from rewriter.kernels.cpu import key_scores as cpu_key_scores
+from rewriter.kernels.dispatch import register
+from rewriter.kernels.dispatch import runs_triton
 from rewriter.kernels.gpu import decode as gpu_decode
 from rewriter.kernels.gpu import forward as gpu_forward
 from rewriter.kernels.gpu import key_scores as gpu_key_scores
 from rewriter.kernels.gpu.backward import launches as gpu_backward
 from rewriter.kernels.gpu.kernel_inputs import KernelInputs
-from rewriter.kernels.gpu.launch import register
-from rewriter.kernels.gpu.launch import runs_triton
 from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from rewriter.kernels.gpu.launch import register
-from rewriter.kernels.gpu.launch import runs_triton
+from rewriter.kernels.dispatch import register
+from rewriter.kernels.dispatch import runs_triton
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.live_ranges import plus_window
 from torch import Tensor

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 
 import torch
+from rewriter.kernels.dispatch import register
+from rewriter.kernels.dispatch import runs_triton
 from rewriter.kernels.gpu import running_topk as gpu
-from rewriter.kernels.gpu.launch import register
-from rewriter.kernels.gpu.launch import runs_triton
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor

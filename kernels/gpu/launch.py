@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
+from rewriter.kernels.dispatch import INTERPRETED
 from rewriter.kernels.gpu.targets import of_capability
 
 TABLE = Path(__file__).with_name("launch_table.json")
@@ -32,22 +32,6 @@ UNSPECIALIZED = (
 )
 """Lengths, and strides that follow from them. Kernels take them with `do_not_specialize`: Triton would compile a kernel anew
 for each combination of those that are 1 or a multiple of 16. The strides of rows, whose alignment makes loads wide, stay."""
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether this process runs kernels in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1`)."""
-
-
-def register(name: str, function: Callable[..., Any]) -> Any:
-    """Registers an operator whose implementation launches Triton kernels, into which compilers see: a `triton_op`. In the
-    interpreter there is nothing to see; there it is an opaque operator."""
-    if INTERPRETED:
-        return torch.library.custom_op(name, function, mutates_args=())
-    return torch.library.triton_op(name, function, mutates_args=())
-
-
-def runs_triton(tensor: torch.Tensor) -> bool:
-    """Whether the Triton kernels are the ones for this tensor."""
-    return tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu")
 
 
 @dataclass(frozen=True)

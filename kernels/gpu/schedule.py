@@ -32,10 +32,6 @@ FORWARD_CAPACITY = 8
 BACKWARD_CAPACITY = 2
 """Each entry of a backward list has a row of partial gradients, of a key's size in fp32."""
 
-MAX_KEYS = 2**22
-"""So that a place among the partial gradients, `BACKWARD_CAPACITY * keys * head_dim`, is an int32: an int64 for each row of a
-tile would spill registers."""
-
 
 @dataclass(frozen=True)
 class Schedule:

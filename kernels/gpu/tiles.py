@@ -7,7 +7,7 @@ of size 1, so that tiles of either orientation (rows by keys, keys by rows) use 
 
 import triton
 import triton.language as tl
-from rewriter.kernels.gpu.launch import INTERPRETED
+from rewriter.kernels.dispatch import INTERPRETED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 UPCAST = tl.constexpr(INTERPRETED)

@@ -19,6 +19,7 @@ import torch
 from rich.table import Table
 
 from rewriter.errors import VerifyError
+from rewriter.kernels import dispatch
 from rewriter.kernels import live_range_attention
 from rewriter.kernels.gpu import compiled
 from rewriter.kernels.gpu import launch
@@ -142,7 +143,7 @@ def run_suite(
         )
     if device not in ("cpu", "cuda"):
         raise VerifyError(f"--device must be cpu or cuda, got {device!r}")
-    slow = launch.INTERPRETED
+    slow = dispatch.INTERPRETED
     verification = Verification(
         kernel,
         device,
@@ -197,7 +198,7 @@ def compile_table(
 
     More registers spilled than `MAX_SPILLED`, or more shared memory than a program can have, is a failure.
     """
-    if launch.INTERPRETED:
+    if dispatch.INTERPRETED:
         raise VerifyError("--compile-only cannot run in the interpreter; unset TRITON_INTERPRET")
     work = [(name, bits, head_dim) for name in architectures for bits in (16, 32) for head_dim in head_dims]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:

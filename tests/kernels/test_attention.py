@@ -24,8 +24,8 @@ from rewriter.kernels import reference
 from rewriter.kernels import running_topk_ranges
 from rewriter.kernels.cpu import attention as cpu
 from rewriter.kernels.cpu import schedule
+from rewriter.kernels.dispatch import INTERPRETED
 from rewriter.kernels.gpu import decode as gpu_decode
-from rewriter.kernels.gpu.launch import INTERPRETED
 
 from rewriter.testing import ADVERSARIAL_RANGES
 from rewriter.testing import Case

@@ -9,7 +9,7 @@ import torch
 from rewriter.kernels import AttentionInputError
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import live_range_attention
-from rewriter.kernels.gpu.launch import INTERPRETED
+from rewriter.kernels.dispatch import INTERPRETED
 
 
 def inputs(**changes: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from rewriter.kernels import LiveRanges
 from rewriter.kernels.arguments import AttentionArguments
+from rewriter.kernels.dispatch import INTERPRETED
 from rewriter.kernels.gpu.backward import backward
 from rewriter.kernels.gpu.compiled import compile_launch
 from rewriter.kernels.gpu.compiled import launches
@@ -14,7 +15,6 @@ from rewriter.kernels.gpu.forward import forward
 from rewriter.kernels.gpu.kernel_inputs import KernelInputs
 from rewriter.kernels.gpu.key_scores import key_scores
 from rewriter.kernels.gpu.launch import HEAD_DIMS
-from rewriter.kernels.gpu.launch import INTERPRETED
 from rewriter.kernels.gpu.launch import record_launches
 from rewriter.kernels.gpu.launch import use_table
 from rewriter.kernels.gpu.targets import TARGETS

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from rewriter.kernels import live_range_attention
+from rewriter.kernels.dispatch import INTERPRETED
 from rewriter.kernels.gpu import forward
 from rewriter.kernels.gpu import schedule
 from rewriter.kernels.gpu.backward import launches as backward
-from rewriter.kernels.gpu.launch import INTERPRETED
 from rewriter.kernels.gpu.schedule import Schedule
 
 from rewriter.testing import Case

@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import running_topk_ranges
+from rewriter.kernels.dispatch import INTERPRETED
 from rewriter.kernels.gpu import schedule
-from rewriter.kernels.gpu.launch import INTERPRETED
 from rewriter.kernels.gpu.schedule import MAX_SEGMENTS
 from rewriter.kernels.gpu.schedule import Schedule
 from rewriter.kernels.gpu.schedule import backward_pairs

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rewriter.kernels import arguments
+from rewriter.kernels import dispatch
 from rewriter.kernels import ops
 from rewriter.kernels import topk
 from rewriter.kernels.gpu import launch
@@ -20,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.symbolic_shapes import StatelessSymbolicContext
 
 pytestmark = pytest.mark.skipif(
-    launch.INTERPRETED or torch.cuda.is_available(), reason="stands in for a GPU; there are real graphs on a real one"
+    dispatch.INTERPRETED or torch.cuda.is_available(), reason="stands in for a GPU; there are real graphs on a real one"
 )
 
 
