@@ -29,7 +29,7 @@ from rewriter.testing import Features
 from rewriter.testing import assert_equivalent
 from rewriter.testing.equivalence import Kernel
 
-SUITE = Path(__file__).parent / "testing" / "suite.py"
+SUITE = Path(__file__).parent / "suite.py"
 
 
 @dataclass
