@@ -187,6 +187,10 @@ class Policy:
         del decode
         return False
 
+    def check_sites(self, num_sites: int) -> None:
+        """Raises `PolicyError` where the policy names attention sites that a model with so many does not have."""
+        del num_sites
+
     def reason_against(self, site: AttentionSite, proof: MaskProof) -> str | None:
         """Why the policy is not defined for a site whose mask is proven, beyond what the attributes say; None if it is."""
         del site, proof

@@ -55,6 +55,16 @@ class OptimizedModel(nn.Module):
         self.training = model.training
         self._compile()
 
+    def __getattr__(self, name: str) -> Any:
+        """What is not defined here is the model's: its configuration, device, dtype, embeddings, ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Before the model is there, while a copy is made, say, nothing is the model's.
+            if "model" not in self.__dict__.get("_modules", ()) or name.startswith("__"):
+                raise
+            return getattr(self.model, name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments, under the policy.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
+from contextlib import contextmanager
 from typing import Any
 from typing import TypeVar
 
@@ -77,6 +79,28 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
 
 
+KINDS_OF_CALLS = 512
+"""Graphs of one model; Dynamo's own limit, 8, is met by any training that evaluates, pads, and has a shorter last batch."""
+
+
+@contextmanager
+def many_kinds_of_calls() -> Iterator[None]:
+    """Inside, a model may be called in many ways (gradients on and off, adapters, numbers of rows) before Dynamo gives up.
+
+    Raises:
+        RewriteError: it has given up; with what to do.
+    """
+    limits = {"recompile_limit": KINDS_OF_CALLS, "accumulated_recompile_limit": 16 * KINDS_OF_CALLS}
+    try:
+        with torch._dynamo.config.patch(**limits):
+            yield
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise RewriteError(
+            f"the model was called in more than {KINDS_OF_CALLS} ways that each need a graph of their own; "
+            f"TORCH_LOGS=recompiles shows what differs from call to call: {error}"
+        ) from error
+
+
 def guarded(
     call: Callable[..., Any], policy_parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -85,7 +109,8 @@ def guarded(
     kwargs = {name: _as_own_tensor(value) for name, value in kwargs.items()}
     try:
         # DDP would have the graph cut at its buckets, and each piece seen as a model. Hooks that come later are not ignored.
-        with torch._dynamo.config.patch(specialize_float=True, optimize_ddp=False, skip_nnmodule_hook_guards=False):
+        options = {"specialize_float": True, "optimize_ddp": False, "skip_nnmodule_hook_guards": False}
+        with many_kinds_of_calls(), torch._dynamo.config.patch(**options):
             return call(policy_parameters, *args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if isinstance(error.inner_exception, CaptureError):

@@ -94,8 +94,9 @@ def apply_policy(
         verdicts: of each site its proof, or the reason why there is none.
 
     Raises:
-        PolicyError: the policy needs token ids and the graph has none.
+        PolicyError: the policy needs token ids and the graph has none, or names sites that are not there.
     """
+    policy.check_sites(len(sites))
     parameters = take_policy_parameters(module)
     planned = []
     for layer, (site, verdict) in enumerate(zip(sites, verdicts, strict=True)):

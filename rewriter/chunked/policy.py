@@ -142,13 +142,12 @@ class ChunkedEviction(Policy):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "calibration": [dataclasses.asdict(c) for c in self.calibration]}
 
-    def check_layers(self, num_layers: int) -> None:
-        """Raises `PolicyError` where a calibration is for sites that a model of so many does not have."""
+    def check_sites(self, num_sites: int) -> None:
         for calibration in self.calibration:
-            own = calibration.layer_range(num_layers)
-            if len(own) and own[-1] >= num_layers:
+            own = calibration.layer_range(num_sites)
+            if num_sites and len(own) and own[-1] >= num_sites:
                 raise PolicyError(
-                    f"{calibration} is for attention sites that the model, with {num_layers}, does not have"
+                    f"{calibration} is for attention sites that the model, with {num_sites}, does not have"
                 )
 
     @classmethod

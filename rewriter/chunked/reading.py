@@ -113,7 +113,6 @@ def read(
     if policy.parity and policy.calibration and len(contexts) > 1:
         raise PolicyError("with parity=True a calibration depends on the batch; read one context at a time")
     decoder = make_decoder()
-    policy.check_layers(len(decoder.layout.sites))
     bos = _bos(decoder.model, options)
     chunks = [_divide(context, policy.chunk, bos) for context in contexts]
     for part in (*(c for context in chunks for c in context), *queries):

@@ -35,6 +35,7 @@ from rewriter.passes import CachedGraphs
 from rewriter.passes import Policy
 from rewriter.passes import rewrite_for_cache
 from rewriter.passes.graph.inputs import GraphInput
+from rewriter.tracing import many_kinds_of_calls
 from rewriter.tracing import with_own_code
 
 
@@ -196,7 +197,8 @@ class Decoder:
         return logits
 
     def call(self, call: Callable[..., Any], arguments: Mapping[str, Tensor], cache: LiveRangeCache) -> Tensor:
-        (logits,) = call(*(fetch(arguments) for fetch in self.fetch), *cache.state())
+        with many_kinds_of_calls():
+            (logits,) = call(*(fetch(arguments) for fetch in self.fetch), *cache.state())
         return logits if self.takes_rows else logits[:, arguments["logits_to_keep"]]
 
     def check_ids(self, ids: Tensor) -> None:

@@ -56,6 +56,14 @@ class PerLayer(Policy):
     def for_layer(self, layer: int) -> Policy:
         return self._by_layer.get(layer, self._default)
 
+    def check_sites(self, num_sites: int) -> None:
+        missing = sorted(layer for layer in self._by_layer if num_sites and layer >= num_sites)
+        if missing:
+            raise PolicyError(
+                f"PerLayer names layer {missing[0]}, and the model's attention sites are 0 to {num_sites - 1}; "
+                "explain(model, ...) lists them"
+            )
+
     def parts(self) -> tuple[Policy, ...]:
         return (*self._by_layer.values(), self._default)
 
