@@ -42,7 +42,9 @@ def run_tests(machine: Machine, expression: str) -> Figures:
     """Outcome of each test; an error, with the outcomes, where one failed."""
     with tempfile.TemporaryDirectory() as folder:
         outcomes = Path(folder) / "outcomes"
-        environment = {**os.environ, "REWRITER_TEST_OUTCOMES": str(outcomes), "REWRITER_TEST_DEVICE": machine.device}
+        # Without what pytest has told a process of its own, of which this may be a part.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment |= {"REWRITER_TEST_OUTCOMES": str(outcomes), "REWRITER_TEST_DEVICE": machine.device}
         workers = [] if machine.rehearsed else ["-n", str(min(12, os.cpu_count() or 1))]
         command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_models", *workers]
         done = subprocess.run(

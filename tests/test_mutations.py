@@ -119,10 +119,10 @@ KERNEL_FAULTS = {
     "an end off by one": (cpu, "forward", shifted(4, 1)),
     "a start off by one": (cpu, "forward", shifted(3, 1)),
     "an end off by one in the backward": (cpu, "backward", shifted(8, 1)),
-    "top-left alignment": ("ops", "_logits", with_logits(query_index=lambda i: i - 10)),
+    "top-left alignment": (cpu.Logits, "of", with_logits(query_index=lambda i: i - 10)),
     "a missing bias gradient": (cpu, "backward", dropping(3)),
     "a missing sink gradient": (cpu, "backward", dropping(4)),
-    "no softcap": ("ops", "_logits", with_logits(softcap=lambda _: 0.0)),
+    "no softcap": (cpu.Logits, "of", with_logits(softcap=lambda _: 0.0)),
     "tiles that are never masked": (cpu, "tiles", unmasked),
 }
 
@@ -131,8 +131,6 @@ KERNEL_FAULTS = {
 def test_a_fault_in_the_kernel_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel_check()
     owner, attribute, wrap = KERNEL_FAULTS[name]
-    if owner == "ops":
-        from rewriter.kernels import ops as owner  # type: ignore[no-redef]
     monkeypatch.setattr(owner, attribute, wrap(getattr(owner, attribute)))
     with pytest.raises(AssertionError):
         kernel_check()
@@ -208,9 +206,9 @@ def new_key_in_the_first_slot(original: Any) -> Any:
 CACHE_FAULTS = {
     "ends one query late": ("_visible_end", results_changed(lambda end: end + 1)),
     "dead keys are read": ("_visible_end", results_changed(lambda end: torch.full_like(end, rewriter.kernels.FOREVER))),
-    "a key goes to another's slot": ("_one_key", new_key_in_the_first_slot),
+    "a key goes to another's slot": ("_decode_key", new_key_in_the_first_slot),
     "places do not change": (
-        "_several_places",
+        "_prefill_positions",
         results_changed(lambda result: (torch.zeros_like(result[0]), result[1])),
     ),
 }
