@@ -90,7 +90,7 @@ def many_kinds_of_calls() -> Iterator[None]:
     Raises:
         RewriteError: it has given up; with what to do.
     """
-    limits = {"recompile_limit": KINDS_OF_CALLS, "accumulated_recompile_limit": 16 * KINDS_OF_CALLS}
+    limits: dict[str, Any] = {"recompile_limit": KINDS_OF_CALLS, "accumulated_recompile_limit": 16 * KINDS_OF_CALLS}
     try:
         with torch._dynamo.config.patch(**limits):
             yield
@@ -109,7 +109,7 @@ def guarded(
     kwargs = {name: _as_own_tensor(value) for name, value in kwargs.items()}
     try:
         # DDP would have the graph cut at its buckets, and each piece seen as a model. Hooks that come later are not ignored.
-        options = {"specialize_float": True, "optimize_ddp": False, "skip_nnmodule_hook_guards": False}
+        options: dict[str, Any] = {"specialize_float": True, "optimize_ddp": False, "skip_nnmodule_hook_guards": False}
         with many_kinds_of_calls(), torch._dynamo.config.patch(**options):
             return call(policy_parameters, *args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
