@@ -72,7 +72,6 @@ SECTIONS = [
     Section("tune", "which launch parameters are fastest?", 80, 300, gpu_sections.tune_rows),
     Section("counters", "what do the hardware's counters say?", 60, 120, gpu_sections.counters_rows, asked=True),
 ]
-PREDICTED_AT_MOST = 660
 
 
 class Results:

@@ -40,7 +40,7 @@ from rewriter.passes.masks.expression import substitute
 from rewriter.passes.masks.expression import sum_of
 from rewriter.passes.masks.forms import FORMS
 from rewriter.passes.masks.forms.documents import document_positions
-from rewriter.passes.masks.forms.documents import within_documents
+from rewriter.passes.masks.forms.documents import sides
 from rewriter.passes.masks.interpret import IndexFunctions
 from rewriter.passes.masks.intervals import EVERYTHING
 from rewriter.passes.masks.intervals import GROUP
@@ -293,9 +293,7 @@ class Analysis:
         return {term: factor for term, factor in terms.items() if factor}
 
     def _equality(self, predicate: Apply, positions: list[Expression]) -> Interval:
-        left, right = (within_documents(argument, positions) for argument in predicate.args)
-        if ROW not in axes_of(left):
-            left, right = right, left
+        left, right = sides(predicate, positions)
         if KEY in axes_of(left) or substitute(left, {ROW: Axis(KEY)}) != right:
             return self.conjunction([apply("le", left, right), apply("le", right, left)])
         raise Unproven(f"a mask compares a function of the query with the same of the key{self.origin(predicate)}")

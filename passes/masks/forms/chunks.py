@@ -14,7 +14,7 @@ from rewriter.passes.masks.expression import axes_of
 from rewriter.passes.masks.expression import linear_terms
 from rewriter.passes.masks.expression import substitute
 from rewriter.passes.masks.expression import sum_of
-from rewriter.passes.masks.forms.documents import within_documents
+from rewriter.passes.masks.forms.documents import sides
 from rewriter.passes.masks.intervals import HEAD
 from rewriter.passes.masks.intervals import KEY
 from rewriter.passes.masks.intervals import ROW
@@ -34,9 +34,7 @@ def prove(analysis: Analysis, predicate: Expression, positions: list[Expression]
 
 
 def _equality(analysis: Analysis, predicate: Apply, positions: list[Expression]) -> Interval | None:
-    left, right = (within_documents(argument, positions) for argument in predicate.args)
-    if ROW not in axes_of(left):
-        left, right = right, left
+    left, right = sides(predicate, positions)
     chunk = chunk_of(left)
     if chunk is None or ROW in axes_of(right):
         return None

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from rewriter.passes.graph.nodes import arguments
 from rewriter.passes.graph.nodes import is_bool
+from rewriter.passes.graph.nodes import rank
 from rewriter.passes.masks.evaluate import evaluates
 from rewriter.passes.masks.expression import FALSE
 from rewriter.passes.masks.expression import ZERO
@@ -20,6 +22,8 @@ from rewriter.passes.masks.expression import apply
 from rewriter.passes.masks.expression import axes_of
 from rewriter.passes.masks.expression import substitute
 from rewriter.passes.masks.interpret import IndexFunctions
+from rewriter.passes.masks.interpret import data
+from rewriter.passes.masks.interpret import handles
 from rewriter.passes.masks.intervals import HEAD
 from rewriter.passes.masks.intervals import KEY
 from rewriter.passes.masks.intervals import ROW
@@ -30,12 +34,6 @@ from torch.fx import Node
 
 if TYPE_CHECKING:
     from rewriter.passes.masks.prove import Analysis
-
-
-from rewriter.passes.graph.nodes import arguments
-from rewriter.passes.graph.nodes import rank
-from rewriter.passes.masks.interpret import data
-from rewriter.passes.masks.interpret import handles
 
 aten = torch.ops.aten
 
@@ -78,9 +76,7 @@ def prove(analysis: Analysis, predicate: Expression, positions: list[Expression]
     """`ids[b, i] == ids[b, j]`: a key is seen in its own document, if ids never fall along a row."""
     if not isinstance(predicate, Apply) or predicate.name != "eq" or {ROW, HEAD} & axes_of(predicate) != {ROW}:
         return None
-    left, right = (within_documents(argument, positions) for argument in predicate.args)
-    if ROW not in axes_of(left):
-        left, right = right, left
+    left, right = sides(predicate, positions)
     if not isinstance(left, Element) or KEY in axes_of(left) or substitute(left, {ROW: Axis(KEY)}) != right:
         return None
     indices = left.indices
@@ -99,6 +95,12 @@ def document_positions(analysis: Analysis, predicate: Expression) -> Expression 
         if source is not None and predicate.args[1] == substitute(ids, {ROW: Axis(KEY), KEY: Axis(ROW)}):
             return analysis.functions.element(source)
     return None
+
+
+def sides(equality: Apply, positions: list[Expression]) -> tuple[Expression, Expression]:
+    """The sides of an equality, that of the query first; positions within documents count as the indices do."""
+    left, right = (within_documents(argument, positions) for argument in equality.args)
+    return (left, right) if ROW in axes_of(left) else (right, left)
 
 
 def within_documents(expression: Expression, positions: list[Expression]) -> Expression:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from rewriter.kernels import running_topk_ranges
+from rewriter.passes.graph.nodes import arguments
+from rewriter.passes.graph.nodes import rank
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.masks.evaluate import evaluates
 from rewriter.passes.masks.evaluate import vector
@@ -19,6 +22,7 @@ from rewriter.passes.masks.expression import Const
 from rewriter.passes.masks.expression import Element
 from rewriter.passes.masks.expression import Expression
 from rewriter.passes.masks.interpret import IndexFunctions
+from rewriter.passes.masks.interpret import handles
 from rewriter.passes.masks.intervals import Interval
 from rewriter.passes.masks.intervals import Unproven
 from torch import Tensor
@@ -26,13 +30,6 @@ from torch.fx import Node
 
 if TYPE_CHECKING:
     from rewriter.passes.masks.prove import Analysis
-
-
-from dataclasses import dataclass
-
-from rewriter.passes.graph.nodes import arguments
-from rewriter.passes.graph.nodes import rank
-from rewriter.passes.masks.interpret import handles
 
 aten = torch.ops.aten
 
