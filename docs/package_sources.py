@@ -3,6 +3,9 @@
 The folders of the repository are not those of the package: `kernels/` is imported as `rewriter.kernels`. mkdocstrings reads
 sources without importing them, and so needs them where their names say. `[tool.setuptools.package-dir]` of `pyproject.toml`
 says which folder is which package.
+
+It happens at start-up, before the plugins are configured: mkdocstrings passes over a search path that does not exist yet and
+reads the folders of the repository instead, without a word.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "build" / "api"
 
 
-def on_config(config: Any) -> Any:
+def on_startup(**_: Any) -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     folders = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-dir"]
     for package, folder in sorted(folders.items()):
@@ -29,4 +32,3 @@ def on_config(config: Any) -> Any:
             copy = OUT.joinpath(*package.split(".")) / source.relative_to(ROOT / folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
-    return config
