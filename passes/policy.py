@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
@@ -124,6 +125,7 @@ class Policy:
         has_bias: `live_ranges` returns a bias, too.
         positions: "text": a token's position is its place in the text; "cache": its place among the keys that live.
         positions_repeat: several keys of a cache may have the same position.
+        is_lossless: every key that the model itself sees is seen, so that a cache of another library serves as well.
         is_program: not one mask but a program of several calls, as `ChunkedEviction` is: one call of the model cannot apply it.
         keys_per_query_head: each query head keeps keys of its own, and a cache holds so many heads.
         slot_fields, row_fields: what `extend` wants a cache to keep of each key, and of each row (-1 at first).
@@ -139,6 +141,7 @@ class Policy:
     has_bias: ClassVar[bool] = False
     positions = "text"  # not annotated: a field of SeparatorMask
     positions_repeat: ClassVar[bool] = False
+    is_lossless: ClassVar[bool] = False
     is_program: ClassVar[bool] = False
     keys_per_query_head: ClassVar[bool] = False
     slot_fields: ClassVar[Mapping[str, torch.dtype]] = {}
@@ -243,12 +246,25 @@ class Policy:
         """
         name = data.get("policy")
         if name not in Policy.known:
-            raise PolicyError(f"{name!r} is not a policy; known are {', '.join(sorted(Policy.known))}")
+            near = difflib.get_close_matches(str(name), Policy.known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise PolicyError(f"{name!r} is not a policy; known are {', '.join(sorted(Policy.known))}{hint}")
         return Policy.known[name]._build({k: v for k, v in data.items() if k != "policy"})
 
     @classmethod
     def _build(cls, fields: dict[str, Any]) -> Policy:
-        try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-        except TypeError as error:
-            raise PolicyError(f"{cls.__name__} cannot be built from {fields}: {error}") from error
+        known = [f.name for f in dataclasses.fields(cls) if f.init]
+        needed = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        for name in fields:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise PolicyError(f"{cls.__name__} has no field {name!r}; it has {', '.join(known)}{hint}")
+        for name in needed:
+            if name not in fields:
+                raise PolicyError(f"{cls.__name__} needs {name!r}; given are {', '.join(fields) or 'no fields'}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})

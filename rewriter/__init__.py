@@ -23,9 +23,11 @@ from rewriter.errors import CaptureError
 from rewriter.errors import Error
 from rewriter.errors import ExportError
 from rewriter.errors import PolicyError
+from rewriter.errors import PolicyWarning
 from rewriter.errors import RewriteError
 from rewriter.errors import VerifyError
 from rewriter.optimize import explain
+from rewriter.optimize import from_pretrained
 from rewriter.optimize import optimize
 from rewriter.optimized_model import OptimizedModel
 from rewriter.passes import SiteTensors
@@ -54,6 +56,7 @@ __all__ = [
     "PerLayer",
     "Policy",
     "PolicyError",
+    "PolicyWarning",
     "Report",
     "RewriteError",
     "SeparatorMask",
@@ -61,6 +64,7 @@ __all__ = [
     "SlidingWindow",
     "VerifyError",
     "explain",
+    "from_pretrained",
     "optimize",
     "stream",
 ]

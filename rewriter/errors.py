@@ -37,3 +37,7 @@ class ExportError(Error, RuntimeError):
 
 class VerifyError(Error, ValueError):
     """A kernel or a device that `rewriter verify` was asked for is not there."""
+
+
+class PolicyWarning(UserWarning):
+    """A policy is not applied to all of a model's attention; the message says where, and how to make it an error."""

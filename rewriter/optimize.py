@@ -25,6 +25,9 @@ from rewriter.passes.policy import Policy
 from rewriter.policies.exact import Exact
 from rewriter.report import Report
 from rewriter.report.data import module_tree
+from rewriter.saved_model import class_of
+from rewriter.saved_model import read_parameters
+from rewriter.saved_model import read_settings
 from rewriter.tracing import explain_call
 
 BACKENDS = ("inductor", "eager")
@@ -64,8 +67,7 @@ def optimize(
     _check_model(model)
     if policy is not None and not isinstance(policy, Policy):
         raise PolicyError(f"policy must be a policy such as SlidingWindow(256), got {policy!r}")
-    if backend not in BACKENDS:
-        raise RewriteError(f"backend {backend!r} is not known; choose one of {', '.join(BACKENDS)}")
+    _check_backend(backend)
     optimized = OptimizedModel(
         model, policy or Exact(), backend=backend, strict=strict, dump=None if dump is None else Path(dump)
     )
@@ -77,6 +79,43 @@ def optimize(
         with torch.no_grad():
             optimized(*positional, **named)
     return optimized
+
+
+def from_pretrained(
+    folder: str | Path,
+    *,
+    model_class: Any = None,
+    backend: str | None = None,
+    strict: bool | None = None,
+    **options: Any,
+) -> OptimizedModel:
+    """The optimized model that its `save_pretrained` wrote, with its policy and the policy's parameters.
+
+    Args:
+        folder: of `save_pretrained`, or of a Trainer's checkpoint.
+        model_class: loads the model, by `model_class.from_pretrained(folder, **options)`; when left out, the class that the
+            configuration names, and for a folder of adapters peft's `AutoPeftModelForCausalLM`.
+        backend, strict: as for `optimize`; as they were when left out.
+        options: of the model's `from_pretrained`, such as `dtype` or `device_map`.
+
+    Raises:
+        RewriteError: the folder has no `rewriter.json`, or the model's class is not there.
+        PolicyError: the policy's class is not defined (import the module that defines it), or has other fields now.
+    """
+    settings = read_settings(folder)
+    policy = Policy.from_dict(settings["policy"])
+    model = (model_class or class_of(folder)).from_pretrained(folder, **options)
+    _check_model(model)
+    fast = OptimizedModel(
+        model,
+        policy,
+        backend=settings["backend"] if backend is None else backend,
+        strict=settings["strict"] if strict is None else strict,
+        dump=None,
+    )
+    _check_backend(fast.backend)
+    fast._set_parameters(read_parameters(folder) if policy.adds_parameters else {}, settings["parameter_sites"])
+    return fast
 
 
 def explain(
@@ -113,9 +152,17 @@ def explain(
     return report
 
 
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise RewriteError(f"backend {backend!r} is not known; choose one of {', '.join(BACKENDS)}")
+
+
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise RewriteError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        hint = ""
+        if isinstance(model, str):
+            hint = f"; load it first: AutoModelForCausalLM.from_pretrained({model!r})"
+        raise RewriteError(f"expected a torch.nn.Module, got {type(model).__name__}{hint}")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise RewriteError(
             "DistributedDataParallel hands its gradients on outside of any graph; optimize the model in it (.module) and wrap "

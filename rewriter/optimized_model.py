@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+import warnings
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +16,22 @@ from torch import nn
 from torch.fx import GraphModule
 
 from rewriter.errors import PolicyError
+from rewriter.errors import PolicyWarning
 from rewriter.errors import RewriteError
+from rewriter.generation.model_facts import attention_implementation
+from rewriter.generation.model_facts import is_checkpointing
+from rewriter.generation.model_facts import named_arguments
+from rewriter.generation.model_facts import takes_use_cache
 from rewriter.passes import Analysed
 from rewriter.passes import rewrite
 from rewriter.passes.policy import Policy
 from rewriter.report import Report
+from rewriter.saved_model import write
 from rewriter.tracing import analyse_call
 from rewriter.tracing import guarded
+from rewriter.tracing import install_output_hooks
 from rewriter.tracing import traced_call
+from rewriter.wrapper import ModelWrapper
 
 if TYPE_CHECKING:
     from rewriter.chunked.reading import Reading
@@ -30,7 +39,7 @@ if TYPE_CHECKING:
     from rewriter.generation.decoder import Decoder
 
 
-class OptimizedModel(nn.Module):
+class OptimizedModel(ModelWrapper):
     """A model with rewritten attention; built by `optimize`. Same signature, parameters and training behaviour.
 
     Attributes:
@@ -43,8 +52,7 @@ class OptimizedModel(nn.Module):
     _decoder: Decoder | None
 
     def __init__(self, model: nn.Module, policy: Policy, *, backend: str, strict: bool, dump: Path | None) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.policy = policy
         self.backend = backend
         self.strict = strict
@@ -52,34 +60,55 @@ class OptimizedModel(nn.Module):
         self.report = Report()
         self.policy_parameters = nn.ModuleDict()
         self._parameter_sites: dict[int, str] = {}
-        self.training = model.training
         self._compile()
 
-    def __getattr__(self, name: str) -> Any:
-        """What is not defined here is the model's: its configuration, device, dtype, embeddings, ..."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # Before the model is there, while a copy is made, say, nothing is the model's.
-            if "model" not in self.__dict__.get("_modules", ()) or name.startswith("__"):
-                raise
-            return getattr(self.model, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments, under the policy.
 
-        With `past_key_values=` a cache of `new_cache`, `input_ids` are the new tokens of a text, and the cache takes them;
-        such a call has no gradients.
+        `past_key_values` of what it returns is a cache of the policy's own, where the model would have returned one (under a
+        lossless policy it is the model's). With such a cache as `past_key_values=`, `input_ids` are the new tokens of a text,
+        and the cache takes them; such a call has no gradients.
         """
-        if kwargs.get("past_key_values") is not None:
-            from rewriter.generation.cache import LiveRangeCache
+        if kwargs.get("output_attentions") and attention_implementation(self.model) != "eager":
+            raise RewriteError(
+                "output_attentions=True asks for the weights of each query and key, which a fused attention does not compute; leave "
+                "it out, or load the model with attn_implementation='eager', whose sites are then left as they are"
+            )
+        if any(name.startswith("output_") and value for name, value in kwargs.items()):
+            install_output_hooks(self.model)
+        if not takes_use_cache(self.model):
+            return self._run(args, kwargs)
+        given = named_arguments(self.model, args, kwargs)
+        cache = given.get("past_key_values")
+        if cache is not None and (not self.policy.is_lossless or _is_own(cache)):
             from rewriter.generation.generate import cached_forward
 
-            cache = kwargs["past_key_values"]
-            if isinstance(cache, LiveRangeCache):
-                named = {name: value for name, value in kwargs.items() if name != "past_key_values"}
-                positional = inspect.signature(self.model.forward).bind_partial(*args).arguments
-                return cached_forward(self.decoder, cache, **positional, **named)
+            return cached_forward(self.decoder, cache, **_without(given, "past_key_values"))
+        if self.policy.is_lossless and not is_checkpointing(self.model):
+            return self._run((), given)
+        return self._run_keeping_cache(given)
+
+    def _run_keeping_cache(self, given: dict[str, Any]) -> Any:
+        """Where the model would return a cache of all keys: one of the policy's own, which is filled when it is first used."""
+        from rewriter.generation.cache_of_call import CacheOfCall
+        from rewriter.generation.cache_of_call import growing_cache
+        from rewriter.generation.cache_of_call import may_run_over_cache
+        from rewriter.generation.generate import cached_forward
+
+        asked = given.get("use_cache")
+        keeps = getattr(getattr(self.model, "config", None), "use_cache", False) if asked is None else asked
+        keeps = keeps and not self.policy.is_program and not is_checkpointing(self.model)
+        if asked and keeps and not torch.is_grad_enabled() and may_run_over_cache(given):
+            cache = growing_cache(self.decoder, given)
+            return cached_forward(self.decoder, cache, **_without(given, "past_key_values"))
+        output = self._run((), {**given, "use_cache": False})
+        if keeps and "past_key_values" in getattr(output, "__dataclass_fields__", {}):
+            cache = CacheOfCall(lambda: self.decoder, _without(given, "past_key_values"))
+            return type(output)(**{**output, "past_key_values": cache})
+        return output
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The whole text at once."""
         if self.policy.is_program:
             raise PolicyError(
                 f"{self.policy} is a program of two phases, and one call of the model has no query; use generate(context_ids, "
@@ -207,6 +236,29 @@ class OptimizedModel(nn.Module):
         """
         return self.decoder.new_cache(max_length)
 
+    def save_pretrained(
+        self, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **options: Any
+    ) -> None:
+        """Saves the model as its own `save_pretrained` does, with the policy and the policy's parameters.
+
+        `rewriter.from_pretrained(folder)` gives the same optimized model back; transformers loads the model alone.
+
+        Args:
+            save_directory: a folder.
+            state_dict: of the optimized model; its own when left out.
+            options: of the model's `save_pretrained`.
+
+        Raises:
+            RewriteError: the model has no `save_pretrained`.
+        """
+        settings = {
+            "policy": self.policy.to_dict(),
+            "backend": self.backend,
+            "strict": self.strict,
+            "parameter_sites": {str(layer): identity for layer, identity in self._parameter_sites.items()},
+        }
+        write(save_directory, self.model, settings, self.state_dict() if state_dict is None else state_dict, **options)
+
     @property
     def decoder(self) -> Decoder:
         """The decoder of the model as it is now; made when first asked for."""
@@ -226,6 +278,7 @@ class OptimizedModel(nn.Module):
 
     def _take(self, result: Analysed) -> None:
         self._check(result)
+        self._warn_of_refusals(result)
         self._check_parameter_sites(result)
         self.report.add(result)
 
@@ -260,6 +313,13 @@ class OptimizedModel(nn.Module):
         """A copy, or what was pickled, compiles its own model at its first call."""
         super().__setstate__(state)
         self._compile()
+
+    def _set_parameters(self, parameters: Mapping[str, Mapping[str, Tensor]], sites: Mapping[str, str]) -> None:
+        """The policy's parameters as they were saved, by site number and name, and the identity of each site."""
+        device = next((p.device for p in self.model.parameters()), None)
+        for layer, own in parameters.items():
+            self.policy_parameters[layer] = nn.ParameterDict({n: nn.Parameter(t.to(device)) for n, t in own.items()})
+        self._parameter_sites = {int(layer): identity for layer, identity in sites.items()}
 
     def _add_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the policy's parameters for the sites of a call, on the model's device, in fp32."""
@@ -298,6 +358,17 @@ class OptimizedModel(nn.Module):
             reasons = "; ".join(f"site {p.layer} ({p.site.module_path or '-'}): {p.reason}" for p in refused)
             raise RewriteError(f"{len(refused)} of {len(result.sites)} attention sites are refused: {reasons}")
 
+    def _warn_of_refusals(self, result: Analysed) -> None:
+        refused = [plan for plan in result.sites if plan.reason is not None and not plan.policy.is_lossless]
+        if refused:
+            warnings.warn(
+                f"{len(refused)} of {len(result.sites)} attention sites keep all their keys, as {self.policy} cannot be applied to "
+                f"them: site {refused[0].layer} ({refused[0].site.module_path or '-'}): {refused[0].reason}. print(fast.report) "
+                "lists all; optimize(..., strict=True) makes it an error",
+                PolicyWarning,
+                stacklevel=2,
+            )
+
     def _check_parameter_sites(self, result: Analysed) -> None:
         """A call that runs other attentions than the one that the parameters were made for would mix them up."""
         for plan in result.sites:
@@ -310,6 +381,16 @@ class OptimizedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"policy={self.policy}, backend={self.backend!r}"
+
+
+def _is_own(cache: object) -> bool:
+    from rewriter.generation.cache import LiveRangeCache
+
+    return isinstance(cache, LiveRangeCache)
+
+
+def _without(arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if key != name}
 
 
 def _unchanged(buffer: Tensor, known: Tensor, version: int) -> bool:

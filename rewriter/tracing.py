@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import types
+import weakref
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -36,7 +38,21 @@ def traced_call(
             torch.ops.rewriter.policy_parameters(list(policy_parameters.values()), " ".join(policy_parameters))
         return result(model(*args, **kwargs))
 
-    return torch.compile(with_own_code(call), backend=backend, dynamic=True, fullgraph=True)
+    compiled = torch.compile(with_own_code(call), backend=_held_weakly(backend), dynamic=True, fullgraph=True)
+    compiled.backend = backend  # lives as long as what it compiles for
+    return compiled
+
+
+def _held_weakly(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """The same backend, for Dynamo to keep: it never forgets one, and ours reach the model with all its weights."""
+    reference = weakref.WeakMethod(backend) if isinstance(backend, types.MethodType) else weakref.ref(backend)
+
+    def call(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        present = reference()
+        assert present is not None
+        return present(graph, example_inputs)
+
+    return call
 
 
 def analyse_call(model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Analysed]:
@@ -72,6 +88,22 @@ def _seen(
     return results
 
 
+def install_output_hooks(model: nn.Module) -> None:
+    """The hooks that collect hidden states in transformers' models, which these install at the first call that asks for them.
+
+    Installing cannot be traced, as it takes a lock. What has been installed is not installed again.
+    """
+    from transformers import PreTrainedModel
+    from transformers.utils.output_capturing import install_all_output_capturing_hooks
+
+    flag = "_output_capturing_hooks_installed"
+    if isinstance(model, PreTrainedModel) and not any(getattr(m, flag, False) for m in model.modules()):
+        install_all_output_capturing_hooks(model)
+        return
+    for child in model.children():
+        install_output_hooks(child)
+
+
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with a code object of its own: Dynamo keeps what it compiles there, and gives up after some entries."""
     assert isinstance(function, types.FunctionType)
@@ -81,6 +113,12 @@ def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 KINDS_OF_CALLS = 512
 """Graphs of one model; Dynamo's own limit, 8, is met by any training that evaluates, pads, and has a shorter last batch."""
+
+
+def _logging() -> set[Any]:
+    """What a model logs is left out of its graph; the last three methods are transformers'."""
+    names = ("debug", "info", "warning", "error", "warning_once", "info_once", "warning_advice")
+    return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
 
 
 @contextmanager
@@ -109,7 +147,12 @@ def guarded(
     kwargs = {name: _as_own_tensor(value) for name, value in kwargs.items()}
     try:
         # DDP would have the graph cut at its buckets, and each piece seen as a model. Hooks that come later are not ignored.
-        options: dict[str, Any] = {"specialize_float": True, "optimize_ddp": False, "skip_nnmodule_hook_guards": False}
+        options: dict[str, Any] = {
+            "specialize_float": True,
+            "optimize_ddp": False,
+            "skip_nnmodule_hook_guards": False,
+            "ignore_logger_methods": _logging(),
+        }
         with many_kinds_of_calls(), torch._dynamo.config.patch(**options):
             return call(policy_parameters, *args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -72,11 +74,13 @@ class SiteLayout:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What a cache holds; its tensors are the last inputs of the graphs: those of the tables, then those of the sites."""
+    """What a cache holds; its tensors are the last inputs of the graphs: those of the tables, then those of the sites.
+
+    Attributes:
+        tables, sites: their layouts.
+        graphs: which graphs the cache is for; a copy of a cache, or what was pickled, is for the same.
+    """
 
     tables: tuple[TableLayout, ...]
     sites: tuple[SiteLayout, ...]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CacheLayout:
-        """A copy of a cache belongs to the same graphs."""
-        return self
+    graphs: str = field(default_factory=lambda: uuid.uuid4().hex)

@@ -28,7 +28,7 @@ from rewriter.generation.cache import LiveRangeCache
 from rewriter.generation.decoder import Decoder
 from rewriter.generation.generate import longest_text
 from rewriter.generation.generate import option
-from rewriter.generation.generate import rounded_up
+from rewriter.generation.cache import rounded_up
 from rewriter.generation.model_facts import text_config
 from rewriter.kernels import FOREVER
 from rewriter.passes import Policy

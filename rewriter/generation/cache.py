@@ -43,6 +43,7 @@ class LiveRangeCache(Cache):
         max_length: tokens that a row may have in all, padding included; asked for where the policy forgets too little to bound
             the slots, and of no meaning elsewhere.
         device: of all tensors.
+        grows: make room for more tokens than `max_length` when they come; a larger cache is another graph to compile.
 
     Attributes:
         length: tokens taken so far, those forgotten and those of padding included.
@@ -57,7 +58,9 @@ class LiveRangeCache(Cache):
         CacheError: `max_length` is left out, and a table has no bound of its own.
     """
 
-    def __init__(self, layout: CacheLayout, max_length: int | None, device: torch.device) -> None:
+    def __init__(
+        self, layout: CacheLayout, max_length: int | None, device: torch.device, *, grows: bool = False
+    ) -> None:
         unbounded = [t for t in layout.tables if t.capacity(FOREVER) == FOREVER]
         if max_length is None and unbounded:
             raise CacheError(
@@ -70,8 +73,8 @@ class LiveRangeCache(Cache):
         self.layout = layout
         self.max_length = max_length if unbounded else None
         self.device = device
-        bounds = [t.capacity(FOREVER) for t in layout.tables]
-        self.capacities = [max_length if b == FOREVER and max_length is not None else b for b in bounds]
+        self.grows = grows
+        self.capacities = self._capacities()
         self.length = 0
         self.last_ids: Tensor | None = None
         self.is_broken = False
@@ -79,6 +82,10 @@ class LiveRangeCache(Cache):
         self.expected_call: ExpectedCall | None = None
         self.tables: list[dict[str, Tensor]] = []
         self.stores: list[dict[str, Tensor]] = []
+
+    def _capacities(self) -> list[int]:
+        bounds = [t.capacity(FOREVER) for t in self.layout.tables]
+        return [self.max_length if b == FOREVER and self.max_length is not None else b for b in bounds]
 
     @property
     def batch_size(self) -> int:
@@ -138,7 +145,7 @@ class LiveRangeCache(Cache):
                 They are taken one by one, so that what has been put here need not stay.
             shift: int64 `[B, 1]`, see `position_shift`.
         """
-        self.check_room(length)
+        self.make_room(length)
         batch_size = shift.size(0)
         self.tables = self._make_tables(batch_size)
         for table, given in zip(self.tables, tables, strict=True):
@@ -156,16 +163,35 @@ class LiveRangeCache(Cache):
             self.stores.append(store)
         self.length, self.position_shift = length, shift
 
-    def check_room(self, num_new: int) -> None:
-        """Raises `CacheError` where so many more tokens do not fit, or the cache is broken."""
+    def make_room(self, num_new: int) -> None:
+        """Raises `CacheError` where so many more tokens do not fit and the cache does not grow, or it is broken."""
         self._check_whole()
-        if self.max_length is not None and self.length + num_new > self.max_length:
-            raise CacheError(
-                f"the cache has {self.length} of at most {self.max_length} tokens, and {num_new} more do not fit; make a "
-                "larger one with new_cache(max_length=...)"
-            )
-        if self.length + num_new >= NO_TOKEN:
+        needed = self.length + num_new
+        if self.max_length is not None and needed > self.max_length:
+            if not self.grows:
+                raise CacheError(
+                    f"the cache has {self.length} of at most {self.max_length} tokens, and {num_new} more do not fit; make a "
+                    "larger one with new_cache(max_length=...)"
+                )
+            self._grow(rounded_up(max(needed, 2 * self.max_length)))
+        if needed >= NO_TOKEN:
             raise CacheError(f"a cache takes fewer than {NO_TOKEN} tokens, this one has {self.length}")
+
+    def _grow(self, max_length: int) -> None:
+        """More slots, free ones, after those that are there."""
+        self.max_length = max_length
+        self.capacities = self._capacities()
+        if not self.stores:
+            return
+        old = self._parts()
+        self.tables, self.stores = [], []
+        self.allocate(old[0][0]["index"].size(0))
+        for (before, states), (after, _) in zip(old, self._parts(), strict=True):
+            for state in states:
+                part = after[state.name]
+                if "C" in state.shape:
+                    part = part.narrow(state.shape.index("C"), 0, before[state.name].size(state.shape.index("C")))
+                part.copy_(before[state.name])
 
     def living_keys(self, table: int = 0) -> Tensor:
         """How many slots hold a key that the next query sees: int64 `[B, H]`."""
@@ -303,3 +329,9 @@ _ONLY_REWRITTEN = (
     "a LiveRangeCache is filled by the optimized model that made it; the original model needs a cache of transformers, such as "
     "DynamicCache"
 )
+
+
+def rounded_up(length: int) -> int:
+    """A size for caches without a bound of their own, so that few sizes are compiled: at most a quarter more, from 1,024 on."""
+    step = max(256, 1 << (max(length - 1, 1).bit_length() - 3))
+    return -(-length // step) * step

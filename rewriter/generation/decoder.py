@@ -125,8 +125,8 @@ class Decoder:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def new_cache(self, max_length: int | None) -> LiveRangeCache:
-        return LiveRangeCache(self.layout, max_length, self.device)
+    def new_cache(self, max_length: int | None, *, grows: bool = False) -> LiveRangeCache:
+        return LiveRangeCache(self.layout, max_length, self.device, grows=grows)
 
     @torch.no_grad()
     def run(
@@ -154,7 +154,7 @@ class Decoder:
         """
         self.check_arguments(cache, input_ids, attention_mask, position_ids)
         num_batch, num_new = input_ids.shape
-        cache.check_room(num_new)
+        cache.make_room(num_new)
         cache.allocate(num_batch)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -215,7 +215,7 @@ class Decoder:
         position_ids: Tensor | None,
         chunk: int | None = None,
     ) -> None:
-        if cache.layout is not self.layout:
+        if cache.layout.graphs != self.layout.graphs:
             raise CacheError(
                 "the cache was made by another optimized model, policy or dtype, or before the model was changed; make one for "
                 "this model with new_cache()"

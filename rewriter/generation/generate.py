@@ -13,8 +13,10 @@ from torch import Tensor
 
 from rewriter.errors import CacheError
 from rewriter.generation.cache import LiveRangeCache
+from rewriter.generation.cache import rounded_up
 from rewriter.generation.decoder import Decoder
 from rewriter.generation.model_facts import ARGUMENTS
+from rewriter.generation.model_facts import base_model
 
 IGNORED = ("use_cache", "return_dict", "cache_position")
 """Arguments of a transformers model that say nothing in a cached call."""
@@ -48,13 +50,10 @@ def cached_forward(
             )
     if input_ids is None:
         raise CacheError("a cached call needs input_ids")
-    if not isinstance(cache, LiveRangeCache):
-        raise CacheError(
-            f"the model was called without its cache in the middle of a generation (got {type(cache).__name__})"
-        )
+    _check_own(cache)
     decoder.check_arguments(cache, input_ids, attention_mask, position_ids, chunk)
     num_new = input_ids.size(1)
-    cache.check_room(num_new)
+    cache.make_room(num_new)
     rows = torch.arange(num_new, device=input_ids.device)
     rows = rows[-logits_to_keep:] if isinstance(logits_to_keep, int) else rows[logits_to_keep]
     if attention_mask is not None:
@@ -85,7 +84,7 @@ def generate(
     options: dict[str, Any],
 ) -> Any:
     """transformers' own `generate` over the decoder; see `OptimizedModel.generate`."""
-    model: Any = decoder.model
+    model: Any = base_model(decoder.model)
     if prefill_chunk is not None and prefill_chunk < 1:
         raise CacheError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
     prompt = options.get("input_ids", inputs)
@@ -96,12 +95,8 @@ def generate(
         raise CacheError("generate runs over the policy's own cache; leave use_cache out")
     if past_key_values is None:
         past_key_values = decoder.new_cache(rounded_up(longest_text(model, prompt.size(1), options)))
-    elif not isinstance(past_key_values, LiveRangeCache):
-        raise CacheError(
-            f"past_key_values is a {type(past_key_values).__name__}, which keeps what the policy forgets; make the cache with "
-            "new_cache(max_length=...)"
-        )
     else:
+        _check_own(past_key_values)
         _check_continues(past_key_values, prompt, options.get("attention_mask"))
         if past_key_values.length:  # transformers repeats the prompt
             past_key_values.batch_repeat_interleave(_rows_of_each(model, options))
@@ -114,6 +109,14 @@ def generate(
     view = copy.copy(model)
     view.forward = forward
     return view.generate(inputs, past_key_values=past_key_values, **{**options, "use_cache": True})
+
+
+def _check_own(cache: object) -> None:
+    if not isinstance(cache, LiveRangeCache):
+        raise CacheError(
+            f"past_key_values is a {type(cache).__name__}, which keeps what the policy forgets; make the cache with "
+            "new_cache(max_length=...), or take the one that a call returns"
+        )
 
 
 def _check_continues(cache: LiveRangeCache, prompt: Tensor, attention_mask: Tensor | None) -> None:
@@ -152,9 +155,3 @@ def option(model: Any, options: Mapping[str, Any], name: str) -> Any:
 def _rows_of_each(model: Any, options: Mapping[str, Any]) -> int:
     """Rows that transformers' `generate` makes of each prompt, for beams or several answers."""
     return max(option(model, options, name) or 1 for name in ("num_beams", "num_return_sequences"))
-
-
-def rounded_up(length: int) -> int:
-    """A size for caches without a bound of their own, so that few sizes are compiled: at most a quarter more, from 1,024 on."""
-    step = max(256, 1 << (max(length - 1, 1).bit_length() - 3))
-    return -(-length // step) * step

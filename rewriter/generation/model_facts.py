@@ -18,12 +18,29 @@ def text_config(model: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def attention_implementation(model: Any) -> str | None:
+    """As transformers names it: "sdpa", "eager", ...; None for other models."""
+    return getattr(text_config(model), "_attn_implementation", None)
+
+
 def logits_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def signature_of(model: nn.Module) -> Mapping[str, Any]:
-    return inspect.signature(model.forward).parameters
+def signature_of(model: Any) -> Mapping[str, Any]:
+    """The arguments of a model's forward; under peft those of the model inside, which peft passes on."""
+    return inspect.signature(base_model(model).forward).parameters
+
+
+def base_model(model: Any) -> Any:
+    """The model that peft has put adapters into; the model itself where there is no peft."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether a training step would compute layers a second time; transformers' models then keep no keys."""
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def vocabulary_of(model: nn.Module) -> int:
@@ -36,4 +53,20 @@ def vocabulary_of(model: nn.Module) -> int:
 
 
 def takes_use_cache(model: nn.Module) -> bool:
-    return "use_cache" in signature_of(model) or hasattr(getattr(model, "config", None), "use_cache")
+    takes = signature_of(model)
+    passes_on = any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in takes.values())
+    return "use_cache" in takes or (passes_on and hasattr(getattr(model, "config", None), "use_cache"))
+
+
+def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, all by name.
+
+    Raises:
+        TypeError: as the call itself, where there are too many, or one is given twice.
+    """
+    if not args:
+        return dict(kwargs)
+    positional = inspect.signature(base_model(model).forward).bind_partial(*args).arguments
+    if twice := positional.keys() & kwargs:
+        raise TypeError(f"forward() got {sorted(twice)[0]} by its place and by its name")
+    return {**positional, **kwargs}

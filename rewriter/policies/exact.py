@@ -15,6 +15,7 @@ class Exact(Policy):
 
     needs_causal: ClassVar[bool] = False
     per_key_ranges: ClassVar[bool] = True
+    is_lossless: ClassVar[bool] = True
 
     def live_ranges(self, site: SiteTensors) -> None:
         return None

@@ -50,6 +50,10 @@ class PerLayer(Policy):
     def adds_parameters(self) -> bool:  # type: ignore[override]
         return any(part.adds_parameters for part in self.parts())
 
+    @property
+    def is_lossless(self) -> bool:  # type: ignore[override]
+        return all(part.is_lossless for part in self.parts())
+
     def __hash__(self) -> int:
         return hash((tuple(sorted(self._by_layer.items(), key=lambda item: item[0])), self._default))
 

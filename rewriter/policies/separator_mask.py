@@ -64,7 +64,10 @@ class SeparatorMask(Policy):
 
     def __post_init__(self) -> None:
         if isinstance(self.separators, (str, bytes)) or not isinstance(self.separators, Iterable):
-            raise PolicyError(f"SeparatorMask: separators must be token ids, got {self.separators!r}")
+            raise PolicyError(
+                f"SeparatorMask: separators must be token ids, got {self.separators!r}; SeparatorMask.from_tokenizer(tokenizer) "
+                "finds them"
+            )
         ids = tuple(self.separators)
         if not ids:
             raise PolicyError(
@@ -73,7 +76,8 @@ class SeparatorMask(Policy):
             )
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise PolicyError(f"SeparatorMask: separators must be token ids of at least 0, got {token!r}")
+                hint = "; SeparatorMask.from_tokenizer(tokenizer) finds them" if isinstance(token, str) else ""
+                raise PolicyError(f"SeparatorMask: separators must be token ids of at least 0, got {token!r}{hint}")
         object.__setattr__(self, "separators", tuple(sorted(set(ids))))  # the field itself, in one order
         check_int(self, "initial", self.initial, 0)
         check_int(self, "window", self.window, 1)
@@ -143,6 +147,11 @@ class SeparatorMask(Policy):
         Raises:
             PolicyError: no token is a separator.
         """
+        if not hasattr(tokenizer, "get_vocab"):
+            raise PolicyError(
+                f"SeparatorMask.from_tokenizer: expected a tokenizer of transformers, got {tokenizer!r}; load it first: "
+                "AutoTokenizer.from_pretrained(...)"
+            )
         special = set(tokenizer.all_special_ids)
         around = set(" \t\r\n\"'”’»)]}")
         chosen: dict[int, str] = {}

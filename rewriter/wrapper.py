@@ -1,0 +1,122 @@
+"""`ModelWrapper`: a module in the place of a model, for libraries that were written for the model.
+
+What the wrapper does not define is the model's: attributes, the signature of `forward`, the names in a state dict, and what
+`isinstance` says. So a Trainer, a pipeline or peft, which ask a model what it is, get the model's answers.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+OWN_PARAMETERS = "policy_parameters"
+"""Under this name a state dict holds what the policy adds to the model's parameters."""
+
+
+class _Forward:
+    """The wrapper's `run`, with the signature of the model's `forward`. An assignment to `forward` takes its place."""
+
+    def __get__(self, wrapper: ModelWrapper | None, owner: type) -> Any:
+        if wrapper is None:
+            return owner.run  # type: ignore[attr-defined]
+        run = functools.partial(type(wrapper).run, wrapper)
+        return functools.update_wrapper(run, wrapper.model.forward)
+
+
+class ModelWrapper(nn.Module):
+    """A module that stands for another one.
+
+    Attributes:
+        model: the module that it stands for.
+    """
+
+    model: nn.Module
+    forward: Any = _Forward()
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.register_state_dict_post_hook(_without_prefix)
+        self.register_load_state_dict_pre_hook(_with_prefix)
+        self.register_load_state_dict_post_hook(_name_as_the_model_does)
+        self.training = model.training
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What a call does."""
+        return self.model(*args, **kwargs)
+
+    @property
+    def __class__(self) -> Any:
+        """`isinstance(wrapper, C)` holds for the wrapper's own classes and for those of the model."""
+        model = self.__dict__.get("_modules", {}).get("model")
+        return type(self) if model is None else model.__class__
+
+    @__class__.setter
+    def __class__(self, new: type) -> None:
+        # torch's fully_shard makes a class of its own and of ours, as it believes: the bases that it adds go before ours.
+        added = tuple(base for base in new.__bases__ if base is not self.__class__)
+        object.__dict__["__class__"].__set__(self, type(new.__name__, (*added, type(self)), dict(new.__dict__)))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Before the model is there, while a copy is made, say, nothing is the model's.
+            if "model" not in self.__dict__.get("_modules", ()) or name.startswith("__"):
+                raise
+            return getattr(self.model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the model has and the wrapper has not is set on the model."""
+        model = self.__dict__.get("_modules", {}).get("model")
+        if model is None or name in self.__dict__ or name in self._own_names() or not hasattr(model, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(model, name, value)
+
+    def _own_names(self) -> set[str]:
+        return {*self._modules, *self._parameters, *self._buffers, *dir(type(self))}
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.model)})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The usual way compares `__class__` with the type, and these differ here.
+        return _blank, (type(self),), self.__getstate__()
+
+    def _get_name(self) -> str:
+        return type(self).__name__
+
+
+def _blank(kind: type) -> Any:
+    return kind.__new__(kind)
+
+
+def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Parameters are called as the model calls them."""
+    del module, metadata
+    inner = f"{prefix}model."
+    for key in [key for key in state if key.startswith(prefix)]:
+        value = state.pop(key)  # all of them, so that their order stays
+        state[prefix + key[len(inner) :] if key.startswith(inner) else key] = value
+
+
+def _with_prefix(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *messages: list[str]
+) -> None:
+    del metadata, strict, messages
+    module.__dict__["_loaded_at"] = prefix
+    own = f"{prefix}{OWN_PARAMETERS}."
+    for key in [key for key in state if key.startswith(prefix)]:
+        value = state.pop(key)
+        state[key if key.startswith(own) else f"{prefix}model.{key[len(prefix) :]}"] = value
+
+
+def _name_as_the_model_does(module: nn.Module, incompatible: Any) -> None:
+    """The keys that a state dict lacks, or has besides, in its own names."""
+    prefix = module.__dict__.pop("_loaded_at", "")
+    inner = f"{prefix}model."
+    for keys in incompatible:
+        keys[:] = [prefix + key[len(inner) :] if key.startswith(inner) else key for key in keys]
