@@ -59,7 +59,8 @@ def separator_cache_ends(
     Args:
         index: int32 `[B, 1, L]`, ascending: the keys that live, then `num_new` new ones. Negative in an empty slot.
         is_separator: bool `[B, 1, L]`; false in an empty slot and for padding.
-        origin: int32 `[B, 1, 1]`, the index of each row's first token.
+        origin: int32 `[B, 1, 1]`, the index of each row's first token; or `[B, 1, L]`, that of each key's own document where
+            documents are packed in rows: then all keys are new, and the cache of each document begins empty.
         due: int32 `[B, 1, 1]`, the next compaction, at `now` or later; negative before the row's first token.
         now: int32 `[1]`, index of the first new key.
 
@@ -140,7 +141,7 @@ def _ends_fake(
     capacity: int | None,
 ) -> tuple[Tensor, Tensor]:
     shortest = CacheSizes(initial, separators, window, capacity).shortest_epoch if capacity is not None else 1
-    times = num_new // shortest + 2 if capacity is not None else 0
+    times = (num_new if origin.size(-1) > 1 else num_new // shortest) + 2 if capacity is not None else 0
     return torch.empty_like(index), index.new_empty(index.size(0), 1, times)
 
 
@@ -153,12 +154,26 @@ def _compaction_times(
     query = now + torch.arange(num_new, dtype=torch.int32, device=index.device)
     # Separators that have left the window of each query, as far as the cache still holds them.
     left = torch.searchsorted(index, (query - sizes.window).expand(*index.shape[:2], -1).contiguous(), right=True)
-    passed = torch.nn.functional.pad(rank, (1, 0)).gather(-1, left)
+    before = torch.nn.functional.pad(rank, (1, 0))
+    passed = before.gather(-1, left)
     free = sizes.capacity + 1 - sizes.initial - sizes.window
+    packed = origin.size(-1) > 1
+    if packed:  # those of the query's own document
+        passed = (passed - before.gather(-1, origin.clamp(0, num_new).long())).clamp(min=0)
     jump = query + (free - passed.clamp(max=sizes.separators))
-    # A row whose first token is among the new ones is compacted for the first time when it has `capacity` keys.
-    first = torch.where(due < 0, origin + sizes.capacity, due)
-    number = torch.arange(num_new // sizes.shortest_epoch + 2, dtype=torch.int32, device=index.device)
+    if packed:
+        # At a document's first query nothing is old enough to be dropped: a compaction there does no harm, and the next is when
+        # the cache of this document is full for the first time.
+        begins = origin == query
+        jump = torch.where(begins, query + sizes.capacity, jump)
+        later = torch.where(begins, query, FOREVER)[..., 1:].flip(-1).cummin(dim=-1).values.flip(-1)
+        jump = torch.minimum(jump, torch.nn.functional.pad(later, (0, 1), value=FOREVER)).to(torch.int32)
+        first = origin[..., :1]
+    else:
+        # A row whose first token is among the new ones is compacted for the first time when it has `capacity` keys.
+        first = torch.where(due < 0, origin + sizes.capacity, due)
+    most = num_new if packed else num_new // sizes.shortest_epoch
+    number = torch.arange(most + 2, dtype=torch.int32, device=index.device)
     times = first.expand(*first.shape[:2], number.size(0))
 
     def jumped(time: Tensor) -> Tensor:

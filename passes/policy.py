@@ -35,7 +35,8 @@ class SiteTensors:
             from document to document; 0 for keys of padding.
         index: int32 `[1, 1, K]`, each key's place in its row, which is also its query's index; 0 .. K - 1 where no earlier
             keys are in a cache.
-        origin: int32 `[B|1, 1, 1]`, the index of each row's first token that is not padding.
+        origin: int32 `[B|1, 1, 1]`, the index of each row's first token that is not padding; where documents are packed,
+            `[B|1, 1, K]`, the first token of each key's own document.
         input_ids: `[B, K]`, or None where the policy does not ask for them.
         query: `[B, Hq, Q, D]`.
         key: `[B, Hkv, K, D]`.

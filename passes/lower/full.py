@@ -18,6 +18,7 @@ from rewriter.passes.graph.nodes import shape
 from rewriter.passes.lower.cache_positions import attend_cache_relative
 from rewriter.passes.lower.operator import Attend
 from rewriter.passes.lower.operator import emit_bounds
+from rewriter.passes.lower.operator import emit_document_start
 from rewriter.passes.lower.plan import PlannedSite
 from rewriter.passes.masks.intervals import MaskProof
 from rewriter.passes.policy import SiteTensors
@@ -87,16 +88,20 @@ def _emit_ranges(
     square = str(shape(query)[2]) == str(shape(key)[2])
     bounds = emit_bounds(graph, proof, key, {})
     biases = bounds[4:]
+    documents = emit_document_start(graph, proof, key)
     ids = [] if plan.input_ids is None else [plan.input_ids]
 
     def ranges(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         given = iter(rest)
         start, end, segment, index = (next(given) for _ in range(4))
         bias = next(given) if biases else None
+        document = next(given) if documents else None
         input_ids = next(given) if ids else None
         parameters = dict(zip(plan.parameters, given, strict=True))
         live = LiveRanges(start, end)
         origin = SiteTensors.first_token(live, index)
+        if document is not None:
+            origin = torch.maximum(origin, document)
         site = SiteTensors(live, segment, index, origin, input_ids, query, key, value, parameters)
         extra = plan.policy.live_ranges(site)
         if isinstance(extra, tuple):
@@ -111,4 +116,4 @@ def _emit_ranges(
             start, end = start + offset, torch.where(end == FOREVER, FOREVER, end + offset)
         return (start, end) if bias is None else (start, end, bias)
 
-    return emit(graph, ranges, [query, key, value, *bounds, *ids, *plan.parameters.values()])
+    return emit(graph, ranges, [query, key, value, *bounds, *documents, *ids, *plan.parameters.values()])

@@ -110,6 +110,20 @@ def emit_bounds(
     return emit(graph, bounds, [key, *(copies.get(n, n) for n in data), *before])
 
 
+def emit_document_start(graph: Graph, proof: MaskProof, key: Node) -> tuple[Node, ...]:
+    """The index of the first key of each key's document, int32 `[B|1, 1, K]`; nothing where a row is one document."""
+    document = proof.interval.document
+    if document is None:
+        return ()
+    data = list(dict.fromkeys(_data_nodes(document)))
+
+    def starts(key: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        grid = key_grid(key.size(0), key.size(1), key.size(2), key.device)
+        return (key_bounds(document, dict(zip(data, rest, strict=True)), grid),)
+
+    return emit(graph, starts, [key, *data])
+
+
 def _data_of(proof: MaskProof) -> list[Node]:
     """The data that a proof's ranges and bias read."""
     interval = proof.interval

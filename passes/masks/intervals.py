@@ -39,6 +39,7 @@ class Interval:
         segment: the end without what slides; keys of one document have the same, padding has 0. A causal row that nothing
             slides for sees every earlier key of its own segment.
         traits: what a report says of the mask.
+        document: the index of the first key of a key's own document, where a row may hold several; None where it is one.
     """
 
     start: Expression
@@ -47,6 +48,7 @@ class Interval:
     sliding: bool = False
     segment: Expression = NEVER_ENDS
     traits: tuple[str, ...] = ()
+    document: Expression | None = None
 
 
 EVERYTHING = Interval(ZERO, NEVER_ENDS)

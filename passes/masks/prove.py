@@ -194,6 +194,7 @@ class Analysis:
                 result.sliding or own.sliding,
                 _minimum(result.segment, own.segment),
                 result.traits + own.traits,
+                _last(result.document, own.document),
             )
         return result
 
@@ -391,6 +392,11 @@ def _maximum(left: Expression, right: Expression) -> Expression:
     if left in (ZERO, right):
         return right
     return left if right == ZERO else Apply("max", (left, right))
+
+
+def _last(left: Expression | None, right: Expression | None) -> Expression | None:
+    """The later of two first keys of documents."""
+    return left or right if left is None or right is None else _maximum(left, right)
 
 
 def _minimum(left: Expression, right: Expression) -> Expression:

@@ -40,7 +40,8 @@ class SeparatorMask(Policy):
 
     Args:
         separators: token ids; found by `from_tokenizer`.
-        initial: number of first keys that are never forgotten, counted from each row's first token that is not padding.
+        initial: number of first keys that are never forgotten, counted from each row's first token that is not padding,
+            and anew in each packed document.
         window: queries that see an ordinary key, its own included; with a capacity, at least so many.
         max_separators: separators kept beyond the window; None for all.
         capacity: keys of the cache; at least `initial + max_separators + window`.
@@ -169,12 +170,12 @@ class SeparatorMask(Policy):
         if self.max_separators is None:
             return _windowed(site, self.window, self.initial, _is_any(site.input_ids, self.separators))
         separator = self._is_separator(site)
-        origin = site.origin.expand(separator.size(0), 1, 1)
+        origin = site.origin.expand(separator.size(0), 1, -1)
         end, _ = separator_cache_ends(
             site.index.expand(separator.size(0), -1, -1).contiguous(),
             separator,
             origin,
-            torch.full_like(origin, -1),
+            torch.full_like(origin[:, :, :1], -1),
             site.index[0, 0, :1],
             site.index.size(2),
             self._sizes,

@@ -18,7 +18,8 @@ class SlidingWindow(Policy):
 
     Args:
         window: at least 1; as long as the sequence or longer, it changes nothing.
-        sinks: number of first keys that are never forgotten, counted from each row's first token that is not padding.
+        sinks: number of first keys that are never forgotten, counted from each row's first token that is not padding,
+            and anew in each packed document.
     """
 
     per_key_ranges: ClassVar[bool] = True

@@ -45,6 +45,26 @@ def ends(separator: Tensor, sizes: CacheSizes) -> tuple[Tensor, Tensor | None, T
     return (*separator_cache_ends(index, separator[None, None], origin, origin - 1, now, length, sizes), index)
 
 
+@given(**{**SETTINGS, "lengths": st.lists(st.integers(1, 30), min_size=1, max_size=6), "length": st.just(0)})
+def test_packed_documents_are_what_they_are_alone(
+    seed: int, initial: int, separators: int, window: int, room: int, lengths: list[int], length: int, density: float
+) -> None:
+    separator = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed)) < density
+    origin = torch.cat([torch.full((n,), sum(lengths[:i])) for i, n in enumerate(lengths)]).to(torch.int32)[None, None]
+    index = torch.arange(sum(lengths), dtype=torch.int32)[None, None]
+    due, now = torch.full((1, 1, 1), -1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    for capacity in (None, initial + separators + window + room):
+        sizes = CacheSizes(initial, separators, window, capacity)
+        packed, _ = separator_cache_ends(index, separator[None, None], origin, due, now, sum(lengths), sizes)
+        begin = length
+        for number in lengths:
+            part = slice(begin, begin + number)
+            alone, _, _ = ends(separator[part], sizes)
+            cut = [end.clamp(max=begin + number) for end in (packed[0, 0, part], alone[0, 0].long() + begin)]
+            torch.testing.assert_close(*cut, check_dtype=False)
+            begin += number
+
+
 @given(**SETTINGS)
 def test_visible_keys_and_compactions_equal_the_cache(
     cache_itself: Callable[..., Any],

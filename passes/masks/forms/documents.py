@@ -85,7 +85,7 @@ def prove(analysis: Analysis, predicate: Expression, positions: list[Expression]
         raise Unproven(f"document ids are not known to be non-decreasing{analysis.origin(left)}")
     start, after = (Apply(f"document_{side}", (right,)) for side in ("start", "end"))
     analysis.early.add(start)
-    return Interval(start, after, segment=after, traits=("documents",))
+    return Interval(start, after, segment=after, traits=("documents",), document=start)
 
 
 def document_positions(analysis: Analysis, predicate: Expression) -> Expression | None:
