@@ -213,6 +213,11 @@ class Policy:
         """The most keys alive at one query of a text of `max_length` tokens: the slots that a cache needs."""
         return max_length
 
+    def keeps_all(self, length: int) -> bool:
+        """Whether every key of a text of so many tokens lives to its end, so that tokens can be taken back."""
+        del length
+        return self.is_lossless
+
     def initial_parameters(self, layer: int, num_kv_heads: int, value_dim: int) -> dict[str, Tensor]:
         """The parameters of site number `layer`, in fp32 on the CPU, by the names that `site.parameters` has."""
         raise NotImplementedError(

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from rewriter.errors import PolicyError
 from rewriter.errors import RewriteError
+from rewriter.generation.model_facts import text_config
 from rewriter.optimized_model import OptimizedModel
 from rewriter.passes import ExampleSequence
 from rewriter.passes.policy import Policy
@@ -168,6 +169,7 @@ def _check_model(model: object) -> None:
             "DistributedDataParallel hands its gradients on outside of any graph; optimize the model in it (.module) and wrap "
             "the result: DistributedDataParallel(rewriter.optimize(model))"
         )
+    _check_rotations(model)
     for name, module in model.named_modules():
         where = f"its part {name!r}" if name else "it"
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
@@ -181,9 +183,37 @@ def _check_model(model: object) -> None:
                 f"{where} attends by {attention}, which no pass can look into; load the model with "
                 "attn_implementation='sdpa' or 'eager'"
             )
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            raise RewriteError(
+                f"accelerate's {type(hook).__name__} on {where} moves weights at each call, which no graph holds; load the model on "
+                "one device, without offloading (device_map={'': device}), or take the hooks off: "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            )
+        if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic"):
+            raise RewriteError(
+                f"{where} is quantized by torch.ao.quantization.quantize_dynamic, which packs weights so that no graph holds them; "
+                "use torchao: quantize_(model, Int8WeightOnlyConfig())"
+            )
         if isinstance(module, OptimizedModel):
             raise RewriteError(
                 f"{where} is optimized already; optimize the original model (.model) once, with one policy"
+            )
+
+
+DATA_DEPENDENT_ROTATIONS = ("dynamic", "longrope")
+"""Kinds of rotary embeddings whose frequencies change with the longest position of a call."""
+
+
+def _check_rotations(model: nn.Module) -> None:
+    parameters = getattr(text_config(model), "rope_parameters", None) or {}
+    kinds = [parameters, *parameters.values()] if isinstance(parameters, Mapping) else []
+    for kind in kinds:
+        name = kind.get("rope_type") if isinstance(kind, Mapping) else None
+        if name in DATA_DEPENDENT_ROTATIONS:
+            raise RewriteError(
+                f"{type(model).__name__} has rotary embeddings of rope_type {name!r}, which look at the positions of each call and "
+                "change the model; choose another one in config.rope_parameters, such as 'yarn', 'linear' or 'default'"
             )
 
 

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch import nn
 from torch.fx import GraphModule
 
+from rewriter.errors import CacheError
 from rewriter.errors import PolicyError
 from rewriter.errors import PolicyWarning
 from rewriter.errors import RewriteError
 from rewriter.generation.model_facts import attention_implementation
 from rewriter.generation.model_facts import is_checkpointing
 from rewriter.generation.model_facts import named_arguments
+from rewriter.generation.model_facts import takes_more_than_text
 from rewriter.generation.model_facts import takes_use_cache
 from rewriter.passes import Analysed
 from rewriter.passes import rewrite
@@ -74,7 +76,9 @@ class OptimizedModel(ModelWrapper):
                 "output_attentions=True asks for the weights of each query and key, which a fused attention does not compute; leave "
                 "it out, or load the model with attn_implementation='eager', whose sites are then left as they are"
             )
-        if any(name.startswith("output_") and value for name, value in kwargs.items()):
+        if any(name.startswith("output_") and value for name, value in kwargs.items()) or (
+            takes_more_than_text(self.model, kwargs)  # a vision tower is asked for its hidden states
+        ):
             install_output_hooks(self.model)
         if not takes_use_cache(self.model):
             return self._run(args, kwargs)
@@ -163,6 +167,8 @@ class OptimizedModel(ModelWrapper):
             )
         from rewriter.generation.generate import generate
 
+        if not self.policy.is_program and takes_more_than_text(self.model, options):
+            return self._generate_whole(inputs, past_key_values, options)
         if query_ids is not None or (self.policy.is_program and past_key_values is None):
             if past_key_values is not None:
                 raise PolicyError(
@@ -178,6 +184,23 @@ class OptimizedModel(ModelWrapper):
             inputs, past_key_values = reading.query_ids, reading.cache
             options["attention_mask"] = reading.attention_mask
         return generate(self.decoder, inputs, past_key_values, prefill_chunk, options)
+
+    def _generate_whole(self, inputs: Any, past_key_values: Any, options: dict[str, Any]) -> Any:
+        """A generation with other inputs than a text, images say, which no cache of ours takes."""
+        from rewriter.generation.generate import generate_whole
+
+        if _is_own(past_key_values):
+            raise CacheError("a cache of new_cache takes text alone; leave past_key_values out")
+        if past_key_values is not None:
+            options = {**options, "past_key_values": past_key_values}
+        if not self.policy.is_lossless:
+            warnings.warn(
+                f"{type(self.model).__name__} is given more than a text, which a cache under {self.policy} does not take: each new "
+                "token computes the whole text. Exact() generates over the model's own cache",
+                PolicyWarning,
+                stacklevel=3,
+            )
+        return generate_whole(self.model, self.run, self.policy.is_lossless, inputs, options)
 
     def read(
         self,

@@ -40,6 +40,7 @@ def traced_call(
 
     compiled = torch.compile(with_own_code(call), backend=_held_weakly(backend), dynamic=True, fullgraph=True)
     compiled.backend = backend  # lives as long as what it compiles for
+    compiled.model = model
     return compiled
 
 
@@ -139,6 +140,32 @@ def many_kinds_of_calls() -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def without_input_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside, the hooks of transformers' and peft's `enable_input_require_grads` are off the embeddings.
+
+    They let gradients pass frozen embeddings where checkpoints are reentrant. In a graph checkpoints are not, and it cannot
+    hold a tensor that is made to require gradients in its middle.
+    """
+    taken: list[tuple[nn.Module, Any]] = []
+    for module in model.modules():
+        hooks = module._forward_hooks
+        if any(_requires_gradients(hook) for hook in hooks.values()):
+            taken.append((module, hooks.copy()))
+            for key in [key for key, hook in hooks.items() if _requires_gradients(hook)]:
+                del hooks[key]
+    try:
+        yield
+    finally:
+        for module, hooks in taken:
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
+
+
+def _requires_gradients(hook: Any) -> bool:
+    return getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad")
+
+
 def guarded(
     call: Callable[..., Any], policy_parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -153,7 +180,7 @@ def guarded(
             "skip_nnmodule_hook_guards": False,
             "ignore_logger_methods": _logging(),
         }
-        with many_kinds_of_calls(), torch._dynamo.config.patch(**options):
+        with many_kinds_of_calls(), torch._dynamo.config.patch(**options), without_input_gradients(call.model):  # type: ignore[attr-defined]
             return call(policy_parameters, *args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if isinstance(error.inner_exception, CaptureError):

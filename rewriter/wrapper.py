@@ -95,28 +95,28 @@ def _blank(kind: type) -> Any:
 
 
 def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Parameters are called as the model calls them."""
+    """Parameters are called as the model calls them.
+
+    Inside another module they keep the names of `named_parameters`, which libraries look up in a state dict.
+    """
     del module, metadata
-    inner = f"{prefix}model."
-    for key in [key for key in state if key.startswith(prefix)]:
-        value = state.pop(key)  # all of them, so that their order stays
-        state[prefix + key[len(inner) :] if key.startswith(inner) else key] = value
+    if not prefix:
+        for key in list(state):
+            state[key.removeprefix("model.")] = state.pop(key)  # all of them, so that their order stays
 
 
 def _with_prefix(
     module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *messages: list[str]
 ) -> None:
     del metadata, strict, messages
-    module.__dict__["_loaded_at"] = prefix
-    own = f"{prefix}{OWN_PARAMETERS}."
-    for key in [key for key in state if key.startswith(prefix)]:
-        value = state.pop(key)
-        state[key if key.startswith(own) else f"{prefix}model.{key[len(prefix) :]}"] = value
+    module.__dict__["_loads_alone"] = not prefix
+    if not prefix:
+        for key in list(state):
+            state[key if key.startswith(f"{OWN_PARAMETERS}.") else f"model.{key}"] = state.pop(key)
 
 
 def _name_as_the_model_does(module: nn.Module, incompatible: Any) -> None:
     """The keys that a state dict lacks, or has besides, in its own names."""
-    prefix = module.__dict__.pop("_loaded_at", "")
-    inner = f"{prefix}model."
-    for keys in incompatible:
-        keys[:] = [prefix + key[len(inner) :] if key.startswith(inner) else key for key in keys]
+    if module.__dict__.pop("_loads_alone", False):
+        for keys in incompatible:
+            keys[:] = [key.removeprefix("model.") for key in keys]

@@ -1,6 +1,7 @@
 """Capture: a Dynamo graph becomes pre-dispatch ATen, with module paths and source lines kept, checkpoints inlined.
 
-A model's own `autograd.Function` stays one node where gradients are on: traced, its backward would be lost.
+A model's own `autograd.Function` stays one node where gradients are on: traced, its backward would be lost. So does a call
+with a tensor of a class of its own, such as a quantized weight of torchao.
 
 Parameters and buffers stay inputs of the graph, as Dynamo made them; what they are called and what they hold is
 recorded, since a mask may be a constant buffer."""
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -19,6 +21,7 @@ import torch.utils._pytree as pytree
 from rewriter.passes.graph.inputs import GraphInput
 from rewriter.passes.graph.inputs import set_source
 from rewriter.passes.graph.repeated_calls import RepeatedCalls
+from rewriter.passes.graph.vmap import gather_vmap
 from torch import Tensor
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
 from torch._subclasses.fake_tensor import FakeTensor
@@ -28,6 +31,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.proxy_tensor import track_tensor_tree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
 
 from rewriter.errors import CaptureError
@@ -65,9 +69,11 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
         module = dynamo_graph  # nothing but numbers: no attention to find
         return CapturedGraph(module, {})
 
+    gathered = gather_vmap(dynamo_graph)
+
     def run(*inputs: Any) -> Any:
         with torch.fx.traceback.preserve_node_meta():
-            return _Inlined(dynamo_graph, RepeatedCalls()).run(*inputs)
+            return _Inlined(gathered, RepeatedCalls()).run(*inputs)
 
     with fake_mode, torch._dynamo.config.patch(specialize_float=True):
         module = make_fx(run, pre_dispatch=True)(*fakes)
@@ -114,6 +120,8 @@ class _Inlined(torch.fx.Interpreter):
             return super().run_node(n)
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if any(is_traceable_wrapper_subclass(value) for value in pytree.tree_leaves((args, kwargs))):
+                return _kept_call(n, args, kwargs, lambda: getattr(self, n.op)(n.target, args, kwargs))
             return self.repeated(n, args, kwargs, lambda: getattr(self, n.op)(n.target, args, kwargs))
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -127,6 +135,19 @@ class _Inlined(torch.fx.Interpreter):
             node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=number)
         _, named = TagActivationCheckpoint.divide_kwargs(kwargs)
         return _Inlined(region, self.repeated).run(*inputs, *named.values())
+
+
+def _kept_call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
+    """Puts a call with a tensor of a class of its own, a quantized weight say, into the graph as it is: the class says what
+    becomes of it, and the compiler after the passes asks it."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    tracer: Any = mode.tracer
+    with disable_proxy_modes_tracing():
+        results = run()
+    given, named = pytree.tree_map(tracer.unwrap_proxy, (args, kwargs))
+    proxy = tracer.create_proxy(node.op, node.target, given, named)
+    return track_tensor_tree(results, proxy, constant=None, tracer=tracer)
 
 
 _numbers = itertools.count()

@@ -239,6 +239,11 @@ class Decoder:
                     f"attention_mask must be [{num_batch}, {num_new}], or [{num_batch}, {sizes[1]}] for the whole text, got "
                     f"{list(attention_mask.shape)}"
                 )
+        if position_ids is not None and _falls(position_ids, attention_mask):
+            raise CacheError(
+                "position_ids start again within a row, as those of packed documents do; a cache holds one text in each row: give "
+                "each document a row of its own, padded on the left"
+            )
         if position_ids is None and not self.default_positions:
             raise CacheError(
                 f"{type(self.model).__name__} does not number tokens by their place in the text; give position_ids [B, n]"
@@ -279,6 +284,17 @@ class Decoder:
         if given.kind == "buffer":
             return lambda _: _of_static_sizes(module._buffers[name])  # type: ignore[arg-type]
         return lambda _: module._parameters[name]  # type: ignore[return-value]
+
+
+def _falls(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether the position of a token is less than that of the one before it."""
+    if position_ids.dim() != 2 or position_ids.size(1) < 2:
+        return False
+    falls = position_ids[:, 1:] < position_ids[:, :-1]
+    if attention_mask is not None:
+        tokens = attention_mask[:, -position_ids.size(1) :].bool()
+        falls = falls & tokens[:, 1:] & tokens[:, :-1]
+    return bool(falls.any())
 
 
 def _compiled(module: GraphModule, *, dynamic: bool) -> Callable[..., Any]:

@@ -43,7 +43,7 @@ def cached_forward(
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     for name, value in others.items():
-        if value is not None and value is not False and name not in IGNORED:
+        if value is not None and value is not False and name not in IGNORED and value != {}:
             raise CacheError(
                 f"{name} is given, and a cached call takes {', '.join(ARGUMENTS)} and logits_to_keep; call the model without "
                 "past_key_values"
@@ -87,28 +87,83 @@ def generate(
     model: Any = base_model(decoder.model)
     if prefill_chunk is not None and prefill_chunk < 1:
         raise CacheError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+    _check_options(model, options)
     prompt = options.get("input_ids", inputs)
     if not isinstance(prompt, Tensor) or prompt.dim() != 2 or not prompt.size(1):
         given = list(prompt.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
         raise CacheError(f"generate needs input_ids [B, n] with at least one token, got {given}")
-    if options.get("use_cache") is False:
-        raise CacheError("generate runs over the policy's own cache; leave use_cache out")
+    longest = longest_text(model, prompt.size(1), options)
+    _check_may_take_back(decoder, longest, options)
     if past_key_values is None:
-        past_key_values = decoder.new_cache(rounded_up(longest_text(model, prompt.size(1), options)))
+        past_key_values = decoder.new_cache(rounded_up(longest))
     else:
         _check_own(past_key_values)
         _check_continues(past_key_values, prompt, options.get("attention_mask"))
         if past_key_values.length:  # transformers repeats the prompt
             past_key_values.batch_repeat_interleave(_rows_of_each(model, options))
 
-    @functools.wraps(model.forward)
     def forward(input_ids: Tensor | None = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is None and input_ids is not None:  # of a second text, as guidance without the prompt has
+            past_key_values = decoder.new_cache(rounded_up(longest), grows=True)
         return cached_forward(decoder, past_key_values, input_ids, chunk=prefill_chunk, **kwargs)
 
-    # A shallow copy shares parameters and modules, and has a forward of its own: the model itself is not touched.
+    own = {"use_cache": True, "cache_implementation": None}
+    return with_forward(model, forward).generate(inputs, past_key_values=past_key_values, **{**options, **own})
+
+
+def generate_whole(model: Any, forward: Any, is_lossless: bool, inputs: Any, options: dict[str, Any]) -> Any:
+    """transformers' own `generate` over an optimized forward that takes the model's own inputs, images say.
+
+    Under a lossless policy with the model's own cache; else without any, and each new token computes the whole text.
+    """
+    if not is_lossless:
+        options = {**options, "use_cache": False}
+    given = () if inputs is None else (inputs,)
+    return with_forward(base_model(model), forward).generate(*given, **options)
+
+
+def with_forward(model: Any, forward: Any) -> Any:
+    """A shallow copy of a model, with the same parameters and modules, and a forward of its own: the model is not touched."""
     view = copy.copy(model)
-    view.forward = forward
-    return view.generate(inputs, past_key_values=past_key_values, **{**options, "use_cache": True})
+    view.forward = functools.wraps(model.forward)(functools.partial(forward))
+    return view
+
+
+CACHE_IMPLEMENTATIONS = (None, "static", "dynamic", "dynamic_full", "hybrid", "sliding_window")
+"""What transformers calls caches of another shape than the policy's own; the others are kept elsewhere, or in other bits."""
+
+
+def _check_options(model: Any, options: Mapping[str, Any]) -> None:
+    """Raises `CacheError` for what a generation over the policy's own cache cannot give, before the first token."""
+    if options.get("use_cache") is False:
+        raise CacheError("generate runs over the policy's own cache; leave use_cache out")
+    if options.get("inputs_embeds") is not None:
+        raise CacheError("generate over the policy's own cache needs input_ids, got inputs_embeds; give the tokens")
+    for name in ("output_hidden_states", "output_attentions"):
+        if option(model, options, name):
+            raise CacheError(
+                f"generate over the policy's own cache gives logits and no {name.removeprefix('output_')}; leave {name} out, and call "
+                f"the model on the text that it has generated: fast(input_ids=text, {name}=True)"
+            )
+    wanted = options.get("cache_implementation")
+    if wanted not in CACHE_IMPLEMENTATIONS:
+        raise CacheError(
+            f"cache_implementation={wanted!r} asks for a cache of transformers, and generate runs over the policy's own, which is "
+            "made once and of fixed size; leave it out"
+        )
+
+
+def _check_may_take_back(decoder: Decoder, longest: int, options: Mapping[str, Any]) -> None:
+    """Raises `CacheError` where tokens would be taken back whose keys made others leave, or are gone."""
+    asks = next((n for n in ("assistant_model", "prompt_lookup_num_tokens") if options.get(n) is not None), None)
+    if asks is None:
+        return
+    for table in decoder.layout.tables:
+        if not table.policy.keeps_all(longest) or (table.window or longest) < longest:
+            raise CacheError(
+                f"{asks} guesses tokens and takes wrong ones back, and under {table.policy} keys are forgotten within the {longest} "
+                "tokens of this text; leave it out, or set a window of so many tokens, or max_new_tokens to fewer"
+            )
 
 
 def _check_own(cache: object) -> None:

@@ -17,6 +17,7 @@ from rewriter.passes import CachedRewritten
 from rewriter.passes import NotCacheable
 from rewriter.tracing import guarded
 from rewriter.tracing import traced_call
+from rewriter.tracing import without_input_gradients
 
 
 class CapturedCall:
@@ -42,7 +43,7 @@ class CapturedCall:
         arguments: Mapping[str, Any],
         rewrite: Callable[[GraphModule, list[Any]], CachedRewritten],
     ) -> None:
-        self._parameters, self._arguments = parameters, dict(arguments)
+        self._model, self._parameters, self._arguments = model, parameters, dict(arguments)
         results: list[CachedRewritten] = []
 
         def captured(*values: Any) -> None:
@@ -78,7 +79,8 @@ class CapturedCall:
         What Dynamo guards is all that the graph depends on: modules, hooks, modes, types, and each number that was read.
         """
         try:
-            self._call(self._parameters(), **self._arguments)
+            with without_input_gradients(self._model):
+                self._call(self._parameters(), **self._arguments)
         except _GuardsHold as held:
             self.present = held.tensors
             return True

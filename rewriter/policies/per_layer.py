@@ -60,6 +60,9 @@ class PerLayer(Policy):
     def for_layer(self, layer: int) -> Policy:
         return self._by_layer.get(layer, self._default)
 
+    def keeps_all(self, length: int) -> bool:
+        return all(part.keeps_all(length) for part in self.parts())
+
     def check_sites(self, num_sites: int) -> None:
         missing = sorted(layer for layer in self._by_layer if num_sites and layer >= num_sites)
         if missing:

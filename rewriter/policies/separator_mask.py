@@ -206,6 +206,9 @@ class SeparatorMask(Policy):
     def needs_order(self, decode: bool) -> bool:
         return self.max_separators is not None
 
+    def keeps_all(self, length: int) -> bool:
+        return self.max_separators is None and self.window >= length
+
     def pressure(self, max_length: int) -> int:
         if self.capacity is not None:
             return self.capacity + 1

@@ -34,5 +34,8 @@ class SlidingWindow(Policy):
     def live_ranges(self, site: SiteTensors) -> LiveRanges:
         return _windowed(site, self.window, self.sinks, None)
 
+    def keeps_all(self, length: int) -> bool:
+        return self.window >= length
+
     def pressure(self, max_length: int) -> int:
         return self.window + self.sinks
