@@ -186,14 +186,14 @@ def _check_model(model: object) -> None:
         hook = getattr(module, "_hf_hook", None)
         if hook is not None:
             raise RewriteError(
-                f"accelerate's {type(hook).__name__} on {where} moves weights at each call, which no graph holds; load the model on "
-                "one device, without offloading (device_map={'': device}), or take the hooks off: "
+                f"accelerate's {type(hook).__name__} on {where} moves weights at each call, which no graph holds; load the model "
+                "on one device, without offloading (device_map={'': device}), or take the hooks off: "
                 "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
             )
         if type(module).__module__.startswith("torch.ao.nn.quantized.dynamic"):
             raise RewriteError(
-                f"{where} is quantized by torch.ao.quantization.quantize_dynamic, which packs weights so that no graph holds them; "
-                "use torchao: quantize_(model, Int8WeightOnlyConfig())"
+                f"{where} is quantized by torch.ao.quantization.quantize_dynamic, which packs weights so that no graph holds "
+                "them; use torchao: quantize_(model, Int8WeightOnlyConfig())"
             )
         if isinstance(module, OptimizedModel):
             raise RewriteError(
@@ -212,8 +212,8 @@ def _check_rotations(model: nn.Module) -> None:
         name = kind.get("rope_type") if isinstance(kind, Mapping) else None
         if name in DATA_DEPENDENT_ROTATIONS:
             raise RewriteError(
-                f"{type(model).__name__} has rotary embeddings of rope_type {name!r}, which look at the positions of each call and "
-                "change the model; choose another one in config.rope_parameters, such as 'yarn', 'linear' or 'default'"
+                f"{type(model).__name__} has rotary embeddings of rope_type {name!r}, which look at the positions of each call "
+                "and change the model; choose another one in config.rope_parameters, such as 'yarn', 'linear' or 'default'"
             )
 
 

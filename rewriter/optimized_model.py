@@ -73,8 +73,8 @@ class OptimizedModel(ModelWrapper):
         """
         if kwargs.get("output_attentions") and attention_implementation(self.model) != "eager":
             raise RewriteError(
-                "output_attentions=True asks for the weights of each query and key, which a fused attention does not compute; leave "
-                "it out, or load the model with attn_implementation='eager', whose sites are then left as they are"
+                "output_attentions=True asks for the weights of each query and key, which a fused attention does not compute; "
+                "leave it out, or load the model with attn_implementation='eager', whose sites are then left as they are"
             )
         if any(name.startswith("output_") and value for name, value in kwargs.items()) or (
             takes_more_than_text(self.model, kwargs)  # a vision tower is asked for its hidden states
@@ -195,8 +195,8 @@ class OptimizedModel(ModelWrapper):
             options = {**options, "past_key_values": past_key_values}
         if not self.policy.is_lossless:
             warnings.warn(
-                f"{type(self.model).__name__} is given more than a text, which a cache under {self.policy} does not take: each new "
-                "token computes the whole text. Exact() generates over the model's own cache",
+                f"{type(self.model).__name__} is given more than a text, which a cache under {self.policy} does not take: each "
+                "new token computes the whole text. Exact() generates over the model's own cache",
                 PolicyWarning,
                 stacklevel=3,
             )
@@ -385,7 +385,8 @@ class OptimizedModel(ModelWrapper):
         refused = [plan for plan in result.sites if plan.reason is not None and not plan.policy.is_lossless]
         if refused:
             warnings.warn(
-                f"{len(refused)} of {len(result.sites)} attention sites keep all their keys, as {self.policy} cannot be applied to "
+                f"{len(refused)} of {len(result.sites)} attention sites keep all their keys, as {self.policy} cannot be applied "
+                "to "
                 f"them: site {refused[0].layer} ({refused[0].site.module_path or '-'}): {refused[0].reason}. print(fast.report) "
                 "lists all; optimize(..., strict=True) makes it an error",
                 PolicyWarning,

@@ -53,7 +53,9 @@ def write(
     if parameters and not with_weights:
         from safetensors.torch import save_file
 
-        save_file({name: tensor.detach().contiguous() for name, tensor in parameters.items()}, Path(folder) / PARAMETERS)
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in parameters.items()}, Path(folder) / PARAMETERS
+        )
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -65,8 +67,8 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / SETTINGS
     if not path.is_file():
         raise RewriteError(
-            f"{folder} has no {SETTINGS}, which save_pretrained of an optimized model writes; load the model with transformers and "
-            "call optimize(model, policy)"
+            f"{folder} has no {SETTINGS}, which save_pretrained of an optimized model writes; load the model with transformers "
+            "and call optimize(model, policy)"
         )
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return settings

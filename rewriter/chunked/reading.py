@@ -25,10 +25,10 @@ from rewriter.chunked.policy import ChunkedEviction
 from rewriter.errors import PolicyError
 from rewriter.generation.cache import ExpectedCall
 from rewriter.generation.cache import LiveRangeCache
+from rewriter.generation.cache import rounded_up
 from rewriter.generation.decoder import Decoder
 from rewriter.generation.generate import longest_text
 from rewriter.generation.generate import option
-from rewriter.generation.cache import rounded_up
 from rewriter.generation.model_facts import text_config
 from rewriter.kernels import FOREVER
 from rewriter.passes import Policy

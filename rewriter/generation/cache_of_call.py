@@ -60,7 +60,9 @@ def growing_cache(decoder: Decoder, arguments: dict[str, Any]) -> LiveRangeCache
     ids = arguments.get("input_ids")
     if ids is None:
         given = next((name for name in arguments if name != "attention_mask"), "nothing")
-        raise CacheError(f"a cache is made from input_ids, and the call was given {given}; call the model with input_ids")
+        raise CacheError(
+            f"a cache is made from input_ids, and the call was given {given}; call the model with input_ids"
+        )
     return decoder.new_cache(rounded_up(ids.size(-1) + STEPS), grows=True)
 
 

@@ -241,8 +241,8 @@ class Decoder:
                 )
         if position_ids is not None and _falls(position_ids, attention_mask):
             raise CacheError(
-                "position_ids start again within a row, as those of packed documents do; a cache holds one text in each row: give "
-                "each document a row of its own, padded on the left"
+                "position_ids start again within a row, as those of packed documents do; a cache holds one text in each row: "
+                "give each document a row of its own, padded on the left"
             )
         if position_ids is None and not self.default_positions:
             raise CacheError(

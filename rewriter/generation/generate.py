@@ -142,14 +142,14 @@ def _check_options(model: Any, options: Mapping[str, Any]) -> None:
     for name in ("output_hidden_states", "output_attentions"):
         if option(model, options, name):
             raise CacheError(
-                f"generate over the policy's own cache gives logits and no {name.removeprefix('output_')}; leave {name} out, and call "
-                f"the model on the text that it has generated: fast(input_ids=text, {name}=True)"
+                f"generate over the policy's own cache gives logits and no {name.removeprefix('output_')}; leave {name} out, and "
+                f"call the model on the text that it has generated: fast(input_ids=text, {name}=True)"
             )
     wanted = options.get("cache_implementation")
     if wanted not in CACHE_IMPLEMENTATIONS:
         raise CacheError(
-            f"cache_implementation={wanted!r} asks for a cache of transformers, and generate runs over the policy's own, which is "
-            "made once and of fixed size; leave it out"
+            f"cache_implementation={wanted!r} asks for a cache of transformers, and generate runs over the policy's own, which "
+            "is made once and of fixed size; leave it out"
         )
 
 
@@ -161,8 +161,8 @@ def _check_may_take_back(decoder: Decoder, longest: int, options: Mapping[str, A
     for table in decoder.layout.tables:
         if not table.policy.keeps_all(longest) or (table.window or longest) < longest:
             raise CacheError(
-                f"{asks} guesses tokens and takes wrong ones back, and under {table.policy} keys are forgotten within the {longest} "
-                "tokens of this text; leave it out, or set a window of so many tokens, or max_new_tokens to fewer"
+                f"{asks} guesses tokens and takes wrong ones back, and under {table.policy} keys are forgotten within the "
+                f"{longest} tokens of this text; leave it out, or set a window of so many tokens, or max_new_tokens to fewer"
             )
 
 

@@ -76,5 +76,7 @@ def takes_more_than_text(model: Any, options: Mapping[str, Any]) -> bool:
     """Whether a generation is of an encoder and a decoder, or has inputs besides a text: images, sounds, token types."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return True
-    takes = [name for name in signature_of(model) if name not in (*ARGUMENTS, "past_key_values", "inputs_embeds", "labels")]
+    takes = [
+        name for name in signature_of(model) if name not in (*ARGUMENTS, "past_key_values", "inputs_embeds", "labels")
+    ]
     return any(isinstance(options.get(name), Tensor) for name in takes)

@@ -6,13 +6,11 @@ import copy
 import itertools
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from everyday_models import llama
 from transformers import AutoTokenizer
-from transformers import LlamaConfig
-from transformers import LlamaForCausalLM
 from transformers import pipeline
 
 import rewriter
@@ -22,12 +20,6 @@ from rewriter import PolicyError
 from rewriter import SlidingWindow
 
 TOKENIZER = Path(rewriter.__file__).parent / "demo" / "model"
-
-
-def llama(**options: Any) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64, max_position_embeddings=128, **options)
-    return LlamaForCausalLM(config).eval()
 
 
 def test_what_is_not_defined_here_is_the_models() -> None:

@@ -1,0 +1,77 @@
+"""Small models as people load them, for the tests of everyday use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import BartConfig
+from transformers import BartForConditionalGeneration
+from transformers import CLIPVisionConfig
+from transformers import Gemma3Config
+from transformers import Gemma3ForConditionalGeneration
+from transformers import Gemma3TextConfig
+from transformers import LlamaConfig
+from transformers import LlamaForCausalLM
+from transformers import LlavaConfig
+from transformers import LlavaForConditionalGeneration
+from transformers import SiglipVisionConfig
+
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+IMAGE = 63
+"""The token in whose places an image stands."""
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **TOKENS, **options})).eval()
+
+
+def bart() -> BartForConditionalGeneration:
+    sides = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in _LAYERS.items()}
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=64, d_model=32, max_position_embeddings=64, **sides, **TOKENS)
+    ).eval()
+
+
+_LAYERS = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
+
+
+def llava() -> LlavaForConditionalGeneration:
+    """An image is four tokens."""
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=LlamaConfig(**SIZES, **TOKENS),
+            vision_config=CLIPVisionConfig(**VISION, projection_dim=32),
+            image_token_index=IMAGE,
+            vision_feature_layer=-1,
+        )
+    ).eval()
+
+
+def gemma3() -> Gemma3ForConditionalGeneration:
+    """An image is four tokens, which see each other."""
+    text = Gemma3TextConfig(
+        **SIZES, **TOKENS, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    )
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=text, vision_config=SiglipVisionConfig(**VISION), mm_tokens_per_image=4, image_token_id=IMAGE
+        )
+    ).eval()
