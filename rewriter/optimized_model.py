@@ -71,23 +71,25 @@ class OptimizedModel(ModelWrapper):
         lossless policy it is the model's). With such a cache as `past_key_values=`, `input_ids` are the new tokens of a text,
         and the cache takes them; such a call has no gradients.
         """
-        if kwargs.get("output_attentions") and attention_implementation(self.model) != "eager":
+        given = named_arguments(self.model, args, kwargs)
+        cache = given.get("past_key_values")
+        if cache is not None and (_is_own(cache) or not self.policy.is_lossless):
+            from rewriter.generation.generate import cached_forward
+
+            return cached_forward(self.decoder, cache, **_without(given, "past_key_values"))
+        if given.get("output_attentions") and attention_implementation(self.model) not in (None, "eager"):
             raise RewriteError(
                 "output_attentions=True asks for the weights of each query and key, which a fused attention does not compute; "
                 "leave it out, or load the model with attn_implementation='eager', whose sites are then left as they are"
             )
-        if any(name.startswith("output_") and value for name, value in kwargs.items()) or (
-            takes_more_than_text(self.model, kwargs)  # a vision tower is asked for its hidden states
+        if not self._has_output_hooks and (
+            any(name.startswith("output_") and value for name, value in given.items())
+            or takes_more_than_text(self.model, given)  # a vision tower is asked for its hidden states
         ):
             install_output_hooks(self.model)
+            self._has_output_hooks = True
         if not takes_use_cache(self.model):
             return self._run(args, kwargs)
-        given = named_arguments(self.model, args, kwargs)
-        cache = given.get("past_key_values")
-        if cache is not None and (not self.policy.is_lossless or _is_own(cache)):
-            from rewriter.generation.generate import cached_forward
-
-            return cached_forward(self.decoder, cache, **_without(given, "past_key_values"))
         if self.policy.is_lossless and not is_checkpointing(self.model):
             return self._run((), given)
         return self._run_keeping_cache(given)
@@ -319,6 +321,7 @@ class OptimizedModel(ModelWrapper):
         """Prepares to capture the model at the next call."""
         self._constants: dict[str, tuple[Tensor, int]] = {}
         self._decoder = None
+        self._has_output_hooks = False
         self._compiled_model = (self.model,)  # a tuple, or it would be a second submodule
         self._call = traced_call(self.model, self._backend)
 

@@ -49,7 +49,7 @@ ERRORS: list[tuple[Any, str]] = [
     (lambda: PerLayer({0: 3}), "expected a policy"),  # type: ignore[dict-item]
     (lambda: PerLayer({0: PerLayer({})}), "itself a PerLayer"),
     (lambda: Policy.from_dict({"policy": "Magic"}), "'Magic' is not a policy; known are .*SlidingWindow"),
-    (lambda: Policy.from_dict({"policy": "SlidingWindow", "size": 3}), "cannot be built from"),
+    (lambda: Policy.from_dict({"policy": "SlidingWindow", "size": 3}), "has no field 'size'; it has window, sinks"),
 ]
 
 
