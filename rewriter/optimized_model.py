@@ -52,6 +52,7 @@ class OptimizedModel(ModelWrapper):
     """
 
     _decoder: Decoder | None
+    _has_output_hooks: bool
 
     def __init__(self, model: nn.Module, policy: Policy, *, backend: str, strict: bool, dump: Path | None) -> None:
         super().__init__(model)

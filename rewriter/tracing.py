@@ -38,7 +38,7 @@ def traced_call(
             torch.ops.rewriter.policy_parameters(list(policy_parameters.values()), " ".join(policy_parameters))
         return result(model(*args, **kwargs))
 
-    compiled = torch.compile(with_own_code(call), backend=_held_weakly(backend), dynamic=True, fullgraph=True)
+    compiled: Any = torch.compile(with_own_code(call), backend=_held_weakly(backend), dynamic=True, fullgraph=True)
     compiled.backend = backend  # lives as long as what it compiles for
     compiled.model = model
     return compiled

@@ -90,7 +90,7 @@ class ModelWrapper(nn.Module):
         return type(self).__name__
 
 
-def _blank(kind: type) -> Any:
+def _blank(kind: Any) -> Any:
     return kind.__new__(kind)
 
 

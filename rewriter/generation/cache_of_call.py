@@ -52,7 +52,7 @@ class CacheOfCall(LiveRangeCache):
         del self._decoder, self._arguments
         self.__dict__.update(cache.__dict__)
         for layer in self.layers:
-            layer.cache = self
+            layer.cache = self  # type: ignore[union-attr]
 
 
 def growing_cache(decoder: Decoder, arguments: dict[str, Any]) -> LiveRangeCache:
