@@ -40,6 +40,8 @@ from rewriter.policies.sliding_window import SlidingWindow
 from rewriter.report.report import Report
 from rewriter.streaming import stream
 
+__version__ = "0.1.0"
+
 __all__ = [
     "MIXED_CALIBRATION",
     "ArtifactError",

@@ -10,6 +10,12 @@ from typing import Any
 import typer
 from rich.console import Console
 
+_POLICY_HELP = (
+    'As JSON: {"policy": "SlidingWindow", "window": 256, "sinks": 4}; '
+    '{"policy": "SeparatorMask", "separators": "from tokenizer"} takes the separators from the model\'s tokenizer.'
+)
+
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Attention keys have live ranges.")
 
 
@@ -28,9 +34,7 @@ def explain(
     model: Annotated[
         Path, typer.Argument(help="Folder of a transformers model (config.json; weights are not needed).")
     ],
-    policy: Annotated[
-        str, typer.Option(help='As JSON: {"policy": "SlidingWindow", "window": 256, "sinks": 4}')
-    ] = '{"policy": "Exact"}',
+    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = '{"policy": "Exact"}',
     length: Annotated[int, typer.Option(help="Tokens of the row that costs are predicted for.", min=2)] = 4096,
     text: Annotated[
         Path | None, typer.Option(help="File of the tokens of that row, for policies that read them.")
@@ -50,22 +54,22 @@ def explain(
     from transformers import AutoConfig
     from transformers import AutoModel
     from transformers import AutoModelForCausalLM
-    from transformers import AutoTokenizer
 
     from rewriter.errors import PolicyError
     from rewriter.errors import RewriteError
     from rewriter.optimize import explain as explain_model
-    from rewriter.passes.policy import Policy
 
     if not (model / "config.json").is_file():
         raise typer.BadParameter(f"{model} has no config.json; give the folder of a transformers model")
     ids = torch.zeros(3, 16, dtype=torch.int64)
     try:
-        chosen = Policy.from_dict(json_format.loads(policy))
+        chosen = _policy(policy, model)
         if any(part.needs_input_ids for part in chosen.parts()) and text is None:
             raise typer.BadParameter(f"{chosen} reads tokens; give --text FILE, to be read with the model's tokenizer")
         if text is not None:
-            tokens = AutoTokenizer.from_pretrained(model)(text.read_text(encoding="utf-8")).input_ids
+            if not text.is_file():
+                raise typer.BadParameter(f"--text {text}: there is no such file")
+            tokens = _tokenizer(model, "--text")(text.read_text(encoding="utf-8")).input_ids
             ids = torch.tensor(tokens[:length])[None].expand(3, -1)
         config = AutoConfig.from_pretrained(model)
         kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
@@ -94,9 +98,7 @@ def export(
     model: Annotated[Path, typer.Option(help="Folder of a transformers model.")],
     to: Annotated[str, typer.Option(help="aot, onnx or tensorrt.")],
     out: Annotated[Path, typer.Option(help="File to write; a report is written beside it.")],
-    policy: Annotated[
-        str, typer.Option(help='As JSON: {"policy": "SlidingWindow", "window": 256, "sinks": 4}')
-    ] = '{"policy": "Exact"}',
+    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = '{"policy": "Exact"}',
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "float32",
     max_length: Annotated[
         int | None, typer.Option(help="With aot: tokens of a row over the cache, where the policy bounds nothing.")
@@ -112,14 +114,15 @@ def export(
     from rewriter.errors import PolicyError
     from rewriter.errors import RewriteError
     from rewriter.optimize import optimize
-    from rewriter.passes.policy import Policy
 
     if not (model / "config.json").is_file():
         raise typer.BadParameter(f"{model} has no config.json; give the folder of a transformers model")
     if to not in ("aot", "onnx", "tensorrt"):
         raise typer.BadParameter(f"--to must be aot, onnx or tensorrt, got {to}")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {dtype}")
     try:
-        chosen = Policy.from_dict(json.loads(policy))
+        chosen = _policy(policy, model)
         instance = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
         fast = optimize(instance, chosen, backend="eager")
         ids = torch.ones(2, 16, dtype=torch.int64)
@@ -223,6 +226,43 @@ def verify(
         console.print(failure, markup=False, highlight=False, soft_wrap=True)
     if failures:
         raise typer.Exit(1)
+
+
+def _policy(text: str, model: Path) -> Any:
+    """The policy that `--policy` says.
+
+    Raises:
+        JSONDecodeError, PolicyError: it is no JSON, or no policy.
+    """
+    import json
+
+    from rewriter.errors import PolicyError
+    from rewriter.passes.policy import Policy
+    from rewriter.policies.separator_mask import SeparatorMask
+
+    def with_separators(data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = {name: with_separators(value) for name, value in data.items()}
+        if data.get("policy") == "SeparatorMask" and data.get("separators") == "from tokenizer":
+            found = SeparatorMask.from_tokenizer(_tokenizer(model, '"from tokenizer"'))
+            data.update(separators=list(found.separators), names=list(found.names))
+        return data
+
+    data = json.loads(text)
+    if not isinstance(data, dict):
+        raise PolicyError(f'--policy must be a JSON object such as {{"policy": "Exact"}}, got {text}')
+    return Policy.from_dict(with_separators(data))
+
+
+def _tokenizer(model: Path, wanted_by: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"{wanted_by} needs a tokenizer, and {model} has none that loads: {reason}") from None
 
 
 def _console() -> Console:

@@ -29,6 +29,7 @@ from rewriter.passes import rewrite
 from rewriter.passes.policy import Policy
 from rewriter.report import Report
 from rewriter.saved_model import write
+from rewriter.tracing import TooManyKindsOfCalls
 from rewriter.tracing import analyse_call
 from rewriter.tracing import guarded
 from rewriter.tracing import install_output_hooks
@@ -130,7 +131,12 @@ class OptimizedModel(ModelWrapper):
         ):
             self._compile()
         parameters = dict(self.policy_parameters.named_parameters(remove_duplicate=False))
-        return guarded(self._call, parameters, args, kwargs)
+        try:
+            return guarded(self._call, parameters, args, kwargs)
+        except TooManyKindsOfCalls as error:
+            warnings.warn(f"all graphs are dropped, and made anew as they are needed: {error}", stacklevel=4)
+            self._compile()
+            return guarded(self._call, parameters, args, kwargs)
 
     def generate(
         self,
@@ -406,6 +412,10 @@ class OptimizedModel(ModelWrapper):
                     f"site {plan.layer} is {plan.identity} in this call, and was {known} when the policy's "
                     "parameters were made; give optimize example_inputs that run the model as it will be used"
                 )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the report."""
+        return self.report._repr_html_()
 
     def extra_repr(self) -> str:
         return f"policy={self.policy}, backend={self.backend!r}"

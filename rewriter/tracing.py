@@ -116,6 +116,10 @@ KINDS_OF_CALLS = 512
 """Graphs of one model; Dynamo's own limit, 8, is met by any training that evaluates, pads, and has a shorter last batch."""
 
 
+class TooManyKindsOfCalls(RewriteError):
+    """A model has as many graphs as it may have, and a call needs another one."""
+
+
 def _logging() -> set[Any]:
     """What a model logs is left out of its graph; the last three methods are transformers'."""
     names = ("debug", "info", "warning", "error", "warning_once", "info_once", "warning_advice")
@@ -127,14 +131,14 @@ def many_kinds_of_calls() -> Iterator[None]:
     """Inside, a model may be called in many ways (gradients on and off, adapters, numbers of rows) before Dynamo gives up.
 
     Raises:
-        RewriteError: it has given up; with what to do.
+        TooManyKindsOfCalls: it has given up; with what differs.
     """
     limits: dict[str, Any] = {"recompile_limit": KINDS_OF_CALLS, "accumulated_recompile_limit": 16 * KINDS_OF_CALLS}
     try:
         with torch._dynamo.config.patch(**limits):
             yield
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-        raise RewriteError(
+        raise TooManyKindsOfCalls(
             f"the model was called in more than {KINDS_OF_CALLS} ways that each need a graph of their own; "
             f"TORCH_LOGS=recompiles shows what differs from call to call: {error}"
         ) from error

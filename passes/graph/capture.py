@@ -20,6 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from rewriter.passes.graph.inputs import GraphInput
 from rewriter.passes.graph.inputs import set_source
+from rewriter.passes.graph.nodes import may_attend
 from rewriter.passes.graph.repeated_calls import RepeatedCalls
 from rewriter.passes.graph.vmap import gather_vmap
 from torch import Tensor
@@ -77,7 +78,7 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
 
     with fake_mode, torch._dynamo.config.patch(specialize_float=True):
         module = make_fx(run, pre_dispatch=True)(*fakes)
-    _check_constants(module)
+    _check_trace(module)
     buffers = {}
     inputs = []
     traced = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -94,13 +95,17 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
     return CapturedGraph(module, buffers, tuple(inputs))
 
 
-def _check_constants(module: GraphModule) -> None:
-    """Raises where a tensor that was only imagined while tracing stands in the graph as a constant, and is used."""
+def _check_trace(module: GraphModule) -> None:
+    """Raises where a tensor that was only imagined while tracing stands in the graph as a constant, and is used.
+
+    And where a whole attention is one node, which no pass looks into.
+    """
     module.graph.eliminate_dead_code()  # autograd reads the base of a view that is written to, and makes nothing of it
     for node in module.graph.nodes:
-        if node.op == "get_attr" and isinstance(attrgetter(str(node.target))(module), FakeTensor):
+        is_imagined = node.op == "get_attr" and isinstance(attrgetter(str(node.target))(module), FakeTensor)
+        if is_imagined or node.target is torch.ops.higher_order.flex_attention:
             raise CaptureError(
-                "a part of the model leaves no trace, as torch.vmap, torch.func.grad and flex_attention do; write it in "
+                "a part of the model leaves no trace, as torch.func.grad and flex_attention do; write it in "
                 "operators of torch (attention as scaled_dot_product_attention), or call it outside of the model"
             )
 
@@ -140,6 +145,14 @@ class _Inlined(torch.fx.Interpreter):
 def _kept_call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
     """Puts a call with a tensor of a class of its own, a quantized weight say, into the graph as it is: the class says what
     becomes of it, and the compiler after the passes asks it."""
+    if may_attend(node.target):
+        kinds = {
+            type(value).__name__ for value in pytree.tree_leaves((args, kwargs)) if is_traceable_wrapper_subclass(value)
+        }
+        raise CaptureError(
+            f"a part of the model attends over tensors of class {', '.join(sorted(kinds))}, which no pass looks into; "
+            "make them plain tensors before the attention"
+        )
     mode = get_proxy_mode()
     assert mode is not None
     tracer: Any = mode.tracer

@@ -25,3 +25,9 @@ def rank(node: Node) -> int:
 
 def is_bool(node: object) -> bool:
     return isinstance(node, Node) and isinstance(v := node.meta.get("val"), torch.Tensor) and v.dtype == torch.bool
+
+
+def may_attend(target: Any) -> bool:
+    """Whether a call makes weights, or is a whole attention, by its name: where no pass looks, neither may stand."""
+    name = str(getattr(target, "__name__", target))
+    return "softmax" in name or "attention" in name or "multi_head" in name

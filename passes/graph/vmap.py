@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from rewriter.passes.graph.nodes import may_attend
 from torch.fx import Graph
 from torch.fx import GraphModule
 from torch.fx import Interpreter
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from rewriter.errors import CaptureError
 
 
 class VmapRegion:
@@ -34,6 +37,12 @@ class VmapRegion:
     def __call__(self, *inputs: Any) -> Any:
         with disable_proxy_modes_tracing():
             batched = make_fx(lambda *values: Interpreter(self.module).run(*values))(*inputs)
+        for node in batched.graph.nodes:
+            if may_attend(node.target):
+                raise CaptureError(
+                    "a part of the model attends inside torch.vmap, where no pass sees it; give the attention a batch dimension "
+                    "in place of the vmap"
+                )
         return Interpreter(batched).run(*inputs)
 
 

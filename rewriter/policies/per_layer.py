@@ -11,7 +11,6 @@ from typing import ClassVar
 
 from rewriter.errors import PolicyError
 from rewriter.passes.policy import Policy
-from rewriter.policies.exact import Exact
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,11 @@ class PerLayer(Policy):
     """A policy for each attention site, numbered from 0 in the order of the model.
 
     Args:
-        layers: keys are numbers (`0`), ranges with both ends (`"1-8"`) or `"default"` (`Exact()` if left out).
+        layers: keys are numbers (`0`), ranges with both ends (`"1-8"`), or `"default"` for all sites that no other key names.
+
+    Raises:
+        PolicyError: a key is none of these, or names a site twice; at the first call, when it names a site that the model does
+            not have, or the model has one that no key names.
     """
 
     needs_causal: ClassVar[bool] = False
@@ -28,7 +31,7 @@ class PerLayer(Policy):
 
     def __post_init__(self) -> None:
         by_layer: dict[int, Policy] = {}
-        default: Policy = Exact()
+        default: Policy | None = None
         for key, policy in self.layers.items():
             if not isinstance(policy, Policy):
                 raise PolicyError(f"PerLayer: the policy of {key!r} is {policy!r}, expected a policy such as Exact()")
@@ -58,7 +61,10 @@ class PerLayer(Policy):
         return hash((tuple(sorted(self._by_layer.items(), key=lambda item: item[0])), self._default))
 
     def for_layer(self, layer: int) -> Policy:
-        return self._by_layer.get(layer, self._default)
+        policy = self._by_layer.get(layer, self._default)
+        if policy is None:
+            raise PolicyError(f'PerLayer says nothing of layer {layer}; add "default": Exact(), or another policy')
+        return policy
 
     def keeps_all(self, length: int) -> bool:
         return all(part.keeps_all(length) for part in self.parts())
@@ -70,9 +76,11 @@ class PerLayer(Policy):
                 f"PerLayer names layer {missing[0]}, and the model's attention sites are 0 to {num_sites - 1}; "
                 "explain(model, ...) lists them"
             )
+        for layer in range(num_sites):
+            self.for_layer(layer)
 
     def parts(self) -> tuple[Policy, ...]:
-        return (*self._by_layer.values(), self._default)
+        return (*self._by_layer.values(), *([] if self._default is None else [self._default]))
 
     def to_dict(self) -> dict[str, Any]:
         return {"policy": "PerLayer", "layers": {str(k): p.to_dict() for k, p in self.layers.items()}}
@@ -83,7 +91,7 @@ class PerLayer(Policy):
         return cls({int(k) if str(k).isdigit() else k: Policy.from_dict(v) for k, v in layers.items()})
 
     _by_layer: dict[int, Policy] = field(init=False, repr=False, compare=False)
-    _default: Policy = field(init=False, repr=False, compare=False)
+    _default: Policy | None = field(init=False, repr=False, compare=False)
 
 
 def layer_numbers(key: int | str, of: str = "PerLayer", examples: str = '3, "1-8" or "default"') -> Sequence[int]:

@@ -79,7 +79,7 @@ def _picture(prediction: Prediction) -> Markup:
 
 
 def _refused_numbers(report: Report) -> frozenset[int]:
-    return frozenset(site.layer for site in report.refused)
+    return frozenset(site.layer for site in report.sites if not site.rewritten)
 
 
 def _holds(module: ModuleReport) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
@@ -24,32 +26,38 @@ from rewriter.report.data import GraphReport
 from rewriter.report.data import SiteGroup
 from rewriter.report.data import SiteReport
 from rewriter.report.data import _kernel
+from rewriter.report.data import _ranges
 from rewriter.report.data import readable_bytes
 
 
 @dataclass
 class Report:
-    """What became of a model's attention. One entry per captured graph, the newest last; printing shows the newest."""
+    """What became of a model's attention. One entry per captured graph, the newest last; printing shows all that differ."""
 
     graphs: list[GraphReport] = field(default_factory=list)
 
     @property
     def sites(self) -> list[SiteReport]:
+        """Of the newest graph."""
         return self.graphs[-1].sites if self.graphs else []
 
     @property
     def refused(self) -> list[SiteReport]:
-        return [site for site in self.sites if not site.rewritten]
+        """Refused sites of all graphs, each once."""
+        return list(dict.fromkeys(site for graph in self.graphs for site in graph.sites if not site.rewritten))
 
     @property
     def groups(self) -> list[SiteGroup]:
         """The newest graph's sites, those that are alike together."""
-        found: dict[Any, list[SiteReport]] = {}
-        for site in self.sites:
-            module = re.sub(r"\d+", "0", site.module)
-            same = (module, site.form, site.mask, site.policy, site.kernel, site.reason, site.source, site.prediction)
-            found.setdefault(same, []).append(site)
-        return [SiteGroup(tuple(sites)) for sites in found.values()]
+        return _groups(self.sites)
+
+    @property
+    def outcomes(self) -> list[tuple[list[int], list[SiteReport]]]:
+        """The numbers of the graphs whose sites are the same, and these sites; the newest last."""
+        found: dict[tuple[SiteReport, ...], list[int]] = {}
+        for number, graph in enumerate(self.graphs):
+            found.setdefault(tuple(graph.sites), []).append(number)
+        return sorted(((numbers, list(sites)) for sites, numbers in found.items()), key=lambda outcome: outcome[0][-1])
 
     def add(self, result: Analysed) -> None:
         """Records what the passes did to one graph."""
@@ -90,24 +98,16 @@ class Report:
     def summary(self) -> str:
         if not self.graphs:
             return "nothing captured yet: call the model once, or give example_inputs to optimize()"
-        count = len(self.sites)
-        return f"{count - len(self.refused)} of {count} attention sites rewritten"
+        outcomes = self.outcomes
+        if len({_summary(sites) for _, sites in outcomes}) == 1:
+            return _summary(outcomes[0][1])
+        return "; ".join(f"{_summary(sites)} in graph {_ranges(numbers)}" for numbers, sites in outcomes)
 
     def __rich__(self) -> RenderableType:
-        table = Table(title=self.summary(), title_justify="left")
-        for name in _COLUMNS:
-            table.add_column(name, overflow="fold")
-        for alike in self.groups:
-            table.add_row(*_cells(alike), style=None if alike.first.rewritten else "yellow")
-        predicted = [alike for alike in self.groups if alike.first.prediction is not None]
-        if not predicted:
-            return table
-        costs = Table(title="Predicted for one row without padding", title_justify="left")
-        for name in _PREDICTED:
-            costs.add_column(name, justify="left" if name == "sites" else "right")
-        for alike in predicted:
-            costs.add_row(alike.numbers, *_predicted(alike.first.prediction))
-        return Group(table, costs)
+        outcomes = self.outcomes
+        if len(outcomes) < 2:
+            return _tables(self.summary(), self.sites)
+        return Group(*(_tables(f"{_summary(s)} in graph {_ranges(numbers)}", s) for numbers, s in outcomes))
 
     def __str__(self) -> str:
         console = Console(width=160, record=False, force_terminal=False)
@@ -115,8 +115,45 @@ class Report:
             console.print(self)
         return captured.get()
 
+    def _repr_html_(self) -> str:
+        """For notebooks: what `print` shows."""
+        console = Console(width=160, record=True, file=io.StringIO())
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
     def __iter__(self) -> Iterator[SiteReport]:
         return iter(self.sites)
+
+
+def _groups(sites: Sequence[SiteReport]) -> list[SiteGroup]:
+    found: dict[Any, list[SiteReport]] = {}
+    for site in sites:
+        module = re.sub(r"\d+", "0", site.module)
+        same = (module, site.form, site.mask, site.policy, site.kernel, site.reason, site.source, site.prediction)
+        found.setdefault(same, []).append(site)
+    return [SiteGroup(tuple(alike)) for alike in found.values()]
+
+
+def _summary(sites: Sequence[SiteReport]) -> str:
+    return f"{sum(site.rewritten for site in sites)} of {len(sites)} attention sites rewritten"
+
+
+def _tables(title: str, sites: Sequence[SiteReport]) -> RenderableType:
+    table = Table(title=title, title_justify="left")
+    for name in _COLUMNS:
+        table.add_column(name, overflow="fold")
+    groups = _groups(sites)
+    for alike in groups:
+        table.add_row(*_cells(alike), style=None if alike.first.rewritten else "yellow")
+    predicted = [alike for alike in groups if alike.first.prediction is not None]
+    if not predicted:
+        return table
+    costs = Table(title="Predicted for one row without padding", title_justify="left")
+    for name in _PREDICTED:
+        costs.add_column(name, justify="left" if name == "sites" else "right")
+    for alike in predicted:
+        costs.add_row(alike.numbers, *_predicted(alike.first.prediction))
+    return Group(table, costs)
 
 
 _COLUMNS = ("sites", "modules", "form", "mask", "policy", "kernel or reason", "source")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from rewriter import Exact
 from rewriter import PerLayer
 from rewriter import PolicyError
 from rewriter import SlidingWindow
+from rewriter import tracing
 
 TOKENIZER = Path(rewriter.__file__).parent / "demo" / "model"
 
@@ -70,8 +72,30 @@ def test_a_training_script_calls_a_model_in_more_than_eight_ways() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_more_kinds_of_calls_than_there_may_be_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "KINDS_OF_CALLS", 2)
+    model = llama()
+    fast = rewriter.optimize(model, Exact(), backend="eager")
+    warned = 0
+    for rows, length, masked in itertools.product((1, 2), (1, 16), (True, False)):
+        ids = torch.randint(64, (rows, length))
+        given = {"attention_mask": torch.ones_like(ids)} if masked else {}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            actual = fast(input_ids=ids, use_cache=False, **given).logits
+        warned += any("all graphs are dropped" in str(warning.message) for warning in caught)
+        torch.testing.assert_close(actual, model(input_ids=ids, **given).logits, rtol=1e-4, atol=1e-5)
+    assert warned > 0
+
+
 def test_a_policy_for_sites_that_are_not_there_is_an_error() -> None:
-    policy = PerLayer({0: SlidingWindow(4), 7: SlidingWindow(8), "default": Exact()})
-    fast = rewriter.optimize(llama(), policy, backend="eager")
-    with pytest.raises(PolicyError, match="names layer 7, and the model's attention sites are 0 to 1"):
-        fast(input_ids=torch.randint(64, (1, 12)))
+    for layers, message in (
+        (
+            {0: SlidingWindow(4), 7: SlidingWindow(8), "default": Exact()},
+            "names layer 7, and the model's .* sites are 0 to 1",
+        ),
+        ({0: SlidingWindow(4)}, 'says nothing of layer 1; add "default"'),
+    ):
+        fast = rewriter.optimize(llama(), PerLayer(layers), backend="eager")
+        with pytest.raises(PolicyError, match=message):
+            fast(input_ids=torch.randint(64, (1, 12)))

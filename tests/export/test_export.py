@@ -202,7 +202,7 @@ def test_calls_are_checked(package: tuple[Any, Path, export.ExportReport]) -> No
     ("name", "policy", "entry_points"),
     [
         ("qwen3", DynamicMask(6, local=2), ["prefill", "decode"]),
-        ("gemma2", PerLayer({0: SlidingWindow(4, sinks=1)}), ["forward"]),
+        ("gemma2", PerLayer({0: SlidingWindow(4, sinks=1), "default": Exact()}), ["forward"]),
         ("llama", ChunkedEviction(24, capacity=4, calibration=(Calibrate("0-100%", "all", phase="local"),)), ["chunk"]),
     ],
     ids=["dynamic mask", "per layer, forward alone", "first phase of chunked eviction"],

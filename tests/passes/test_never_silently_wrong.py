@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
+from torch.testing._internal.two_tensor import TwoTensor
 
 import rewriter
 from rewriter.errors import CacheError
@@ -357,6 +358,25 @@ def test_what_leaves_no_trace_is_an_error(transform: Callable[[Tensor], Tensor])
     torch._dynamo.reset()
     with pytest.raises(rewriter.RewriteError, match="leaves no trace"):
         rewriter.optimize(Model(), backend="eager")(torch.randn(3, 2, 9, 8))
+
+
+def test_attention_where_no_pass_looks_is_an_error() -> None:
+    class InVmap(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return sdpa(x, x, x), torch.vmap(lambda row: sdpa(row[None], row[None], row[None])[0])(x)
+
+    class OverPairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys = nn.Parameter(TwoTensor(torch.randn(1, 2, 9, 32), torch.randn(1, 2, 9, 32)))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return sdpa(x, x, x), sdpa(self.keys, self.keys, self.keys)
+
+    over = r"attends over tensors of class TwoTensor"
+    for model, message in ((InVmap(), r"attends inside torch\.vmap"), (OverPairs(), over)):
+        with pytest.raises(rewriter.RewriteError, match=message):
+            rewriter.optimize(model, backend="eager")(torch.randn(3, 2, 9, 32))
 
 
 @pytest.mark.parametrize("grad", [False, True])

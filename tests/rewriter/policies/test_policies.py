@@ -62,7 +62,8 @@ def test_bad_values_are_named(build: Any, message: str) -> None:
 def test_per_layer_picks_by_number() -> None:
     policy = PerLayer({0: SlidingWindow(1), "2-3": SlidingWindow(2), "default": SlidingWindow(9)})
     assert [policy.for_layer(i).window for i in range(5)] == [1, 9, 2, 2, 9]  # type: ignore[attr-defined]
-    assert PerLayer({1: SlidingWindow(1)}).for_layer(0) == Exact()
+    with pytest.raises(PolicyError, match=r'nothing of layer 0; add "default": Exact\(\)'):
+        PerLayer({1: SlidingWindow(1)}).for_layer(0)
 
 
 def test_separators_are_found_in_a_tokenizer_merged_ones_too() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,19 @@ def test_a_hundred_layers_are_a_few_rows() -> None:
 
 def test_an_empty_report_says_what_to_do() -> None:
     assert "call the model once" in rewriter.optimize(nn.Linear(2, 2)).report.summary()
+
+
+def test_a_refusal_is_not_hidden_by_a_later_graph(tiny_model: Callable[..., nn.Module]) -> None:
+    fast = rewriter.optimize(tiny_model("llama", "eager").eval(), rewriter.SlidingWindow(4), backend="eager")
+    ids = torch.randint(64, (1, 9))
+    with pytest.warns(rewriter.PolicyWarning):
+        fast(ids, output_attentions=True, use_cache=False)
+    fast(ids, use_cache=False)
+    fast(ids, use_cache=False, labels=ids)
+    report = fast.report
+    assert report.summary() == (
+        "0 of 2 attention sites rewritten in graph 0; 2 of 2 attention sites rewritten in graph 1, 2"
+    )
+    assert len(report.refused) == 2 and all(site.rewritten for site in report.sites)
+    text = str(report)
+    assert "refused: the attention weights are" in text and "live_range_attention (CPU)" in text
