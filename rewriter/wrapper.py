@@ -7,6 +7,7 @@ What the wrapper does not define is the model's: attributes, the signature of `f
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -101,8 +102,14 @@ def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metad
     """
     del module, metadata
     if not prefix:
-        for key in list(state):
-            state[key.removeprefix("model.")] = state.pop(key)  # all of them, so that their order stays
+        _rename(state, lambda key: key.removeprefix("model."))
+
+
+def _rename(state: dict[str, Any], name: Callable[[str], str]) -> None:
+    """All at once: a new name may be the old one of another entry."""
+    renamed = {name(key): value for key, value in state.items()}
+    state.clear()
+    state.update(renamed)
 
 
 def _with_prefix(
@@ -111,8 +118,7 @@ def _with_prefix(
     del metadata, strict, messages
     module.__dict__["_loads_alone"] = not prefix
     if not prefix:
-        for key in list(state):
-            state[key if key.startswith(f"{OWN_PARAMETERS}.") else f"model.{key}"] = state.pop(key)
+        _rename(state, lambda key: key if key.startswith(f"{OWN_PARAMETERS}.") else f"model.{key}")
 
 
 def _name_as_the_model_does(module: nn.Module, incompatible: Any) -> None:

@@ -2,7 +2,7 @@
 
 Tracing before dispatch sees what enters a vmap and what leaves it, and nothing of what is between. Traced after dispatch, the
 part is the batched operators themselves. transformers builds its masks so where a model adds a condition of its own, as
-those of images are; torchao's weights are read so.
+those of images are.
 """
 
 from __future__ import annotations

@@ -123,6 +123,17 @@ def test_state_dicts_are_the_models_own() -> None:
     assert result.missing_keys == ["lm_head.weight"] and result.unexpected_keys == ["more"]
 
 
+def test_a_state_dict_keeps_entries_whose_names_are_those_of_others() -> None:
+    model = torch.nn.ModuleDict(
+        {"model": torch.nn.ModuleDict({"x": torch.nn.Linear(2, 3)}), "x": torch.nn.Linear(2, 3)}
+    )
+    fast = rewriter.optimize(model, Exact(), backend="eager")
+    torch.testing.assert_close(fast.state_dict(), model.state_dict())
+    other = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    fast.load_state_dict(other)
+    torch.testing.assert_close(dict(model.state_dict()), other)
+
+
 def lora(**options: Any) -> LoraConfig:
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
 
