@@ -55,9 +55,9 @@ def explain(
     from transformers import AutoModel
     from transformers import AutoModelForCausalLM
 
+    from rewriter.api import explain as explain_model
     from rewriter.errors import PolicyError
     from rewriter.errors import RewriteError
-    from rewriter.optimize import explain as explain_model
 
     if not (model / "config.json").is_file():
         raise typer.BadParameter(f"{model} has no config.json; give the folder of a transformers model")
@@ -111,9 +111,9 @@ def export(
     from transformers import AutoModelForCausalLM
 
     from rewriter import export as exporting
+    from rewriter.api import optimize
     from rewriter.errors import PolicyError
     from rewriter.errors import RewriteError
-    from rewriter.optimize import optimize
 
     if not (model / "config.json").is_file():
         raise typer.BadParameter(f"{model} has no config.json; give the folder of a transformers model")
@@ -237,8 +237,8 @@ def _policy(text: str, model: Path) -> Any:
     import json
 
     from rewriter.errors import PolicyError
-    from rewriter.passes.policy import Policy
-    from rewriter.policies.separator_mask import SeparatorMask
+    from rewriter.public import Policy
+    from rewriter.public import SeparatorMask
 
     def with_separators(data: Any) -> Any:
         if not isinstance(data, dict):

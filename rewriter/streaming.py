@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from rewriter.api import optimize
 from rewriter.errors import RewriteError
-from rewriter.optimize import optimize
 from rewriter.optimized_model import OptimizedModel
 from rewriter.passes.policy import Policy
 

@@ -40,3 +40,17 @@ def test_the_package_is_found(folder: Path, before: str, path: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "SlidingWindow(window=4, sinks=0)" in done.stdout
     assert Path(done.stdout.split()[0]).resolve() == (ROOT / "kernels" / "__init__.py").resolve()
+
+
+def test_help_comes_without_torch() -> None:
+    """The command line answers at once; torch takes seconds to import."""
+    code = "import sys; from rewriter.cli import app; app(['--help'], standalone_mode=False); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "explain" in done.stdout, done.stderr
+
+
+def test_public_names_are_found_whatever_was_imported_before() -> None:
+    names = "[getattr(rewriter, name) for name in rewriter.__all__]"
+    code = f"import rewriter.api, rewriter.streaming; {names}; assert callable(rewriter.optimize); print(dir(rewriter))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "'optimize'" in done.stdout, done.stderr

@@ -23,10 +23,10 @@ from rich.table import Table
 from torch import Tensor
 from torch import nn
 
+from rewriter.api import optimize
 from rewriter.demo.corpus import held_out_text
 from rewriter.kernels import LiveRanges
 from rewriter.kernels.cpu.schedule import computed_pairs
-from rewriter.optimize import optimize
 from rewriter.optimized_model import OptimizedModel
 from rewriter.passes.policy import Policy
 from rewriter.policies.exact import Exact

@@ -247,7 +247,9 @@ def test_dropout_in_training_is_refused_and_in_evaluation_is_not(
             law.call(rewriter.optimize(model, backend="eager", strict=True), ids, mask)
         optimized.eval()
         law.call(optimized, ids, mask)
-        assert all(site.rewritten for site in optimized.report)  # the graph of evaluation; that of training stays refused
+        assert all(
+            site.rewritten for site in optimized.report
+        )  # the graph of evaluation; that of training stays refused
         assert all("dropout 0.1 is active" in site.reason for site in optimized.report.refused)
 
 
