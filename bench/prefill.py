@@ -32,7 +32,7 @@ from torch.profiler import profile
 import rewriter
 from rewriter import ChunkedEviction
 from rewriter.demo.corpus import training_files
-from rewriter.demo.run import load_model
+from rewriter.demo.models import load_bundled
 
 CHUNK, BATCH, CAPACITY, STEPS = 1024, 8, 256, 32
 CHUNKS = (8, 16, 32)
@@ -86,7 +86,7 @@ def attention_seconds(call: Callable[[], Any]) -> float:
 def measure(kind: str, num_chunks: int, evict: bool, rounds: int) -> dict[str, Any]:
     from transformers import DynamicCache
 
-    model, tokenizer = load_model()
+    model, tokenizer = load_bundled()
     model.config.max_position_embeddings = 2**20  # the time of the dense model counts here, not what it says
     ids = text_ids(tokenizer, num_chunks * (CHUNK - 1) + 1)
     query = torch.tensor(tokenizer(QUERY, add_special_tokens=False).input_ids)

@@ -42,7 +42,7 @@ from rewriter import DynamicMask
 from rewriter import SlidingWindow
 from rewriter.demo.corpus import held_out_files
 from rewriter.demo.corpus import training_files
-from rewriter.demo.run import load_model
+from rewriter.demo.models import load_bundled
 
 POLICIES = ("full attention", "sliding window", "dynamic mask", "dynamic mask, half of it local")
 
@@ -200,7 +200,7 @@ def run_text(name: str, rate: float | None) -> dict[str, Any]:
     torch.set_num_threads(1)
     task = Text()
     torch.manual_seed(task.seed)
-    model, tokenizer = load_model()
+    model, tokenizer = load_bundled()
     test_ids, test_sizes = (t[: task.held_out_tokens] for t in stream(tokenizer, held_out_files()))
     chosen = policy(name, task.keep)
     fast: nn.Module = model if chosen is None else rewriter.optimize(model, chosen, backend="eager", strict=True)

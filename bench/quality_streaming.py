@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import rewriter
 from rewriter import SeparatorMask
 from rewriter.demo.corpus import held_out_files
-from rewriter.demo.run import load_model
+from rewriter.demo.models import load_bundled
 
 TRAINED = 6144
 TIMES = (1, 4, 16, 64)
@@ -142,7 +142,7 @@ def between(rows: list[dict[str, float]], times: int) -> float | None:
 
 
 def run(name: str, ids: Tensor, num_bytes: Tensor, longest: int, progress: Path) -> dict[str, Any]:
-    model, tokenizer = load_model()
+    model, tokenizer = load_bundled()
     ids = ids[: longest * TRAINED]
     begin = time.perf_counter()
     if name == "full attention":
@@ -160,7 +160,7 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
     torch.set_num_threads(threads)
-    _, tokenizer = load_model()
+    _, tokenizer = load_bundled()
     ids = stream_ids(tokenizer)
     num_bytes = token_bytes(tokenizer, ids)
     for name in ("full attention", *BLOCKS):

@@ -22,11 +22,23 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Attention ke
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the table and the pictures.")] = Path("demo-output"),
+    model: Annotated[
+        str,
+        typer.Option(
+            help="bundled, a small trained model; or smollm2, SmolLM2-135M-Instruct, which takes ten minutes."
+        ),
+    ] = "bundled",
 ) -> None:
-    """Optimize the bundled small model with each policy, read a real file, and print one table."""
+    """Optimize a model with each policy, read a real file, and print one table."""
+    from rewriter.demo.models import MODELS
     from rewriter.demo.run import run
 
-    run(out, _console())
+    if model not in MODELS:
+        raise typer.BadParameter(f"--model {model}: choose one of {', '.join(MODELS)}")
+    try:
+        run(out, _console(), model)
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()

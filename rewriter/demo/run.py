@@ -25,6 +25,7 @@ from torch import nn
 
 from rewriter.api import optimize
 from rewriter.demo.corpus import held_out_text
+from rewriter.demo.models import MODELS
 from rewriter.kernels import LiveRanges
 from rewriter.kernels.cpu.schedule import computed_pairs
 from rewriter.optimized_model import OptimizedModel
@@ -35,9 +36,12 @@ from rewriter.policies.ranges import policy_ranges
 from rewriter.policies.separator_mask import SeparatorMask
 from rewriter.policies.sliding_window import SlidingWindow
 
-MODEL = Path(__file__).parent / "model"
 NUM_BYTES = 16_384
+SMALL = 10_000_000
+"""Parameters of a model whose prefill takes less than a second, and is timed several times."""
+
 LENGTHS = (512, 1024, 2048, 4096)
+SEEN = {"bundled": ", which it has never seen", "smollm2": ""}
 PICTURED = ("Exact", "SlidingWindow(512, sinks=4)", "SeparatorMask(window=256)")
 
 
@@ -56,15 +60,6 @@ class Row:
     largest_difference: float | None
 
 
-def load_model() -> tuple[Any, Any]:
-    """The small trained model in fp32, and its tokenizer."""
-    from transformers import AutoModelForCausalLM
-    from transformers import AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(MODEL)
-
-
 def demo_policies(tokenizer: Any) -> dict[str, Policy]:
     separators = SeparatorMask.from_tokenizer(tokenizer, window=256)
     return {
@@ -75,10 +70,11 @@ def demo_policies(tokenizer: Any) -> dict[str, Policy]:
     }
 
 
-def run(out: Path, console: Console) -> list[Row]:
-    """Prints the table, and writes it with two pictures to `out`."""
+def run(out: Path, console: Console, name: str = "bundled") -> list[Row]:
+    """Prints the table of one of `MODELS`, and writes it with two pictures to `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_model()
+    model, tokenizer = MODELS[name]()
+    repeats = 5 if model.num_parameters() < SMALL else 1
     text = held_out_text(NUM_BYTES)
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]])
     policies = demo_policies(tokenizer)
@@ -86,7 +82,7 @@ def run(out: Path, console: Console) -> list[Row]:
     assert isinstance(separators, SeparatorMask)
     console.print(
         f"A Llama-type model of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters reads the first "
-        f"{len(text.encode()):,} bytes of argparse.py, which it has never seen: {ids.size(1):,} tokens, "
+        f"{len(text.encode()):,} bytes of argparse.py{SEEN[name]}: {ids.size(1):,} tokens, "
         f"{torch.get_num_threads()} threads."
     )
     console.print(f"Separators found in its tokenizer: {' '.join(map(repr, separators.names))}", markup=False)
@@ -95,14 +91,14 @@ def run(out: Path, console: Console) -> list[Row]:
     optimized: dict[str, OptimizedModel] = {}
     with torch.no_grad(), Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("the original model")
-        logits, dense_seconds = _timed(lambda: _logits(model, ids))
+        logits, dense_seconds = _timed(lambda: _logits(model, ids), repeats)
         dense_bits = _bits_per_byte(logits, ids, text)
         rows.append(
             Row("original (transformers, sdpa)", "-", dense_seconds, 1.0, None, ids.size(1), 1.0, dense_bits, None)
         )
         progress.update(task, description="the original model, compiled")
         compiled = torch.compile(model, dynamic=True)
-        _, seconds = _timed(lambda: _logits(compiled, ids))
+        _, seconds = _timed(lambda: _logits(compiled, ids), repeats)
         rows.append(
             Row(
                 "original, torch.compile",
@@ -116,18 +112,18 @@ def run(out: Path, console: Console) -> list[Row]:
                 None,
             )
         )
-        for name, policy in policies.items():
-            progress.update(task, description=f"{name}: compiling and reading")
-            fast = optimized[name] = optimize(model, policy, strict=True)
-            logits, seconds = _timed(lambda: _logits(fast, ids))  # noqa: B023
-            progress.update(task, description=f"{name}: the same with its dense mask")
-            rows.append(_row(name, policy, fast, model, ids, text, logits, seconds, dense_seconds))
+        for label, policy in policies.items():
+            progress.update(task, description=f"{label}: compiling and reading")
+            fast = optimized[label] = optimize(model, policy, strict=True)
+            logits, seconds = _timed(lambda: _logits(fast, ids), repeats)  # noqa: B023
+            progress.update(task, description=f"{label}: the same with its dense mask")
+            rows.append(_row(label, policy, fast, model, ids, text, logits, seconds, dense_seconds))
         progress.update(task, description="time against length")
         lengths = [length for length in (*LENGTHS, ids.size(1)) if length <= ids.size(1)]
         runners = {"original": model, "original, torch.compile": compiled, **optimized}
         times = {
-            name: [_timed(lambda: _logits(runner, ids[:, :length]))[1] for length in lengths]  # noqa: B023
-            for name, runner in runners.items()
+            label: [_timed(lambda: _logits(runner, ids[:, :length]), repeats)[1] for length in lengths]  # noqa: B023
+            for label, runner in runners.items()
         }
     console.print(_table(rows))
     console.print(optimized["SeparatorMask(window=256)"].report)
@@ -215,7 +211,7 @@ def _bits_per_byte(logits: Tensor, ids: Tensor, text: str) -> float:
     return nats / math.log(2) / len(text.encode())
 
 
-def _timed(call: Callable[[], Tensor], repeats: int = 5) -> tuple[Tensor, float]:
+def _timed(call: Callable[[], Tensor], repeats: int) -> tuple[Tensor, float]:
     """The result and the shortest of `repeats` times, after one call that compiles."""
     result = call()
     best = math.inf

@@ -14,19 +14,21 @@ from typer.testing import CliRunner
 from rewriter.cli import app
 from rewriter.demo import corpus
 from rewriter.demo import run as demo
+from rewriter.demo.models import MODEL
+from rewriter.demo.models import load_bundled
 
 
 def test_the_bundled_model_has_learned() -> None:
     """Below the 2.0 bits per byte that was asked of it, and below gzip -9, on text it has never seen."""
-    model, tokenizer = demo.load_model()
+    model, tokenizer = load_bundled()
     text = corpus.held_out_text(12_000, "tarfile.py")
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]])
     with torch.no_grad():
         bits = demo._bits_per_byte(demo._logits(model, ids), ids, text)
-    training = json.loads((demo.MODEL / "training.json").read_text())
+    training = json.loads((MODEL / "training.json").read_text())
     assert bits < 2.0
     assert training["held_out_bits_per_byte"] < min(2.0, training["gzip_9_bits_per_byte"])
-    assert sum(f.stat().st_size for f in demo.MODEL.iterdir()) < 8e6
+    assert sum(f.stat().st_size for f in MODEL.iterdir()) < 8e6
 
 
 def test_held_out_modules_are_not_trained_on() -> None:
@@ -45,10 +47,10 @@ def test_demo(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(demo, "optimize", functools.partial(demo.optimize, backend=backend))
     monkeypatch.setattr(demo, "NUM_BYTES", 3000)
     monkeypatch.setattr(demo, "LENGTHS", (256, 512))
-    model, tokenizer = demo.load_model()
+    model, tokenizer = load_bundled()
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
-    monkeypatch.setattr(demo, "load_model", lambda: (model, tokenizer))
+    monkeypatch.setitem(demo.MODELS, "bundled", lambda: (model, tokenizer))
     original, compiled, exact, window, separators, mixed = demo.run(tmp_path, Console(quiet=True))
     assert compiled.bits_per_byte == original.bits_per_byte
     assert exact.bits_per_byte == pytest.approx(original.bits_per_byte, rel=1e-5)
@@ -69,7 +71,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert "demo" in runner.invoke(app, ["--help"]).output
     for command in ("demo", "explain"):
         assert runner.invoke(app, [command, "--help"]).exit_code == 0
-    result = runner.invoke(app, ["explain", str(demo.MODEL), "--html", str(tmp_path / "r.html")])
+    result = runner.invoke(app, ["explain", str(MODEL), "--html", str(tmp_path / "r.html")])
     assert result.exit_code == 0, result.output
     assert "4 of 4 attention sites rewritten" in result.output
     assert (tmp_path / "r.html").is_file()
@@ -97,13 +99,13 @@ def test_explain_from_the_command_line(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.txt"
     tokens.write_text("def f(x):\n    return x\n" * 40)
     separators = ["--policy", '{"policy": "SeparatorMask", "separators": [5, 6, 7], "window": 8}']
-    result = runner.invoke(app, ["explain", str(demo.MODEL), *separators, "--length", "64", "--text", str(tokens)])
+    result = runner.invoke(app, ["explain", str(MODEL), *separators, "--length", "64", "--text", str(tokens)])
     assert result.exit_code == 0 and "64" in result.output, result.output
     for message, arguments in (
         ("reads no text", [str(tmp_path / "vit")]),
-        ("give --text FILE", [str(demo.MODEL), *separators]),
-        ("SlidingWindow", [str(demo.MODEL), "--policy", '{"policy": "SlidingWindow", "window": 0}']),
-        ("Expecting value", [str(demo.MODEL), "--policy", "x"]),
+        ("give --text FILE", [str(MODEL), *separators]),
+        ("SlidingWindow", [str(MODEL), "--policy", '{"policy": "SlidingWindow", "window": 0}']),
+        ("Expecting value", [str(MODEL), "--policy", "x"]),
     ):
         result = runner.invoke(app, ["explain", *arguments])
         assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split()), result.output

@@ -18,7 +18,7 @@ from rewriter import Exact
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
 from rewriter.demo.corpus import held_out_text
-from rewriter.demo.run import load_model
+from rewriter.demo.models import load_bundled
 from rewriter.errors import CacheError
 from rewriter.policies.ranges import policy_ranges
 
@@ -69,7 +69,7 @@ def test_bad_input(tiny_model: Callable[..., nn.Module]) -> None:
 @pytest.fixture(scope="module")
 def real_text() -> tuple[Tensor, Any]:
     """A held-out file of the standard library, int64 `[N]`, and its tokenizer."""
-    tokenizer = load_model()[1]
+    tokenizer = load_bundled()[1]
     return torch.tensor(tokenizer(held_out_text(16_384)).input_ids), tokenizer
 
 

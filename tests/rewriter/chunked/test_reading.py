@@ -584,10 +584,10 @@ def test_in_bf16(llama: Any) -> None:
 
 
 def test_answer_takes_text() -> None:
-    from rewriter.demo.run import load_model
+    from rewriter.demo.models import load_bundled
 
     torch._dynamo.reset()
-    model, tokenizer = load_model()
+    model, tokenizer = load_bundled()
     context = "import os\nimport sys\n\n\ndef first(path):\n    return os.path.join(path, 'first')\n" * 6
     fast = optimized(model, ChunkedEviction(64, keep_chunks=2, capacity=40))
     text = fast.answer(

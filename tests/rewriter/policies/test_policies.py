@@ -13,7 +13,7 @@ from rewriter import Policy
 from rewriter import PolicyError
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
-from rewriter.demo.run import MODEL
+from rewriter.demo.models import MODEL
 from rewriter.policies.ranges import policy_ranges
 
 POLICIES = [
