@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from rewriter.demo.corpus import held_out_text
-from rewriter.demo.models import load_smollm2
-from rewriter.demo.run import _dense_masks
-from rewriter.policies.ranges import policy_ranges
 from torch import Tensor
 
 import rewriter
 from rewriter import Exact
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
+from rewriter.demo.corpus import held_out_text
+from rewriter.demo.models import load_smollm2
+from rewriter.demo.run import _dense_masks
+from rewriter.policies.ranges import policy_ranges
 
 pytestmark = pytest.mark.xdist_group("real model")  # one process loads it, once
 
