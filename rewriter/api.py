@@ -25,6 +25,7 @@ from rewriter.passes import ExampleSequence
 from rewriter.passes.policy import Policy
 from rewriter.policies.exact import Exact
 from rewriter.report import Report
+from rewriter.report import Subject
 from rewriter.report.data import module_tree
 from rewriter.saved_model import class_of
 from rewriter.saved_model import read_parameters
@@ -46,6 +47,7 @@ def optimize(
     strict: bool = False,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     dump: str | Path | None = None,
+    progress: bool = True,
 ) -> OptimizedModel:
     """Wraps a model so that its attention runs over live ranges. The model itself is not changed.
 
@@ -58,6 +60,7 @@ def optimize(
             captured at its first call. A policy with parameters needs to know the sites now: what is left out is then
             the model's own `dummy_inputs`, which the models of transformers have.
         dump: folder for the graph before and after each pass.
+        progress: on a terminal, say what a call is doing that compiles for more than two seconds.
 
     Raises:
         RewriteError: the model is optimized or compiled already or attends by a kernel such as flex_attention, the backend
@@ -70,7 +73,12 @@ def optimize(
         raise PolicyError(f"policy must be a policy such as SlidingWindow(256), got {policy!r}")
     _check_backend(backend)
     optimized = OptimizedModel(
-        model, policy or Exact(), backend=backend, strict=strict, dump=None if dump is None else Path(dump)
+        model,
+        policy or Exact(),
+        backend=backend,
+        strict=strict,
+        dump=None if dump is None else Path(dump),
+        progress=progress,
     )
     inputs = None if example_inputs is None else _arguments(example_inputs)
     if optimized.policy.adds_parameters:
@@ -112,7 +120,6 @@ def from_pretrained(
         policy,
         backend=settings["backend"] if backend is None else backend,
         strict=settings["strict"] if strict is None else strict,
-        dump=None,
     )
     _check_backend(fast.backend)
     fast._set_parameters(read_parameters(folder) if policy.adds_parameters else {}, settings["parameter_sites"])
@@ -141,7 +148,7 @@ def explain(
     _check_model(model)
     if length is not None and length < 1:
         raise RewriteError(f"length must be at least 1 token, got {length}")
-    report = Report()
+    report = Report(subject=Subject.of(model, policy or Exact()))
     given = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
     row = ExampleSequence(length, {name: value for name, value in given.items() if isinstance(value, Tensor)})
     if any(p.is_meta for p in model.parameters()):

@@ -46,13 +46,19 @@ def explain(
     model: Annotated[
         Path, typer.Argument(help="Folder of a transformers model (config.json; weights are not needed).")
     ],
-    policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = '{"policy": "Exact"}',
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{_POLICY_HELP} Give several to compare them.", show_default='{"policy": "Exact"}'),
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens of the row that costs are predicted for.", min=2)] = 4096,
     text: Annotated[
         Path | None, typer.Option(help="File of the tokens of that row, for policies that read them.")
     ] = None,
     attention: Annotated[str, typer.Option(help="Attention implementation: sdpa or eager.")] = "sdpa",
-    html: Annotated[Path | None, typer.Option(help="Also write the report as a page.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write the report as a page; of several policies the first, and a table of all."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Also write it as JSON.")] = None,
 ) -> None:
     """Show every attention of a model, the mask that is proven, or why it is refused, and what a policy would save.
@@ -75,9 +81,12 @@ def explain(
         raise typer.BadParameter(f"{model} has no config.json; give the folder of a transformers model")
     ids = torch.zeros(3, 16, dtype=torch.int64)
     try:
-        chosen = _policy(policy, model)
-        if any(part.needs_input_ids for part in chosen.parts()) and text is None:
-            raise typer.BadParameter(f"{chosen} reads tokens; give --text FILE, to be read with the model's tokenizer")
+        policies = [_policy(each, model) for each in policy or ['{"policy": "Exact"}']]
+        for chosen in policies:
+            if any(part.needs_input_ids for part in chosen.parts()) and text is None:
+                raise typer.BadParameter(
+                    f"{chosen} reads tokens; give --text FILE, to be read with the model's tokenizer"
+                )
         if text is not None:
             if not text.is_file():
                 raise typer.BadParameter(f"--text {text}: there is no such file")
@@ -95,14 +104,20 @@ def explain(
         call: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if "use_cache" in takes:
             call["use_cache"] = False
-        report = explain_model(instance, policy=chosen, length=length, **call)
+        reports = [explain_model(instance, policy=chosen, length=length, **call) for chosen in policies]
     except (json_format.JSONDecodeError, PolicyError, RewriteError) as error:
         raise typer.BadParameter(str(error)) from None
-    _console().print(report)
+    for chosen, report in zip(policies, reports, strict=True):
+        if len(reports) > 1:
+            _console().print(f"\n{chosen}", markup=False)
+        _console().print(report)
     if html is not None:
-        report.to_html(html)
+        reports[0].to_html(html, beside=reports[1:])
     if json is not None:
-        report.to_json(json)
+        content = [report.to_dict() for report in reports]
+        json.write_text(
+            json_format.dumps(content[0] if len(content) == 1 else content, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 @app.command()

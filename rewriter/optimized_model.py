@@ -22,12 +22,15 @@ from rewriter.errors import RewriteError
 from rewriter.generation.model_facts import attention_implementation
 from rewriter.generation.model_facts import is_checkpointing
 from rewriter.generation.model_facts import named_arguments
+from rewriter.generation.model_facts import signature_of
 from rewriter.generation.model_facts import takes_more_than_text
 from rewriter.generation.model_facts import takes_use_cache
 from rewriter.passes import Analysed
 from rewriter.passes import rewrite
 from rewriter.passes.policy import Policy
+from rewriter.progress import Progress
 from rewriter.report import Report
+from rewriter.report import Subject
 from rewriter.saved_model import write
 from rewriter.tracing import TooManyKindsOfCalls
 from rewriter.tracing import analyse_call
@@ -54,14 +57,25 @@ class OptimizedModel(ModelWrapper):
 
     _decoder: Decoder | None
     _has_output_hooks: bool
+    _progress: Progress
 
-    def __init__(self, model: nn.Module, policy: Policy, *, backend: str, strict: bool, dump: Path | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        *,
+        backend: str,
+        strict: bool,
+        dump: Path | None = None,
+        progress: bool = True,
+    ) -> None:
         super().__init__(model)
+        self._progress = Progress(type(model).__name__, progress)
         self.policy = policy
         self.backend = backend
         self.strict = strict
         self.dump = dump
-        self.report = Report()
+        self.report = Report(subject=Subject.of(model, policy))
         self.policy_parameters = nn.ModuleDict()
         self._parameter_sites: dict[int, str] = {}
         self._compile()
@@ -74,6 +88,11 @@ class OptimizedModel(ModelWrapper):
         and the cache takes them; such a call has no gradients.
         """
         given = named_arguments(self.model, args, kwargs)
+        with self._progress.watch(given):
+            return self._run_as_asked(args, kwargs, given)
+
+    def _run_as_asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
+        """Over the cache that is given, or the whole text, with a cache or without."""
         cache = given.get("past_key_values")
         if cache is not None and (_is_own(cache) or not self.policy.is_lossless):
             from rewriter.generation.generate import cached_forward
@@ -174,6 +193,18 @@ class OptimizedModel(ModelWrapper):
                 f"{type(self.model).__name__} has no generate; models of transformers have, and others can be called step by "
                 "step with past_key_values=fast.new_cache(...)"
             )
+        with self._progress.watch({"input_ids": inputs, **options}):
+            return self._generate(inputs, query_ids, chunk_batch, past_key_values, prefill_chunk, options)
+
+    def _generate(
+        self,
+        inputs: Tensor | None,
+        query_ids: Tensor | Sequence[Tensor] | None,
+        chunk_batch: int,
+        past_key_values: Any,
+        prefill_chunk: int | None,
+        options: dict[str, Any],
+    ) -> Any:
         from rewriter.generation.generate import generate
 
         if not self.policy.is_program and takes_more_than_text(self.model, options):
@@ -268,6 +299,38 @@ class OptimizedModel(ModelWrapper):
         """
         return self.decoder.new_cache(max_length)
 
+    def warmup(self, *calls: Mapping[str, Any], new_tokens: int = 0) -> Report:
+        """Captures and compiles now what these calls need, so that the first request does not wait for it.
+
+        A graph serves all lengths and numbers of rows from two on; one row, a length of one, a mask that is given or left out,
+        and gradients make others. What has been compiled already costs one call.
+
+        Args:
+            calls: the keyword arguments of the model, such as `{"input_ids": ids, "attention_mask": mask}`; one row and two rows
+                of 32 tokens when none is given. The model runs them, under the present `torch.is_grad_enabled()`.
+            new_tokens: when positive, so many tokens are also generated from each call; 2 compile all that `generate` needs.
+
+        Returns:
+            The report, with the graphs that there are now.
+
+        Raises:
+            RewriteError: no call is given, and the model takes no `input_ids`.
+            CacheError, PolicyError: as the calls themselves.
+        """
+        if not calls:
+            if "input_ids" not in signature_of(self.model):
+                raise RewriteError(
+                    f"{type(self.model).__name__} takes no input_ids; give warmup the arguments of a call: warmup({{...}})"
+                )
+            rows = [torch.zeros(n, 32, dtype=torch.int64, device=self._device) for n in (1, 2)]
+            calls = tuple({"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows)
+        for call in calls:
+            self(**call)
+            if new_tokens > 0:
+                with torch.no_grad():
+                    self.generate(**call, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+        return self.report
+
     def save_pretrained(
         self, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **options: Any
     ) -> None:
@@ -339,7 +402,7 @@ class OptimizedModel(ModelWrapper):
             "_decoder": None,
             "_compiled_model": None,
             "_constants": {},
-            "report": Report(),
+            "report": Report(subject=self.report.subject),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -349,10 +412,15 @@ class OptimizedModel(ModelWrapper):
 
     def _set_parameters(self, parameters: Mapping[str, Mapping[str, Tensor]], sites: Mapping[str, str]) -> None:
         """The policy's parameters as they were saved, by site number and name, and the identity of each site."""
-        device = next((p.device for p in self.model.parameters()), None)
         for layer, own in parameters.items():
-            self.policy_parameters[layer] = nn.ParameterDict({n: nn.Parameter(t.to(device)) for n, t in own.items()})
+            self.policy_parameters[layer] = nn.ParameterDict(
+                {name: nn.Parameter(tensor.to(self._device)) for name, tensor in own.items()}
+            )
         self._parameter_sites = {int(layer): identity for layer, identity in sites.items()}
+
+    @property
+    def _device(self) -> torch.device | None:
+        return next((p.device for p in self.model.parameters()), None)
 
     def _add_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the policy's parameters for the sites of a call, on the model's device, in fp32."""
@@ -368,6 +436,7 @@ class OptimizedModel(ModelWrapper):
                     self._parameter_sites[plan.layer] = plan.identity
 
     def _backend(self, graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        self._progress.doing("proving masks and rewriting attention")
         result = rewrite(graph, example_inputs, self.policy, dump=self.dump)
         self._take(result)
         for name in result.constants:
@@ -377,6 +446,7 @@ class OptimizedModel(ModelWrapper):
             return result.module
         from torch._inductor.compile_fx import compile_fx
 
+        self._progress.doing("generating code")
         compiled: Any = compile_fx(result.module, example_inputs)
         return compiled
 

@@ -201,9 +201,12 @@ def guarded(
 def _as_own_tensor(value: Any) -> Any:
     """The same memory, not as a part of a longer tensor: Dynamo would make another graph for that one's sizes and strides.
 
-    One row cut out of longer ones is contiguous, but keeps their stride.
+    One row cut out of longer ones is contiguous, but keeps their stride. Token ids and their masks that are not contiguous, one
+    row that is expanded, say, are copied: they are small.
     """
     if type(value) is not Tensor or value.layout != torch.strided or value.requires_grad:
         return value
+    if not value.is_floating_point() and value.dim() <= 2 and not value.is_contiguous():
+        return value.contiguous()
     usual = value.view(value.shape) if value.is_contiguous() else value
     return value if value._base is None and value.stride() == usual.stride() else usual.detach()

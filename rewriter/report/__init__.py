@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rewriter.report.data import Subject
 from rewriter.report.report import Report
 
-__all__ = ["Report"]
+__all__ = ["Report", "Subject"]

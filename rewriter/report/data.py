@@ -4,6 +4,7 @@ Sites that are alike, as those of a hundred layers are, are one row of the table
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import re
 from collections.abc import Sequence
@@ -11,6 +12,10 @@ from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
 
+import torch
+from torch import nn
+
+from rewriter import __version__
 from rewriter.passes import Prediction
 
 KERNELS = {"cpu": "live_range_attention (CPU)", "cuda": "live_range_attention (Triton)"}
@@ -50,6 +55,41 @@ class SiteReport:
     @property
     def rewritten(self) -> bool:
         return not self.reason
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a report is of.
+
+    Attributes:
+        model: its class.
+        parameters: of the model, in all.
+        dtype, device: of its first parameter; "-" where it has none.
+        policy: as it was given.
+        made: when, in ISO 8601 to the second, with the offset from UTC.
+        versions: of rewriter and torch.
+    """
+
+    model: str
+    parameters: int
+    dtype: str
+    device: str
+    policy: str
+    made: str
+    versions: str
+
+    @classmethod
+    def of(cls, model: nn.Module, policy: object) -> Subject:
+        first = next(model.parameters(), None)
+        return cls(
+            model=type(model).__name__,
+            parameters=sum(p.numel() for p in model.parameters()),
+            dtype="-" if first is None else str(first.dtype).removeprefix("torch."),
+            device="-" if first is None else str(first.device),
+            policy=str(policy),
+            made=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            versions=f"rewriter {__version__}, torch {torch.__version__}",
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ DIFFERENCES = 400
 """Most lines of a difference between two graphs that are shown; both graphs are there whole."""
 
 
-def page(report: Report) -> str:
-    """HTML of the newest graph."""
+def page(report: Report, beside: Sequence[Report] = ()) -> str:
+    """HTML of the newest graph, and a table that compares it with other reports."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -39,6 +40,7 @@ def page(report: Report) -> str:
         report=report,
         groups=report.groups,
         totals=_totals(report.groups),
+        compared=[_compared(each) for each in (report, *beside)] if beside else [],
         picture=_picture,
         modules=graph.modules if graph else None,
         refused=_refused_numbers(report),
@@ -56,26 +58,59 @@ def _totals(groups: list[SiteGroup]) -> dict[str, Any] | None:
     names = ("dense_pairs", "own_pairs", "live_pairs", "computed_pairs", "flops", "kv_bytes", "dense_kv_bytes")
     return {
         "tokens": max(p.num_keys for _, p in predicted),
+        "sites": sum(count for count, _ in predicted),
         **{name: sum(count * getattr(p, name) for count, p in predicted) for name in names},
+        # A pair costs the same whether it is dense or not.
+        "own_flops": sum(count * p.flops * p.own_pairs // max(1, p.computed_pairs) for count, p in predicted),
     }
+
+
+def _compared(report: Report) -> dict[str, Any]:
+    return {
+        "policy": report.subject.policy if report.subject else report.sites[0].policy if report.sites else "-",
+        "summary": report.summary(),
+        "totals": _totals(report.groups),
+    }
+
+
+MARGIN = 34
+"""Pixels left of a picture and below it, for its axes."""
+
+THINNEST = 1.5
+"""Pixels that a bar is at least high: a narrow band of a long row would not be seen."""
 
 
 def _picture(prediction: Prediction) -> Markup:
     """SVG of a mask, one bar per key from the first query that sees it to the last: the model's own, and the policy's on it."""
-    width = PICTURE / max(1, min(prediction.num_keys, len(prediction.own_bars) or 1)) + 0.4  # no gaps where pixels end
+    keys, queries = prediction.num_keys, prediction.num_queries
+    width = PICTURE / max(1, min(keys, len(prediction.own_bars) or 1)) + 0.4  # no gaps where pixels end
 
-    def bars(rows: tuple[tuple[int, int, int], ...]) -> str:
-        return "".join(
-            f"M{key / prediction.num_keys * PICTURE:.1f} {begin / prediction.num_queries * PICTURE:.1f}"
-            f"h{width:.1f}V{end / prediction.num_queries * PICTURE:.1f}h-{width:.1f}z"
-            for key, begin, end in rows
-        )
+    def bars(kind: str, rows: tuple[tuple[int, int, int], ...]) -> str:
+        drawn = []
+        for key, begin, end in rows:
+            if end > begin:
+                top, height = begin / queries * PICTURE, max(THINNEST, (end - begin) / queries * PICTURE)
+                seen = f"key {key:,}: queries {begin:,} to {end - 1:,}"
+                at = f'x="{key / keys * PICTURE:.1f}" y="{top:.1f}" width="{width:.1f}" height="{height:.1f}"'
+                drawn.append(f'<rect class="{kind}" {at}><title>{seen}{_WHOSE[kind]}</title></rect>')
+        return "".join(drawn)
 
-    return Markup(
-        f'<svg viewBox="-1 -1 {PICTURE + 2} {PICTURE + 2}" width="{PICTURE}" height="{PICTURE}" role="img">'
-        f'<rect class="frame" width="{PICTURE}" height="{PICTURE}"/>'
-        f'<path class="own" d="{bars(prediction.own_bars)}"/><path class="live" d="{bars(prediction.bars)}"/></svg>'
+    size = PICTURE + MARGIN + 8
+    labels = (
+        f'<text x="0" y="{PICTURE + 13}">0</text><text x="{PICTURE}" y="{PICTURE + 13}" text-anchor="end">{keys - 1:,}</text>'
+        f'<text x="{PICTURE / 2}" y="{PICTURE + 26}" text-anchor="middle">key</text>'
+        f'<g transform="rotate(-90)"><text x="0" y="-5" text-anchor="end">0</text>'
+        f'<text x="-{PICTURE}" y="-5">{queries - 1:,}</text>'
+        f'<text x="-{PICTURE / 2}" y="-18" text-anchor="middle">query</text></g>'
     )
+    return Markup(
+        f'<svg viewBox="-{MARGIN} -4 {size} {size}" width="{size}" height="{size}" role="img" aria-label="mask">'
+        f'<rect class="frame" width="{PICTURE}" height="{PICTURE}"/>'
+        f"{bars('own', prediction.own_bars)}{bars('live', prediction.bars)}{labels}</svg>"
+    )
+
+
+_WHOSE = {"own": ", by the model's own mask", "live": ", under the policy"}
 
 
 def _refused_numbers(report: Report) -> frozenset[int]:

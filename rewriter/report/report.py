@@ -25,6 +25,7 @@ from rewriter.passes.graph.origin import source_line
 from rewriter.report.data import GraphReport
 from rewriter.report.data import SiteGroup
 from rewriter.report.data import SiteReport
+from rewriter.report.data import Subject
 from rewriter.report.data import _kernel
 from rewriter.report.data import _ranges
 from rewriter.report.data import readable_bytes
@@ -32,9 +33,15 @@ from rewriter.report.data import readable_bytes
 
 @dataclass
 class Report:
-    """What became of a model's attention. One entry per captured graph, the newest last; printing shows all that differ."""
+    """What became of a model's attention. One entry per captured graph, the newest last; printing shows all that differ.
+
+    Attributes:
+        graphs: that were captured.
+        subject: the model and the policy that it is of; None for a report that was made by hand.
+    """
 
     graphs: list[GraphReport] = field(default_factory=list)
+    subject: Subject | None = None
 
     @property
     def sites(self) -> list[SiteReport]:
@@ -82,18 +89,23 @@ class Report:
         self.graphs.append(GraphReport(sites, dict(result.seconds), graphs=dict(texts)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: `{"graphs": [{"sites": [...], "seconds": {...}, "modules": {...}, "graphs": {...}}]}`."""
+        """Plain data: `{"graphs": [{"sites": [...], "seconds": {...}, "modules": {...}, "graphs": {...}}], "subject": {...}}`."""
         return asdict(self)
 
     def to_json(self, path: str | Path) -> None:
         """Writes `to_dict()` as a file."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
-    def to_html(self, path: str | Path) -> None:
-        """Writes the newest graph as one page without external resources: modules, masks as pictures, costs, graphs."""
+    def to_html(self, path: str | Path, beside: Sequence[Report] = ()) -> None:
+        """Writes the newest graph as one page without external resources: modules, masks as pictures, costs, graphs.
+
+        Args:
+            path: of the file.
+            beside: reports of the same model under other policies, to be compared in a table on the page.
+        """
         from rewriter.report.html import page
 
-        Path(path).write_text(page(self), encoding="utf-8")
+        Path(path).write_text(page(self, beside), encoding="utf-8")
 
     def summary(self) -> str:
         if not self.graphs:

@@ -96,6 +96,17 @@ def test_explain_from_the_command_line(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     sites = json.loads(out.read_text())["graphs"][-1]["sites"]
     assert [(s["mask"], s["prediction"]["num_keys"]) for s in sites] == [("padding", 100)] * 2
+    several = ["--policy", '{"policy": "Exact"}', "--policy", '{"policy": "SlidingWindow", "window": 8}']
+    page = tmp_path / "several.html"
+    result = runner.invoke(
+        app, ["explain", str(MODEL), *several, "--length", "64", "--json", str(out), "--html", str(page)]
+    )
+    assert result.exit_code == 0, result.output
+    assert [report["subject"]["policy"] for report in json.loads(out.read_text())] == [
+        "Exact()",
+        "SlidingWindow(window=8, sinks=0)",
+    ]
+    assert "Policies side by side" in page.read_text()
     tokens = tmp_path / "tokens.txt"
     tokens.write_text("def f(x):\n    return x\n" * 40)
     separators = ["--policy", '{"policy": "SeparatorMask", "separators": [5, 6, 7], "window": 8}']

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import rewriter
+from rewriter.report import html
 from rewriter.report.data import GraphReport
 from rewriter.report.data import SiteReport
 
@@ -113,12 +114,31 @@ def test_predictions_of_policies_that_rank(tiny_model: Any) -> None:
 def test_the_page_shows_modules_masks_costs_and_graphs(tiny_model: Any, tmp_path: Path) -> None:
     model = tiny_model("gemma2", "eager")
     report = explained(model, policy=rewriter.SlidingWindow(4), length=64)
-    report.to_html(tmp_path / "page.html")
+    other = explained(model, policy=rewriter.SlidingWindow(16), length=64)
+    report.to_html(tmp_path / "page.html", beside=[other])
     report.to_json(tmp_path / "page.json")
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<svg") == 2 and page.count('<path class="live"') == 2  # a window, and none
+    assert (
+        page.count("<svg") == 2 and page.count('<rect class="live"') == 2 * 64
+    )  # a bar for each key; a window, and none
+    assert "<title>key 5: queries 5 to 8, under the policy</title>" in page and ">63</text>" in page
     for text in ("Gemma2Attention", "self_attn", "after <b>capture</b>", "after <b>lower</b>", "FLOPs"):
         assert text in page, text
+    for text in (
+        "<b>Gemma2ForCausalLM</b>",
+        "float32, on cpu",
+        "under <code>SlidingWindow(window=4, sinks=0)</code>",
+        "torch 2",
+    ):
+        assert text in page, text
+    side_by_side = page[page.index("Policies side by side") : page.index("Attention sites</h2>")]
+    for each in (report, other):
+        live = sum(site.prediction.live_pairs for site in each.sites) / sum(
+            site.prediction.dense_pairs for site in each.sites
+        )
+        assert str(each.subject.policy) in side_by_side and f">{live:.1%}<" in side_by_side
+    flops = sum(site.prediction.own_pairs for site in report.sites) * 2 * 16
+    assert f"instead of {html._readable(flops)} for all that its own masks show" in page
     assert "live_range_attention" in page and "http" not in page.replace("http://www.w3.org", "")
     parser = Checked()
     parser.feed(page)
