@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -78,7 +79,64 @@ class OptimizedModel(ModelWrapper):
         self.report = Report(subject=Subject.of(model, policy))
         self.policy_parameters = nn.ModuleDict()
         self._parameter_sites: dict[int, str] = {}
+        self._has_run = [False]  # in a list, which is shared with `base_model`
+        self._base: OptimizedModel | None = None
         self._compile()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`; what was assigned to it in its place must come back to the model's own, or to its `base_model`."""
+        if "forward" not in self.__dict__:
+            return super().__call__(*args, **kwargs)
+        self._has_run[0] = False
+        result = super().__call__(*args, **kwargs)
+        if not self._has_run[0] and not self.policy.is_lossless:
+            name = getattr(self.forward, "__qualname__", type(self.forward).__name__)
+            raise RewriteError(
+                f"forward was replaced by {name}, which calls parts of the model itself, so {self.policy} was not applied; let "
+                "it call the forward that it replaces, or base_model, which is optimized too"
+            )
+        return result
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its head, optimized alike, with the same policy's parameters and report.
+
+        Libraries that have a head of their own call it: TRL computes losses so. It is the original's own where that is not a
+        module of transformers with a head.
+        """
+        inner = self.model.base_model  # noqa: B009: for those that have none, an AttributeError
+        if inner is self.model:
+            return self
+        from transformers import PreTrainedModel
+
+        if not isinstance(self.model, PreTrainedModel) or not isinstance(inner, PreTrainedModel):
+            return inner
+        known = self._base
+        if known is None or known.model is not inner:
+            known = OptimizedModel(
+                inner,
+                self.policy,
+                backend=self.backend,
+                strict=self.strict,
+                dump=None if self.dump is None else self.dump / "base",
+                progress=self._progress.enabled,
+            )
+            known.report, known.policy_parameters, known._has_run = self.report, self.policy_parameters, self._has_run
+            prefix = re.compile(rf"(^| ){re.escape(self.model.base_model_prefix)}\.")
+            known._parameter_sites = {k: prefix.sub(r"\1", name) for k, name in self._parameter_sites.items()}
+            self.__dict__["_base"] = known
+        return known.train(self.training) if known.training != self.training else known
+
+    @property
+    def get_decoder(self) -> Callable[[], Any]:
+        """transformers' method, whose result is `base_model` where the decoder is that."""
+        inner = self.model.get_decoder  # for those that have none, an AttributeError
+
+        def get_decoder() -> Any:
+            decoder = inner()
+            return self.base_model if decoder is getattr(self.model, "base_model", None) else decoder
+
+        return get_decoder
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments, under the policy.
@@ -87,6 +145,7 @@ class OptimizedModel(ModelWrapper):
         lossless policy it is the model's). With such a cache as `past_key_values=`, `input_ids` are the new tokens of a text,
         and the cache takes them; such a call has no gradients.
         """
+        self._has_run[0] = True
         given = named_arguments(self.model, args, kwargs)
         with self._progress.watch(given):
             return self._run_as_asked(args, kwargs, given)
@@ -400,6 +459,7 @@ class OptimizedModel(ModelWrapper):
             **self.__dict__,
             "_call": None,
             "_decoder": None,
+            "_base": None,
             "_compiled_model": None,
             "_constants": {},
             "report": Report(subject=self.report.subject),
