@@ -105,7 +105,7 @@ def explain(
         if "use_cache" in takes:
             call["use_cache"] = False
         reports = [explain_model(instance, policy=chosen, length=length, **call) for chosen in policies]
-    except (json_format.JSONDecodeError, PolicyError, RewriteError) as error:
+    except (PolicyError, RewriteError) as error:
         raise typer.BadParameter(str(error)) from None
     for chosen, report in zip(policies, reports, strict=True):
         if len(reports) > 1:
@@ -132,8 +132,6 @@ def export(
     ] = None,
 ) -> None:
     """Write an optimized model as an artifact, reload it in a fresh process, and compare it with the model."""
-    import json
-
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -158,7 +156,7 @@ def export(
             report = exporting.aot_inductor(fast, kwargs=kwargs, path=out, max_length=max_length)
         else:
             report = (exporting.onnx if to == "onnx" else exporting.tensorrt)(fast, kwargs=kwargs, path=out)
-    except (json.JSONDecodeError, PolicyError, RewriteError, exporting.ExportError) as error:
+    except (PolicyError, RewriteError, exporting.ExportError) as error:
         raise typer.BadParameter(str(error)) from None
     _print_comparison(out, report.compared, report.tolerance)
 
@@ -256,30 +254,11 @@ def verify(
 
 
 def _policy(text: str, model: Path) -> Any:
-    """The policy that `--policy` says.
+    """The policy that `--policy` says."""
+    import rewriter.public  # noqa: F401: all policies are known then
+    from rewriter.policies.reading import read_policy
 
-    Raises:
-        JSONDecodeError, PolicyError: it is no JSON, or no policy.
-    """
-    import json
-
-    from rewriter.errors import PolicyError
-    from rewriter.public import Policy
-    from rewriter.public import SeparatorMask
-
-    def with_separators(data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        data = {name: with_separators(value) for name, value in data.items()}
-        if data.get("policy") == "SeparatorMask" and data.get("separators") == "from tokenizer":
-            found = SeparatorMask.from_tokenizer(_tokenizer(model, '"from tokenizer"'))
-            data.update(separators=list(found.separators), names=list(found.names))
-        return data
-
-    data = json.loads(text)
-    if not isinstance(data, dict):
-        raise PolicyError(f'--policy must be a JSON object such as {{"policy": "Exact"}}, got {text}')
-    return Policy.from_dict(with_separators(data))
+    return read_policy(text, lambda: _tokenizer(model, '"from tokenizer"'))
 
 
 def _tokenizer(model: Path, wanted_by: str) -> Any:

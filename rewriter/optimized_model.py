@@ -104,7 +104,7 @@ class OptimizedModel(ModelWrapper):
         Libraries that have a head of their own call it: TRL computes losses so. It is the original's own where that is not a
         module of transformers with a head.
         """
-        inner = self.model.base_model  # noqa: B009: for those that have none, an AttributeError
+        inner = self.model.base_model
         if inner is self.model:
             return self
         from transformers import PreTrainedModel

@@ -59,6 +59,7 @@ def test_a_policy_that_is_not_applied_is_a_warning() -> None:
     [
         (["--policy", "SlidingWindow"], "Expecting value"),
         (["--policy", "[1]"], "must be a JSON object"),
+        (["--policy", '{"policy": "ChunkedEvicton"}'], "did you mean ChunkedEviction?"),
         (["--policy", '{"policy": "SlidingWindow", "windw": 4}'], "did you mean window"),
         (["--text", "no such file"], "there is no such file"),
     ],

@@ -1,0 +1,1 @@
+"""Adapters to other libraries, each of which is needed for its adapter alone."""
