@@ -255,7 +255,7 @@ def verify(
 
 def _policy(text: str, model: Path) -> Any:
     """The policy that `--policy` says."""
-    import rewriter.public  # noqa: F401: all policies are known then
+    import rewriter.public  # noqa: F401  (all policies are known then)
     from rewriter.policies.reading import read_policy
 
     return read_policy(text, lambda: _tokenizer(model, '"from tokenizer"'))
