@@ -68,6 +68,38 @@ def test_a_trainer_trains_evaluates_and_saves_what_it_saves_of_the_original(tmp_
     torch.testing.assert_close(again.state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_accelerate_trains_what_it_trains_of_the_original(mixed_precision: str) -> None:
+    """A loop by hand: prepare, accumulate, backward, clip; `accelerate` puts a forward with autocast in the model's place."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    results = []
+    for wrap in (lambda m: m, lambda m: rewriter.optimize(m, Exact(), backend="eager")):
+        torch.manual_seed(2)
+        AcceleratorState._reset_state(reset_partial_state=True)  # of other tests of this process
+        accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision, gradient_accumulation_steps=2)
+        model = wrap(llama().train())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        loader = torch.utils.data.DataLoader(rows(), batch_size=2)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        losses = []
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        results.append((losses, accelerator.get_state_dict(model)))
+        assert accelerator.unwrap_model(model) is not None
+    tolerance = 1e-4 if mixed_precision == "no" else 2e-2
+    assert len(results[0][0]) == 4 and results[1][0] == pytest.approx(results[0][0], rel=tolerance)
+    assert results[0][1].keys() == results[1][1].keys()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_a_trainer_resumes_with_the_policys_parameters(tmp_path: Path) -> None:
     fast = rewriter.optimize(llama(), DynamicMask(keep=6), backend="eager")
     trainer(fast, tmp_path, gradient_checkpointing=True).train()
