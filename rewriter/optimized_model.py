@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from rewriter.errors import RewriteError
 from rewriter.generation.model_facts import attention_implementation
 from rewriter.generation.model_facts import is_checkpointing
 from rewriter.generation.model_facts import named_arguments
+from rewriter.generation.model_facts import returns_dict
 from rewriter.generation.model_facts import signature_of
 from rewriter.generation.model_facts import takes_more_than_text
 from rewriter.generation.model_facts import takes_use_cache
@@ -33,6 +35,7 @@ from rewriter.progress import Progress
 from rewriter.report import Report
 from rewriter.report import Subject
 from rewriter.saved_model import write
+from rewriter.tracing import NotCaptured
 from rewriter.tracing import TooManyKindsOfCalls
 from rewriter.tracing import analyse_call
 from rewriter.tracing import guarded
@@ -138,6 +141,38 @@ class OptimizedModel(ModelWrapper):
 
         return get_decoder
 
+    def __getattr__(self, name: str) -> Any:
+        """The model's; its methods that would compute it without the policy are an error."""
+        if name in ("merge_and_unload", "unload"):
+            return functools.partial(self._without_adapters, super().__getattr__(name))
+        value = super().__getattr__(name)
+        if _COMPUTES.fullmatch(name) and callable(value) and not self.policy.is_lossless:
+
+            def refused(*args: Any, **kwargs: Any) -> Any:
+                raise RewriteError(
+                    f"{name} is a method of the original, and would compute it without {self.policy}; call the optimized model "
+                    f"or its generate, or, if the original is meant, fast.model.{name}(...)"
+                )
+
+            return refused
+        return value
+
+    def _without_adapters(self, take_off: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> OptimizedModel:
+        """What is left when peft takes its adapters off, optimized alike."""
+        inner = take_off(*args, **kwargs)
+        own = OptimizedModel(
+            inner,
+            self.policy,
+            backend=self.backend,
+            strict=self.strict,
+            dump=self.dump,
+            progress=self._progress.enabled,
+        )
+        own.policy_parameters = (
+            self.policy_parameters
+        )  # the first call says which sites these are, now that names are others
+        return own
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns for the same arguments, under the policy.
 
@@ -145,6 +180,11 @@ class OptimizedModel(ModelWrapper):
         lossless policy it is the model's). With such a cache as `past_key_values=`, `input_ids` are the new tokens of a text,
         and the cache takes them; such a call has no gradients.
         """
+        if torch.compiler.is_exporting():
+            raise RewriteError(
+                "torch.export would write the model as it is, without the policy; rewriter.export.aot_inductor, .onnx and "
+                ".tensorrt export the optimized model"
+            )
         self._has_run[0] = True
         given = named_arguments(self.model, args, kwargs)
         with self._progress.watch(given):
@@ -156,14 +196,18 @@ class OptimizedModel(ModelWrapper):
         if cache is not None and (_is_own(cache) or not self.policy.is_lossless):
             from rewriter.generation.generate import cached_forward
 
-            return cached_forward(self.decoder, cache, **_without(given, "past_key_values"))
+            output = cached_forward(self.decoder, cache, **_without(given, "past_key_values"))
+            return output if returns_dict(self.model, given) else output.to_tuple()
         if given.get("output_attentions") and attention_implementation(self.model) not in (None, "eager"):
             raise RewriteError(
                 "output_attentions=True asks for the weights of each query and key, which a fused attention does not compute; "
                 "leave it out, or load the model with attn_implementation='eager', whose sites are then left as they are"
             )
+        config = getattr(self.model, "config", None)
         if not self._has_output_hooks and (
             any(name.startswith("output_") and value for name, value in given.items())
+            or getattr(config, "output_hidden_states", False)
+            or getattr(config, "output_attentions", False)
             or takes_more_than_text(self.model, given)  # a vision tower is asked for its hidden states
         ):
             install_output_hooks(self.model)
@@ -176,6 +220,9 @@ class OptimizedModel(ModelWrapper):
 
     def _run_keeping_cache(self, given: dict[str, Any]) -> Any:
         """Where the model would return a cache of all keys: one of the policy's own, which is filled when it is first used."""
+        if not returns_dict(self.model, given):
+            output = self._run_keeping_cache({**given, "return_dict": True})
+            return output.to_tuple() if hasattr(output, "to_tuple") else output
         from rewriter.generation.cache_of_call import CacheOfCall
         from rewriter.generation.cache_of_call import growing_cache
         from rewriter.generation.cache_of_call import may_run_over_cache
@@ -211,6 +258,9 @@ class OptimizedModel(ModelWrapper):
         parameters = dict(self.policy_parameters.named_parameters(remove_duplicate=False))
         try:
             return guarded(self._call, parameters, args, kwargs)
+        except NotCaptured:
+            self._compile()  # Dynamo would never look at this call again
+            raise
         except TooManyKindsOfCalls as error:
             warnings.warn(f"all graphs are dropped, and made anew as they are needed: {error}", stacklevel=4)
             self._compile()
@@ -266,7 +316,10 @@ class OptimizedModel(ModelWrapper):
     ) -> Any:
         from rewriter.generation.generate import generate
 
-        if not self.policy.is_program and takes_more_than_text(self.model, options):
+        is_foreign = past_key_values is not None and not _is_own(past_key_values)
+        if not self.policy.is_program and (
+            takes_more_than_text(self.model, options) or (is_foreign and self.policy.is_lossless)
+        ):
             return self._generate_whole(inputs, past_key_values, options)
         if query_ids is not None or (self.policy.is_program and past_key_values is None):
             if past_key_values is not None:
@@ -282,7 +335,7 @@ class OptimizedModel(ModelWrapper):
             reading = self.read(context_ids, query_ids, attention_mask=mask, chunk_batch=chunk_batch, **options)
             inputs, past_key_values = reading.query_ids, reading.cache
             options["attention_mask"] = reading.attention_mask
-        return generate(self.decoder, inputs, past_key_values, prefill_chunk, options)
+        return generate(self.decoder, inputs, past_key_values, prefill_chunk, options, self)
 
     def _generate_whole(self, inputs: Any, past_key_values: Any, options: dict[str, Any]) -> Any:
         """A generation with other inputs than a text, images say, which no cache of ours takes."""
@@ -299,7 +352,7 @@ class OptimizedModel(ModelWrapper):
                 PolicyWarning,
                 stacklevel=3,
             )
-        return generate_whole(self.model, self.run, self.policy.is_lossless, inputs, options)
+        return generate_whole(self.model, self.run, self.policy.is_lossless, inputs, options, self)
 
     def read(
         self,
@@ -536,8 +589,10 @@ class OptimizedModel(ModelWrapper):
     def _check_parameter_sites(self, result: Analysed) -> None:
         """A call that runs other attentions than the one that the parameters were made for would mix them up."""
         for plan in result.sites:
-            known = self._parameter_sites.get(plan.layer)
-            if plan.parameters and known != plan.identity:
+            if not plan.parameters:
+                continue
+            known = self._parameter_sites.setdefault(plan.layer, plan.identity)
+            if known != plan.identity:
                 raise RewriteError(
                     f"site {plan.layer} is {plan.identity} in this call, and was {known} when the policy's "
                     "parameters were made; give optimize example_inputs that run the model as it will be used"
@@ -549,6 +604,10 @@ class OptimizedModel(ModelWrapper):
 
     def extra_repr(self) -> str:
         return f"policy={self.policy}, backend={self.backend!r}"
+
+
+_COMPUTES = re.compile("generate_batch|get_.*_features|encode_.*")
+"""Names of methods of transformers' models that run them, besides `forward` and `generate`."""
 
 
 def _is_own(cache: object) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 from torch import nn
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from rewriter.errors import CaptureError
 from rewriter.errors import PolicyError
@@ -28,12 +32,25 @@ from rewriter.passes import explain
 from rewriter.passes.policy import Policy
 
 
+class NotCaptured(RewriteError):
+    """torch.compile has not captured a call, and would run it as it is."""
+
+
+_NOT_CAPTURED = (
+    "torch.compile did not capture the model, and as it is it would be computed without the policy; is it switched off "
+    "(torch.compiler.set_stance, TORCHDYNAMO_DISABLE), or is a TorchDispatchMode active, such as FlopCounterMode? Call the "
+    "optimized model outside of it; rewriter.explain(model, ...) counts FLOPs"
+)
+
+
 def traced_call(
     model: nn.Module, backend: Callable[..., Any], result: Callable[[Any], Any] = lambda output: output
 ) -> Callable[..., Any]:
     """`result(model(...))`, compiled as one graph by `backend`; it takes the policy's parameters first."""
 
     def call(policy_parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            raise NotCaptured(_NOT_CAPTURED)  # this would be the model as it is, without the policy
         if policy_parameters:
             torch.ops.rewriter.policy_parameters(list(policy_parameters.values()), " ".join(policy_parameters))
         return result(model(*args, **kwargs))
@@ -121,9 +138,9 @@ class TooManyKindsOfCalls(RewriteError):
 
 
 def _logging() -> set[Any]:
-    """What a model logs is left out of its graph; the last three methods are transformers'."""
+    """What a model logs or warns of is left out of its graph; the last three methods are transformers'."""
     names = ("debug", "info", "warning", "error", "warning_once", "info_once", "warning_advice")
-    return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
+    return {warnings.warn, *(getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name))}
 
 
 @contextmanager
@@ -166,6 +183,21 @@ def without_input_gradients(model: nn.Module) -> Iterator[None]:
             module._forward_hooks.update(hooks)
 
 
+@functools.cache
+def _teach_peft() -> None:
+    """What Dynamo is to trace for the function of peft's DoRA that looks at the name of a weight's class."""
+    from peft.utils import integrations
+
+    def dequantize_module_weight(module: Any) -> Any:
+        if type(module.weight) is not nn.Parameter:
+            raise RewriteError(f"DoRA over weights of type {type(module.weight).__name__} is not supported; use LoRA")
+        return module.weight
+
+    torch._dynamo.substitute_in_graph(integrations.dequantize_module_weight, skip_signature_check=True)(
+        dequantize_module_weight
+    )
+
+
 def _requires_gradients(hook: Any) -> bool:
     return getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad")
 
@@ -174,6 +206,8 @@ def guarded(
     call: Callable[..., Any], policy_parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Calls a compiled model; errors of the passes come out as they are, those of capture with what to do."""
+    if "peft" in sys.modules:
+        _teach_peft()
     args = tuple(_as_own_tensor(value) for value in args)
     kwargs = {name: _as_own_tensor(value) for name, value in kwargs.items()}
     try:
@@ -182,7 +216,7 @@ def guarded(
             "specialize_float": True,
             "optimize_ddp": False,
             "skip_nnmodule_hook_guards": False,
-            "ignore_logger_methods": _logging(),
+            "ignore_logging_functions": _logging(),
         }
         with many_kinds_of_calls(), torch._dynamo.config.patch(**options), without_input_gradients(call.model):  # type: ignore[attr-defined]
             return call(policy_parameters, *args, **kwargs)
@@ -192,10 +226,33 @@ def guarded(
         if isinstance(error.inner_exception, (RewriteError, PolicyError)):
             raise error.inner_exception from None
         raise
-    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+    except _CANNOT_CAPTURE as error:
+        _raise_the_models_own_error(call.model, args, kwargs)  # type: ignore[attr-defined]
         raise RewriteError(
-            f"the model cannot be captured as one graph, and a part left as it was would ignore the policy: {error}"
+            "the model cannot be captured as one graph, and a part left as it was would ignore the policy (optimize a part of "
+            f"it that can be, and put it in its place: model.part = rewriter.optimize(model.part, ...)): {error}"
         ) from error
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in ("found no compiled frames", "Compilation was not attempted")):
+            raise NotCaptured(_NOT_CAPTURED) from error
+        raise
+
+
+_CANNOT_CAPTURE = (
+    torch._dynamo.exc.Unsupported,
+    torch._dynamo.exc.UserError,
+    torch._dynamo.exc.TorchRuntimeError,
+    GuardOnDataDependentSymNode,
+)
+
+
+def _raise_the_models_own_error(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Where the model itself refuses a call, its error is the one to see, and not that it could not be captured."""
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        raise error from None
 
 
 def _as_own_tensor(value: Any) -> Any:

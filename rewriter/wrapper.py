@@ -6,7 +6,9 @@ What the wrapper does not define is the model's: attributes, the signature of `f
 
 from __future__ import annotations
 
-import functools
+import inspect
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +19,36 @@ OWN_PARAMETERS = "policy_parameters"
 
 
 class _Forward:
-    """The wrapper's `run`, with the signature of the model's `forward`. An assignment to `forward` takes its place."""
+    """The wrapper's `run`, with the signature of the model's `forward`. An assignment to `forward` takes its place.
+
+    It is the same method each time that it is asked for, as libraries that replace it look for the one that they have replaced.
+    """
 
     def __get__(self, wrapper: ModelWrapper | None, owner: type) -> Any:
         if wrapper is None:
             return owner.run  # type: ignore[attr-defined]
-        run = functools.partial(type(wrapper).run, wrapper)
-        return functools.update_wrapper(run, wrapper.model.forward)
+        own = wrapper.model.forward
+        known = _FORWARDS.get(wrapper)
+        if known is None or known[0] != own:
+            known = _FORWARDS[wrapper] = (own, _run_like(own))
+        return types.MethodType(known[1], wrapper)
+
+
+_FORWARDS: weakref.WeakKeyDictionary[ModelWrapper, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+"""Of each wrapper the model's `forward`, and the function that stands for it."""
+
+
+def _run_like(own: Any) -> Callable[..., Any]:
+    def forward(self: ModelWrapper, *args: Any, **kwargs: Any) -> Any:
+        return type(self).run(self, *args, **kwargs)
+
+    for name in ("__name__", "__qualname__", "__doc__", "__module__"):
+        setattr(forward, name, getattr(own, name, getattr(forward, name)))
+    signature = inspect.signature(own)
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = [p.replace(name="self_") if p.name == "self" else p for p in signature.parameters.values()]
+    forward.__signature__ = signature.replace(parameters=[first, *parameters])  # type: ignore[attr-defined]
+    return forward
 
 
 class ModelWrapper(nn.Module):
@@ -88,7 +113,12 @@ class ModelWrapper(nn.Module):
         return _blank, (type(self),), self.__getstate__()
 
     def _get_name(self) -> str:
-        return type(self).__name__
+        """The model's: transformers' Trainer knows by it how labels are shifted."""
+        own: str = self.model._get_name()
+        return own
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
 
 
 def _blank(kind: Any) -> Any:

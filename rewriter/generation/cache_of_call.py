@@ -68,7 +68,8 @@ def growing_cache(decoder: Decoder, arguments: dict[str, Any]) -> LiveRangeCache
 
 def may_run_over_cache(arguments: dict[str, Any]) -> bool:
     """Whether a call asks for nothing but the logits that `cached_forward` returns."""
-    return all(
+    mask = arguments.get("attention_mask")
+    return (mask is None or mask.dim() == 2) and all(
         name in (*ARGUMENTS, "logits_to_keep", "use_cache", "past_key_values") or value is None or value is False
         for name, value in arguments.items()
     )

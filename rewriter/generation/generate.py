@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch import nn
 
 from rewriter.errors import CacheError
 from rewriter.generation.cache import LiveRangeCache
@@ -18,8 +20,8 @@ from rewriter.generation.decoder import Decoder
 from rewriter.generation.model_facts import ARGUMENTS
 from rewriter.generation.model_facts import base_model
 
-IGNORED = ("use_cache", "return_dict", "cache_position")
-"""Arguments of a transformers model that say nothing in a cached call."""
+IGNORED = ("use_cache", "return_dict", "cache_position", "tokenizer")
+"""Arguments that say nothing in a cached call: of a transformers model, and what its `generate` hands on."""
 
 
 def cached_forward(
@@ -51,6 +53,8 @@ def cached_forward(
     if input_ids is None:
         raise CacheError("a cached call needs input_ids")
     _check_own(cache)
+    if position_ids is not None and position_ids.dim() == 3 and bool((position_ids == position_ids[:1]).all()):
+        position_ids = position_ids[0]  # of each axis of an image; a text has the same on all
     decoder.check_arguments(cache, input_ids, attention_mask, position_ids, chunk)
     num_new = input_ids.size(1)
     cache.make_room(num_new)
@@ -82,8 +86,13 @@ def generate(
     past_key_values: Any,
     prefill_chunk: int | None,
     options: dict[str, Any],
+    wrapper: nn.Module,
 ) -> Any:
-    """transformers' own `generate` over the decoder; see `OptimizedModel.generate`."""
+    """transformers' own `generate` over the decoder; see `OptimizedModel.generate`.
+
+    Args:
+        wrapper: whose hooks see each step.
+    """
     model: Any = base_model(decoder.model)
     if prefill_chunk is not None and prefill_chunk < 1:
         raise CacheError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
@@ -108,10 +117,12 @@ def generate(
         return cached_forward(decoder, past_key_values, input_ids, chunk=prefill_chunk, **kwargs)
 
     own = {"use_cache": True, "cache_implementation": None}
-    return with_forward(model, forward).generate(inputs, past_key_values=past_key_values, **{**options, **own})
+    return with_forward(model, forward, wrapper).generate(inputs, past_key_values=past_key_values, **{**options, **own})
 
 
-def generate_whole(model: Any, forward: Any, is_lossless: bool, inputs: Any, options: dict[str, Any]) -> Any:
+def generate_whole(
+    model: Any, forward: Any, is_lossless: bool, inputs: Any, options: dict[str, Any], wrapper: nn.Module
+) -> Any:
     """transformers' own `generate` over an optimized forward that takes the model's own inputs, images say.
 
     Under a lossless policy with the model's own cache; else without any, and each new token computes the whole text.
@@ -119,12 +130,27 @@ def generate_whole(model: Any, forward: Any, is_lossless: bool, inputs: Any, opt
     if not is_lossless:
         options = {**options, "use_cache": False}
     given = () if inputs is None else (inputs,)
-    return with_forward(base_model(model), forward).generate(*given, **options)
+    return with_forward(base_model(model), forward, wrapper).generate(*given, **options)
 
 
-def with_forward(model: Any, forward: Any) -> Any:
-    """A shallow copy of a model, with the same parameters and modules, and a forward of its own: the model is not touched."""
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def with_forward(model: Any, forward: Any, wrapper: nn.Module | None = None) -> Any:
+    """A shallow copy of a model, with the same parameters and modules, and a forward of its own: the model is not touched.
+
+    Args:
+        wrapper: whose hooks the copy has besides the model's.
+    """
     view = copy.copy(model)
+    for name in HOOKS if wrapper is not None else ():
+        setattr(view, name, OrderedDict({**getattr(model, name), **getattr(wrapper, name)}))
     view.forward = functools.wraps(model.forward)(functools.partial(forward))
     return view
 

@@ -43,6 +43,12 @@ def is_checkpointing(model: nn.Module) -> bool:
     return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def returns_dict(model: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call returns its outputs by name, and not as a tuple."""
+    asked = arguments.get("return_dict")
+    return bool(getattr(getattr(model, "config", None), "return_dict", True) if asked is None else asked)
+
+
 def vocabulary_of(model: nn.Module) -> int:
     """Tokens that the model knows."""
     size = getattr(text_config(model), "vocab_size", None)

@@ -14,6 +14,8 @@ from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 from transformers import LlavaConfig
 from transformers import LlavaForConditionalGeneration
+from transformers import Qwen2VLConfig
+from transformers import Qwen2VLForConditionalGeneration
 from transformers import SiglipVisionConfig
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -75,3 +77,17 @@ def gemma3() -> Gemma3ForConditionalGeneration:
             text_config=text, vision_config=SiglipVisionConfig(**VISION), mm_tokens_per_image=4, image_token_id=IMAGE
         )
     ).eval()
+
+
+def qwen2_vl() -> Qwen2VLForConditionalGeneration:
+    """Positions on three axes; an image of 16 patches is four tokens."""
+    text = {
+        **SIZES,
+        **TOKENS,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+    }
+    patches = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, **patches}
+    marks = {"video_token_id": 62, "vision_start_token_id": 61, "vision_end_token_id": 60}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, **marks)
+    return Qwen2VLForConditionalGeneration(config).eval()
