@@ -18,6 +18,8 @@ import torch
 from rewriter.kernels.arguments import AttentionArguments
 from rewriter.kernels.cpu import attention as cpu
 from rewriter.kernels.cpu import decode as cpu_decode
+from rewriter.kernels.cpu import dense as cpu_dense
+from rewriter.kernels.cpu import fused_tiles as cpu_fused_tiles
 from rewriter.kernels.cpu import key_scores as cpu_key_scores
 from rewriter.kernels.dispatch import register
 from rewriter.kernels.dispatch import runs_triton
@@ -177,6 +179,10 @@ def _forward_cpu(*inputs: Any) -> tuple[Tensor, Tensor]:
             decoded = cpu_decode.decode(a.query, a.key, a.value, a.start, a.end, a.sinks, logits)
             if decoded is not None:
                 return decoded
+        for kernel in (cpu_dense, cpu_fused_tiles):
+            done = kernel.forward(a.query, a.key, a.value, a.start, a.end, a.sinks, logits)
+            if done is not None:
+                return done
         return cpu.forward(a.query, a.key, a.value, a.start, a.end, a.sinks, logits)
 
 
@@ -234,9 +240,13 @@ def _backward_cpu(
 ) -> Gradients:
     a = AttentionArguments(query, key, value, *rest)
     logits = cpu.Logits.of(a)
+    inputs = (grad_output, grad_lse, query, key, value, output, lse, a.start, a.end, a.sinks, logits)
     with _in_its_own_precision(query):
-        grads = cpu.backward(grad_output, grad_lse, query, key, value, output, lse, a.start, a.end, a.sinks, logits)
-    return _present(query, grads)
+        for kernel in (cpu_dense, cpu_fused_tiles):
+            done = kernel.backward(*inputs)
+            if done is not None:
+                return _present(query, (*done, None, None))
+        return _present(query, cpu.backward(*inputs))
 
 
 def _present(query: Tensor, grads: tuple[Tensor | None, ...]) -> Gradients:

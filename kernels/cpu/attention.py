@@ -6,6 +6,9 @@ For each tile of the schedule the live keys are gathered, the query heads of a g
 matrix products do the work; a tile with more than `BLOCK` keys is folded in by the online softmax. Logits are kept in
 base 2 (torch's vectorised `exp2_` takes a fifth of the time of `exp_` on a 512 x 640 tile). Everything is accumulated
 in fp32 (fp64 for fp64 inputs), in an order that depends on shapes and ranges alone.
+
+It takes everything. Where the logits are a product with a scale and a mask, which is most often, `rewriter.kernels.cpu.dense` or
+`rewriter.kernels.cpu.fused_tiles` computes them.
 """
 
 from __future__ import annotations
@@ -311,6 +314,13 @@ def backward(
 
 def compute_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def in_compute_dtype(tensor: Tensor) -> Tensor:
+    """In fp32 (fp64 for fp64), and dense in its last dimension: torch's fused kernel has an `exp` for 16-bit inputs that
+    is good to 1e-4 only."""
+    tensor = tensor.to(compute_dtype(tensor))
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _add_rows(total: Tensor, visit: Visit, block: Block, part: Tensor) -> None:

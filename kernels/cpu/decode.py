@@ -12,6 +12,7 @@ import math
 import torch
 from rewriter.kernels.cpu.attention import Logits
 from rewriter.kernels.cpu.attention import compute_dtype
+from rewriter.kernels.cpu.attention import in_compute_dtype
 from torch import Tensor
 
 MAX_QUERIES = 4
@@ -46,7 +47,7 @@ def decode(
     num_kv_heads = key.size(1)
     group = num_heads // num_kv_heads
     stacked = query.reshape(num_batch, num_kv_heads, group * num_queries, head_dim)
-    stacked, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (stacked, key, value))
+    stacked, key, value = (in_compute_dtype(t) for t in (stacked, key, value))
     dtype = compute_dtype(query)
     mask: Tensor | None = None  # [B|1, Hkv|1, 1 or G, 1 or Q, K], added to the logits
     if logits.bias is not None:
@@ -66,7 +67,7 @@ def decode(
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         stacked, key, value, 0.0, False, attn_mask=mask, scale=logits.scale
     )
-    output = output.reshape(num_batch, num_heads, num_queries, -1)
+    output = output.to(query.dtype).reshape(num_batch, num_heads, num_queries, -1)
     lse = lse.reshape(num_batch, num_heads, num_queries).contiguous()
     if not everything:
         empty = ~visible.any(dim=3)[:, :, None].expand(num_batch, num_kv_heads, group, num_queries)
