@@ -133,7 +133,7 @@ class OptimizedModel(ModelWrapper):
     @property
     def get_decoder(self) -> Callable[[], Any]:
         """transformers' method, whose result is `base_model` where the decoder is that."""
-        inner = self.model.get_decoder  # for those that have none, an AttributeError
+        inner: Any = self.model.get_decoder  # for those that have none, an AttributeError
 
         def get_decoder() -> Any:
             decoder = inner()

@@ -147,7 +147,7 @@ def dense_blocks(start: Tensor, end: Tensor, first: int) -> list[Block] | None:
     borders = [0, *(changes.nonzero()[0] + 1).tolist(), keys.size]
     if (len(borders) - 1) * MIN_ROWS > max(MIN_ROWS, num_keys - first):
         return None
-    blocks = []
+    blocks: list[Block] = []
     for begin, last in zip(borders[:-1], (border - 1 for border in borders[1:]), strict=True):
         block = Block(
             (int(starts[begin]) - first, int(ends[begin]) - first), (int(keys[begin]), int(keys[last]) + 1), is_causal

@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
 
 
 @register_model("rewriter")
-class RewrittenLM(HFLM):  # type: ignore[misc]
+class RewrittenLM(HFLM):
     """A model of transformers under a policy, for the tasks of lm-evaluation-harness.
 
     Args:
@@ -45,6 +45,8 @@ class RewrittenLM(HFLM):  # type: ignore[misc]
         PolicyError: the policy is none, or a model was optimized with another one.
         RewriteError: as `optimize`.
     """
+
+    _model: Any
 
     def __init__(
         self,
