@@ -168,9 +168,8 @@ class OptimizedModel(ModelWrapper):
             dump=self.dump,
             progress=self._progress.enabled,
         )
-        own.policy_parameters = (
-            self.policy_parameters
-        )  # the first call says which sites these are, now that names are others
+        # Which sites these are is said by the first call: their names are others without the adapters.
+        own.policy_parameters = self.policy_parameters
         return own
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,11 @@ from torch import Tensor
 
 AFTER_SECONDS = 2.0
 """Compilations that take less are not mentioned."""
+
+
+def _terminal() -> Console | None:
+    """stderr, where it is a terminal. Asked at each call, so that most calls make no console."""
+    return Console(stderr=True) if sys.stderr is not None and sys.stderr.isatty() else None
 
 
 class Progress:
@@ -34,8 +40,8 @@ class Progress:
     @contextmanager
     def watch(self, arguments: dict[str, Any]) -> Iterator[None]:
         """Inside, what Dynamo compiles is told. `arguments` of the call by name: their shapes are what makes it another kind."""
-        console = Console(stderr=True)
-        if not self.enabled or self._watching or not console.is_terminal:
+        console = None if self._watching or not self.enabled else _terminal()
+        if console is None:
             yield
             return
         shapes = [f"{name} {list(value.shape)}" for name, value in arguments.items() if isinstance(value, Tensor)]

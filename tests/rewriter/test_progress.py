@@ -21,7 +21,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What is written to stderr, which is a terminal here; compilations of any length are mentioned."""
     written = io.StringIO()
     monkeypatch.setattr(progress, "AFTER_SECONDS", 0.0)
-    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=written, force_terminal=True, width=250))
+    monkeypatch.setattr(progress, "_terminal", lambda: Console(file=written, force_terminal=True, width=250))
     return written
 
 
@@ -48,7 +48,9 @@ def test_nothing_is_said_where_it_is_not_wanted_or_there_is_no_terminal(
     terminal: io.StringIO, tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call(rewriter.optimize(tiny_model("llama", "sdpa"), backend="eager", progress=False), 2)
-    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=terminal))
+    monkeypatch.undo()  # stderr is what it is: no terminal
+    monkeypatch.setattr(progress, "AFTER_SECONDS", 0.0)
+    monkeypatch.setattr("sys.stderr", terminal)
     call(rewriter.optimize(tiny_model("llama", "sdpa"), backend="eager"), 2)
     assert terminal.getvalue() == ""
 
