@@ -48,8 +48,8 @@ def forward(
     whole = ((0, num_queries), (0, key.size(2)))
     if len(parts) == 1 and (parts[0][1].rows, parts[0][1].keys) == whole and parts[0][0] == slice(0, num_batch):
         output, lse = _attend(query, key, value, parts[0][1], logits.scale)
-        return output, lse.contiguous()
-    # Heads innermost: what follows an attention is their concatenation, which then copies nothing.
+        return output.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
+    # Heads innermost, here as above: what follows an attention is their concatenation, which then copies nothing.
     output = query.new_zeros(num_batch, num_queries, num_heads, value.size(3)).transpose(1, 2)
     lse = torch.full((num_batch, num_heads, num_queries), -math.inf, dtype=compute_dtype(query))
     for batch, block in parts:

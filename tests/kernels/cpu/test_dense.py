@@ -90,6 +90,7 @@ def test_it_is_what_the_dense_reference_is(name: str, dtype: torch.dtype, monkey
         tensors[name].masked_fill_(dead[..., None], math.nan)
     given = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
     output, lse = live_range_attention(*given.values(), live, return_lse=True)
+    assert output.transpose(1, 2).is_contiguous() and lse.is_contiguous()  # as compiled code expects them
     clean = {name: t.detach().to(dtype).double().nan_to_num().requires_grad_() for name, t in tensors.items()}
     expected, expected_lse = reference.live_range_attention(*clean.values(), live, return_lse=True)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[

@@ -422,7 +422,7 @@ def test_bad_input_leaves_the_cache_as_it_was(tiny_model: Callable[..., nn.Modul
             lambda: fast(input_ids=ids[:, :2], position_ids=torch.zeros(2, 3), past_key_values=cache),
             r"position_ids must be \[2, 2\]",
         ),
-        (lambda: fast.generate(ids, past_key_values=DynamicCache()), "past_key_values is a DynamicCache"),
+        (lambda: other.generate(ids, past_key_values=DynamicCache()), "past_key_values is a DynamicCache"),
         (lambda: fast.generate(torch.cat((ids, ids, ids), dim=1), past_key_values=cache), "do not fit"),
         (lambda: fast.generate(ids[:, :0]), "needs input_ids"),
         (lambda: fast.generate(ids, prefill_chunk=0), "prefill_chunk must be at least 1"),
