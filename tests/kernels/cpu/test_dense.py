@@ -13,6 +13,7 @@ from rewriter.kernels import reference
 from rewriter.kernels.cpu import dense
 from rewriter.kernels.cpu.dense import Block
 from rewriter.kernels.cpu.dense import dense_blocks
+from rewriter.kernels.dispatch import INTERPRETED
 from torch import Tensor
 
 
@@ -75,6 +76,10 @@ RANGES = {
 }
 
 
+through_the_operator = pytest.mark.skipif(INTERPRETED, reason="the operator runs the Triton kernels in the interpreter")
+
+
+@through_the_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", RANGES)
 def test_it_is_what_the_dense_reference_is(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +111,7 @@ def test_it_is_what_the_dense_reference_is(name: str, dtype: torch.dtype, monkey
     assert made == []
 
 
+@through_the_operator
 def test_a_gradient_of_the_log_sum_exp_goes_through_the_tiles() -> None:
     query, key, value = (torch.randn(1, 2, 9, 16, dtype=torch.float64, requires_grad=True) for _ in range(3))
     live = LiveRanges.causal(9)
