@@ -37,6 +37,9 @@ from rewriter.policies.separator_mask import SeparatorMask
 from rewriter.policies.sliding_window import SlidingWindow
 
 NUM_BYTES = 16_384
+LISTED = 64
+"""Most separators that are printed."""
+
 SMALL = 10_000_000
 """Parameters of a model whose prefill takes less than a second, and is timed several times."""
 
@@ -85,7 +88,9 @@ def run(out: Path, console: Console, name: str = "bundled") -> list[Row]:
         f"{len(text.encode()):,} bytes of argparse.py{SEEN[name]}: {ids.size(1):,} tokens, "
         f"{torch.get_num_threads()} threads."
     )
-    console.print(f"Separators found in its tokenizer: {' '.join(map(repr, separators.names))}", markup=False)
+    listed = " ".join(map(repr, separators.names[:LISTED]))
+    more = f" and {len(separators.names) - LISTED} more" if len(separators.names) > LISTED else ""
+    console.print(f"Separators found in its tokenizer: {listed}{more}", markup=False)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     rows: list[Row] = []
     optimized: dict[str, OptimizedModel] = {}
