@@ -179,11 +179,11 @@ def _forward_cpu(*inputs: Any) -> tuple[Tensor, Tensor]:
             decoded = cpu_decode.decode(a.query, a.key, a.value, a.start, a.end, a.sinks, logits)
             if decoded is not None:
                 return decoded
-        for kernel in (cpu_dense, cpu_fused_tiles):
-            done = kernel.forward(a.query, a.key, a.value, a.start, a.end, a.sinks, logits)
-            if done is not None:
-                return done
-        return cpu.forward(a.query, a.key, a.value, a.start, a.end, a.sinks, logits)
+        inputs = (a.query, a.key, a.value, a.start, a.end, a.sinks, logits)
+        if not cpu_fused_tiles.applies(a.key, a.value, logits):
+            return cpu.forward(*inputs)
+        dense = cpu_dense.forward(*inputs)
+        return cpu_fused_tiles.forward(*inputs) if dense is None else dense
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -242,11 +242,12 @@ def _backward_cpu(
     logits = cpu.Logits.of(a)
     inputs = (grad_output, grad_lse, query, key, value, output, lse, a.start, a.end, a.sinks, logits)
     with _in_its_own_precision(query):
-        for kernel in (cpu_dense, cpu_fused_tiles):
-            done = kernel.backward(*inputs)
-            if done is not None:
-                return _present(query, (*done, None, None))
-        return _present(query, cpu.backward(*inputs))
+        # torch's fused backward knows no gradient of sinks, nor one that reaches the log-sum-exp.
+        if a.sinks is not None or not cpu_fused_tiles.applies(key, value, logits) or bool(grad_lse.any()):
+            return _present(query, cpu.backward(*inputs))
+        grads = cpu_dense.backward(*inputs)
+        grads = cpu_fused_tiles.backward(*inputs) if grads is None else grads
+        return _present(query, (*grads, None, None))
 
 
 def _present(query: Tensor, grads: tuple[Tensor | None, ...]) -> Gradients:

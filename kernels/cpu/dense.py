@@ -3,7 +3,8 @@
 What a model's masks leave visible is often dense: one causal block of all keys, of a row without its padding, of each packed
 document, or a block that all its queries see. There is nothing to skip within one, and torch's kernel
 (`_scaled_dot_product_flash_attention_for_cpu`), one loop in C++, takes 0.65 to 0.75 of the time of the tiles of
-`rewriter.kernels.cpu.attention`, which are driven from Python.
+`rewriter.kernels.cpu.attention`, which are driven from Python. As with `fused_tiles`, the logits must be
+a product with a scale, and a mask.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch
 from rewriter.kernels.cpu.attention import Logits
 from rewriter.kernels.cpu.attention import compute_dtype
 from rewriter.kernels.cpu.attention import in_compute_dtype
-from rewriter.kernels.cpu.fused_tiles import applies
 from torch import Tensor
 
 MIN_ROWS = 32
@@ -40,8 +40,8 @@ class Block:
 def forward(
     query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, sinks: Tensor | None, logits: Logits
 ) -> tuple[Tensor, Tensor] | None:
-    """As `rewriter.kernels.cpu.attention.forward`; None where the ranges are not dense blocks, or there is more than a scale."""
-    parts = _parts(query, key, value, start, end, sinks, logits)
+    """As `rewriter.kernels.cpu.attention.forward`; None where the ranges are not dense blocks, or there are sinks."""
+    parts = _parts(query, key, start, end, sinks, logits)
     if parts is None:
         return None
     num_batch, num_heads, num_queries, _ = query.shape
@@ -73,8 +73,8 @@ def backward(
     sinks: Tensor | None,
     logits: Logits,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Gradients of query, key and value; None as `forward`, and where a gradient reaches the log-sum-exp."""
-    parts = None if bool(grad_lse.any()) else _parts(query, key, value, start, end, sinks, logits)
+    """Gradients of query, key and value; None as `forward`. None may reach the log-sum-exp."""
+    parts = _parts(query, key, start, end, sinks, logits)
     if parts is None:
         return None
     group = query.size(1) // key.size(1)
@@ -101,10 +101,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, block: Block, scale: floa
 
 
 def _parts(
-    query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, sinks: Tensor | None, logits: Logits
+    query: Tensor, key: Tensor, start: Tensor, end: Tensor, sinks: Tensor | None, logits: Logits
 ) -> list[tuple[slice, Block]] | None:
     """The blocks of each batch row; of all at once where the rows are alike."""
-    if sinks is not None or not applies(key, value, logits) or max(start.size(1), end.size(1)) > 1:
+    if sinks is not None or max(start.size(1), end.size(1)) > 1:
         return None
     num_batch, num_queries, num_keys = query.size(0), query.size(2), key.size(2)
     first = num_keys - num_queries

@@ -61,10 +61,8 @@ def applies(key: Tensor, value: Tensor, logits: Logits) -> bool:
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, sinks: Tensor | None, logits: Logits
-) -> tuple[Tensor, Tensor] | None:
-    """As `rewriter.kernels.cpu.attention.forward`; None where it does not apply."""
-    if not applies(key, value, logits):
-        return None
+) -> tuple[Tensor, Tensor]:
+    """As `rewriter.kernels.cpu.attention.forward`, where it `applies`."""
     dtype = compute_dtype(query)
     num_batch, num_heads, num_queries, head_dim = query.shape
     group = num_heads // key.size(1)
@@ -106,10 +104,8 @@ def backward(
     end: Tensor,
     sinks: Tensor | None,
     logits: Logits,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Gradients of query, key and value; None where it does not apply, or a gradient reaches the log-sum-exp or the sinks."""
-    if sinks is not None or not applies(key, value, logits) or bool(grad_lse.any()):
-        return None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, where it `applies`, there are no sinks, and none reaches the log-sum-exp."""
     num_kv_heads = key.size(1)
     group = query.size(1) // num_kv_heads
     dtype = compute_dtype(query)
