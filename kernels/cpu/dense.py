@@ -17,6 +17,7 @@ import torch
 from rewriter.kernels.cpu.attention import Logits
 from rewriter.kernels.cpu.attention import compute_dtype
 from rewriter.kernels.cpu.attention import in_compute_dtype
+from rewriter.kernels.cpu.remembered import Remembered
 from torch import Tensor
 
 MIN_ROWS = 32
@@ -100,21 +101,35 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, block: Block, scale: floa
     return output.to(query.dtype), lse
 
 
+Parts = list[tuple[slice, Block]]
+"""The blocks of each batch row; of all at once where the rows are alike."""
+
+_KNOWN: Remembered[tuple[Parts | None]] = Remembered()
+
+
 def _parts(
     query: Tensor, key: Tensor, start: Tensor, end: Tensor, sinks: Tensor | None, logits: Logits
-) -> list[tuple[slice, Block]] | None:
-    """The blocks of each batch row; of all at once where the rows are alike."""
-    if sinks is not None or max(start.size(1), end.size(1)) > 1:
+) -> Parts | None:
+    index = logits.query_index
+    if sinks is not None or max(start.size(1), end.size(1), index.size(0)) > 1:
         return None
-    num_batch, num_queries, num_keys = query.size(0), query.size(2), key.size(2)
-    first = num_keys - num_queries
-    if logits.query_index.size(0) > 1 or not _is_range(logits.query_index[0], first):
+    sizes, ranges = (query.size(0), MIN_ROWS), (start, end, index)
+    known = _KNOWN.find(sizes, ranges)
+    if known is None:
+        known = (_find_parts(query.size(0), start, end, index[0]),)
+        _KNOWN.keep(sizes, ranges, known)
+    return known[0]
+
+
+def _find_parts(num_batch: int, start: Tensor, end: Tensor, query_index: Tensor) -> Parts | None:
+    first = start.size(2) - query_index.numel()
+    if not _is_range(query_index, first):
         return None
     starts, ends = (t[:, 0].expand(max(start.size(0), end.size(0)), -1) for t in (start, end))
     if bool((starts == starts[:1]).all()) and bool((ends == ends[:1]).all()):
         own = dense_blocks(starts[0], ends[0], first)
         return None if own is None else [(slice(0, num_batch), block) for block in own]
-    parts: list[tuple[slice, Block]] = []
+    parts: Parts = []
     for row, (row_start, row_end) in enumerate(zip(starts, ends, strict=True)):
         own = dense_blocks(row_start, row_end, first)
         if own is None:

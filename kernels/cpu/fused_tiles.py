@@ -15,8 +15,9 @@ import torch
 from rewriter.kernels.cpu.attention import Logits
 from rewriter.kernels.cpu.attention import compute_dtype
 from rewriter.kernels.cpu.attention import in_compute_dtype
+from rewriter.kernels.cpu.remembered import Remembered
 from rewriter.kernels.cpu.schedule import Tile
-from rewriter.kernels.cpu.schedule import tile_rows
+from rewriter.kernels.cpu.schedule import fused_tile_rows
 from rewriter.kernels.cpu.schedule import tiles
 from torch import Tensor
 
@@ -139,13 +140,37 @@ def backward(
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
+MAX_REMEMBERED = 2**23
+"""Numbers in the masks of the pieces of a call that are remembered: 32 MiB in fp32, a window of 256 up to 16,384 tokens."""
+
+_KNOWN: Remembered[list[Piece]] = Remembered()
+
+
 def _pieces(query: Tensor, key: Tensor, start: Tensor, end: Tensor, logits: Logits) -> Iterator[Piece]:
     """All tiles with keys; batch rows and heads that share their ranges come together."""
-    num_batch, num_heads, num_queries = query.shape[:3]
-    num_kv_heads = key.size(1)
+    rows = fused_tile_rows(query.size(1) // key.size(1), query.size(2), shared=max(start.size(1), end.size(1)) == 1)
+    sizes, ranges = (query.shape[:3], key.size(1), compute_dtype(query), rows), (start, end, logits.query_index)
+    known = _KNOWN.find(sizes, ranges)
+    if known is not None:
+        yield from known
+        return
+    made: list[Piece] = []
+    numbers = 0
+    for piece in _make_pieces(query, key, start, end, logits, rows):
+        numbers += piece.mask.numel()
+        if numbers <= MAX_REMEMBERED:
+            made.append(piece)
+        else:
+            made.clear()
+        yield piece
+    if numbers <= MAX_REMEMBERED:
+        _KNOWN.keep(sizes, ranges, made)
+
+
+def _make_pieces(query: Tensor, key: Tensor, start: Tensor, end: Tensor, logits: Logits, rows: int) -> Iterator[Piece]:
+    num_batch, num_kv_heads = key.shape[:2]
     range_batch = max(start.size(0), end.size(0), logits.query_index.size(0))
     range_heads = max(start.size(1), end.size(1))
-    rows = tile_rows(num_heads // num_kv_heads, num_queries, shared=range_heads == 1)
     start, end = (t.expand(range_batch, range_heads, -1) for t in (start, end))
     for b in range(range_batch):
         batch = slice(0, num_batch) if range_batch == 1 else slice(b, b + 1)

@@ -65,7 +65,7 @@ def small_fused_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "MIN_RUN", 4)
         patch.setattr(dense, "MIN_ROWS", 1)
-        patch.setattr(fused_tiles, "tile_rows", lambda group, queries, shared: 7)
+        patch.setattr(fused_tiles, "fused_tile_rows", lambda group, queries, shared: 7)
         yield
 
 
