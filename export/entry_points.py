@@ -195,7 +195,7 @@ def capture_forward(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> Rew
     results: list[Rewritten] = []
 
     def backend(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        results.append(rewrite(graph, example_inputs, optimized.policy))
+        results.append(rewrite(graph, example_inputs, optimized.policy, kernel=optimized.kernel))
         return graph.forward
 
     parameters = dict(optimized.policy_parameters.named_parameters(remove_duplicate=False))

@@ -19,6 +19,7 @@ from rewriter.passes.policy import SiteTensors
 from rewriter.passes.policy import Slots
 from rewriter.passes.predict import ExampleSequence
 from rewriter.passes.predict import Prediction
+from rewriter.passes.predict import WillNotPay
 
 from rewriter.errors import CaptureError
 from rewriter.errors import PolicyError
@@ -39,6 +40,7 @@ __all__ = [
     "Rewritten",
     "SiteTensors",
     "Slots",
+    "WillNotPay",
     "analyse",
     "explain",
     "rewrite",

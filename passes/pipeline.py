@@ -33,7 +33,9 @@ from rewriter.passes.masks.prove import prove_mask
 from rewriter.passes.policy import Policy
 from rewriter.passes.predict import ExampleSequence
 from rewriter.passes.predict import Prediction
+from rewriter.passes.predict import WillNotPay
 from rewriter.passes.predict import predict
+from rewriter.passes.predict import will_not_pay
 from torch import Tensor
 from torch.fx import Graph
 from torch.fx import GraphModule
@@ -62,7 +64,13 @@ class Analysed:
 
 @dataclass(frozen=True)
 class Rewritten(Analysed):
-    """`module` has live-range attention in the places of its sites, ready for a compiler or to be called."""
+    """`module` has live-range attention, or torch's own, in the places of its sites, ready for a compiler or to be called.
+
+    Attributes:
+        will_not_pay: what the policy loses in time at the lengths of the call, where that was asked for and it does.
+    """
+
+    will_not_pay: WillNotPay | None = None
 
 
 @dataclass(frozen=True)
@@ -98,20 +106,33 @@ def analyse(dynamo_graph: GraphModule, example_inputs: Sequence[Any], policy: Po
 
 
 def rewrite(
-    dynamo_graph: GraphModule, example_inputs: Sequence[Any], policy: Policy, *, dump: Path | None = None
+    dynamo_graph: GraphModule,
+    example_inputs: Sequence[Any],
+    policy: Policy,
+    *,
+    kernel: str = "auto",
+    asks_whether_it_pays: bool = False,
+    dump: Path | None = None,
 ) -> Rewritten:
     """Runs all passes over a Dynamo graph.
 
     Args:
+        kernel: which kernels may compute its sites, one of `passes.lower.kernel.CHOICES`.
+        asks_whether_it_pays: fill `will_not_pay`.
         dump: folder for the graph's code after each pass.
 
     Raises:
         PolicyError: the policy cannot be applied to these inputs.
+        RewriteError: a site cannot be computed by the kernel that is asked for.
     """
-    run = _Run(dynamo_graph, example_inputs, policy, dump=dump)
+    run = _Run(dynamo_graph, example_inputs, policy, kernel=kernel, dump=dump)
+    loss = None
+    if asks_whether_it_pays:
+        loss = will_not_pay(run.planned, run.functions, run.constants, run.captured.inputs)
+        run.done("predict", run.module)
     lower(run.module, run.planned)
     run.done("lower", run.module)
-    return Rewritten(**run.found())
+    return Rewritten(**run.found(), will_not_pay=loss)
 
 
 def rewrite_for_cache(
@@ -135,18 +156,20 @@ def explain(
     policy: Policy,
     example: ExampleSequence,
     *,
+    kernel: str = "auto",
     lowers: bool = True,
 ) -> Explained:
     """As `rewrite`, with the graph's text after each pass, and a prediction of what each site would compute and keep.
 
     Args:
         example: what is predicted for.
+        kernel: as for `rewrite`.
         lowers: False to leave the last pass out.
 
     Raises:
         PolicyError: the policy cannot be applied to these inputs.
     """
-    run = _Run(dynamo_graph, example_inputs, policy, keeps_texts=True)
+    run = _Run(dynamo_graph, example_inputs, policy, kernel=kernel, keeps_texts=True)
     predictions = predict(run.planned, run.functions, run.constants, run.captured.inputs, example)
     run.done("predict", run.module)
     if lowers:
@@ -164,6 +187,7 @@ class _Run:
         example_inputs: Sequence[Any],
         policy: Policy,
         *,
+        kernel: str = "live_range",
         dump: Path | None = None,
         keeps_texts: bool = False,
     ) -> None:
@@ -182,7 +206,7 @@ class _Run:
         self.functions = IndexFunctions(self.canonicalized.modified)
         self.verdicts = _analyse(sites, self.functions, self.constants)
         self.done("analyse-masks", self.module)
-        self.planned = apply_policy(self.module, sites, self.verdicts, policy)
+        self.planned = apply_policy(self.module, sites, self.verdicts, policy, kernel)
         self.done("apply-policy", self.module)
 
     def done(self, name: str, module: GraphModule) -> None:

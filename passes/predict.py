@@ -15,10 +15,18 @@ from typing import Any
 import sympy
 import torch
 from rewriter.kernels import LiveRanges
-from rewriter.kernels.cpu.schedule import computed_pairs
+from rewriter.kernels.costs import Work
+from rewriter.kernels.costs import costs
+from rewriter.kernels.costs import fused_work
+from rewriter.kernels.cpu.dense import dense_blocks
+from rewriter.kernels.cpu.schedule import fused_tile_rows
+from rewriter.kernels.cpu.schedule import schedule_sizes
+from rewriter.kernels.cpu.schedule import tile_rows
 from rewriter.passes.graph.inputs import GraphInput
 from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.graph.nodes import shape
+from rewriter.passes.lower.kernel import Kernel
+from rewriter.passes.lower.kernel import plain_kernel
 from rewriter.passes.lower.plan import PlannedSite
 from rewriter.passes.masks.check import Sizes
 from rewriter.passes.masks.check import Trial
@@ -57,7 +65,7 @@ class Prediction:
         dense_pairs: (query, key) pairs of attention without any mask.
         own_pairs: those that the model's own mask shows.
         live_pairs: those that are left under the policy.
-        computed_pairs: those that the CPU kernel computes.
+        computed_pairs: those that the site's kernel computes; of live ranges, the CPU's.
         flops: of the two products, for `computed_pairs`: `2 (D + Dv)` each.
         own_pressure, pressure: the most keys alive at one query of a head, by the model's own mask, and under the policy.
         kv_bytes: of the keys and values alive at once, all KV heads.
@@ -65,6 +73,8 @@ class Prediction:
         own_bars, bars: first and last query (exclusive) of evenly chosen keys of the first head, without and with the policy;
             a picture of the mask.
         note: what was assumed, or why there is no policy in it.
+        speed: of this attention's forward, relative to torch's fused kernel under the model's own mask, by `kernels.costs`; None
+            where nothing was measured on the device, or for logits with more in them than a scale.
     """
 
     num_queries: int
@@ -81,6 +91,7 @@ class Prediction:
     own_bars: tuple[tuple[int, int, int], ...]
     bars: tuple[tuple[int, int, int], ...]
     note: str
+    speed: float | None = None
 
 
 def predict(
@@ -108,6 +119,52 @@ def predict(
             known[same] = _predict(plan, plan.proof, functions, constants, values, row.length)
         result[plan.layer] = known[same]
     return result
+
+
+LONGEST = 16384
+"""Tokens up to which is looked for the length from which on a policy pays."""
+
+
+@dataclass(frozen=True)
+class WillNotPay:
+    """A policy under which attention is predicted to be no faster than without it.
+
+    Attributes:
+        tokens: of the row that this is predicted for.
+        speed: of attention, of all sites that the policy drops keys of, relative to the model's own.
+        live: part of the pairs that the model's own masks show which is left.
+        pays_from: a length from which on it is faster, a power of two; None where there is none up to `LONGEST`.
+    """
+
+    tokens: int
+    speed: float
+    live: float
+    pays_from: int | None
+
+
+def will_not_pay(
+    planned: list[PlannedSite],
+    functions: IndexFunctions,
+    constants: Mapping[Node, Tensor],
+    inputs: tuple[GraphInput, ...],
+) -> WillNotPay | None:
+    """What is lost in time by the policy, at the lengths of the call; None where it gains, drops nothing, or is not known."""
+    sites = [plan for plan in planned if plan.reason is None and not plan.policy.is_lossless]
+
+    def at(length: int | None) -> tuple[int, float, float] | None:
+        found = predict(sites, functions, constants, inputs, ExampleSequence(length)).values()
+        speeds = [p.speed for p in found if p.speed is not None]
+        if not speeds or len(speeds) < len(found):
+            return None
+        live = sum(p.live_pairs for p in found) / max(1, sum(p.own_pairs for p in found))
+        return max(p.num_keys for p in found), len(speeds) / sum(1 / speed for speed in speeds), live
+
+    now = at(None)
+    if now is None or now[1] >= 1:
+        return None
+    longer = [2**n for n in range(5, LONGEST.bit_length()) if 2**n > now[0]]
+    pays_from = next((length for length in longer if (then := at(length)) is not None and then[1] >= 1), None)
+    return WillNotPay(*now, pays_from)
 
 
 class _OneSequence(Trial):
@@ -138,13 +195,13 @@ def _predict(
     own = LiveRanges(*(key_bounds(e, trial, grid)[:1] for e in (proof.interval.start, proof.interval.end)))
     live, note = _under_policy(plan, proof, trial, own, grid, values, (query, key, value))
     rows = torch.arange(query[-2], dtype=torch.int32)
-    group = query_heads // heads
 
     def per_head(pairs: int, ranges: LiveRanges) -> int:
         return pairs * query_heads // ranges.shape[1]
 
-    computed = per_head(computed_pairs(live, query[-2], group, rows), live)
     width = key[-1] + value[-1]
+    is_plain = site.softcap is None and proof.bias is None and not plan.policy.has_bias
+    kernel, work = _work(plan.kernel, live, query, key, width, is_plain)
     slot = heads * width * site.key.meta["val"].element_size()
     pressure = live.pressure(rows)
     return Prediction(
@@ -153,8 +210,8 @@ def _predict(
         dense_pairs=query[-2] * key[-2] * query_heads,
         own_pairs=per_head(own.live_pairs(rows), own),
         live_pairs=per_head(live.live_pairs(rows), live),
-        computed_pairs=computed,
-        flops=2 * width * computed,
+        computed_pairs=work.pairs,
+        flops=2 * width * work.pairs,
         own_pressure=own.pressure(rows),
         pressure=pressure,
         kv_bytes=pressure * slot,
@@ -162,7 +219,54 @@ def _predict(
         own_bars=_bars(own, query[-2]),
         bars=_bars(live, query[-2]),
         note=note,
+        speed=_speed(plan, proof, own, kernel, work, query, key) if is_plain else None,
     )
+
+
+def _work(
+    kernel: Kernel, live: LiveRanges, query: list[int], key: list[int], width: int, is_plain: bool
+) -> tuple[str, Work]:
+    """What computes these ranges, by its name among the costs, and its work; of live ranges as the CPU's kernels do it.
+
+    Args:
+        is_plain: the logits are a product with a scale, so that torch's fused kernel computes them.
+    """
+    query_heads, heads = (query[1], key[1]) if len(query) == 4 else (1, 1)
+    num_queries, num_keys = query[-2], key[-2]
+    if kernel in (Kernel.MASKED, Kernel.FULL):
+        name = "masked" if kernel is Kernel.MASKED else "causal"
+        return name, fused_work(num_queries, num_keys, query_heads, width)
+    if kernel is Kernel.CAUSAL:
+        return "causal", fused_work(num_queries, num_keys, query_heads, width, is_causal=True)
+    none = Work(0, 0, 0, width)
+    if is_plain and live.shape[1] == 1:
+        start, end = (t[0, 0].expand(num_keys).contiguous() for t in (live.start, live.end))
+        blocks = dense_blocks(start, end, num_keys - num_queries)
+        if blocks is not None:
+            parts = (
+                fused_work(b.rows[1] - b.rows[0], b.keys[1] - b.keys[0], query_heads, width, is_causal=b.is_causal)
+                for b in blocks
+            )
+            return "causal", sum(parts, none)
+    rows = torch.arange(num_keys - num_queries, num_keys, dtype=torch.int32)
+    rows_of_tile = fused_tile_rows if is_plain else tile_rows
+    sizes = schedule_sizes(live, num_queries, query_heads // heads, rows, rows_of_tile)
+    parts = (fused_work(rows, keys, query_heads // live.shape[1], width) for rows, keys in sizes)
+    return "tiles", sum(parts, none)
+
+
+def _speed(
+    plan: PlannedSite, proof: MaskProof, own: LiveRanges, kernel: str, work: Work, query: list[int], key: list[int]
+) -> float | None:
+    """Relative to torch's kernel under the model's own mask: causal or full where that is all of it, else with a mask."""
+    device = plan.site.node.meta["val"].device.type
+    known = costs("cpu" if device == "meta" else device)
+    if known is None:
+        return None
+    its_kernel = plain_kernel(plan.site, proof) or Kernel.MASKED
+    name, its_work = _work(its_kernel, own, query, key, work.width, True)
+    threads = torch.get_num_threads()
+    return known[name].seconds(its_work, threads) / known[kernel].seconds(work, threads)
 
 
 def _chosen_sizes(plan: PlannedSite, length: int | None) -> dict[sympy.Symbol, int]:

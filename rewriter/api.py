@@ -22,6 +22,7 @@ from rewriter.errors import RewriteError
 from rewriter.generation.model_facts import text_config
 from rewriter.optimized_model import OptimizedModel
 from rewriter.passes import ExampleSequence
+from rewriter.passes.lower.kernel import CHOICES
 from rewriter.passes.policy import Policy
 from rewriter.policies.exact import Exact
 from rewriter.report import Report
@@ -45,6 +46,7 @@ def optimize(
     *,
     backend: str = "inductor",
     strict: bool = False,
+    kernel: str = "auto",
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     dump: str | Path | None = None,
     progress: bool = True,
@@ -56,6 +58,10 @@ def optimize(
         policy: which keys live how long; `Exact()` when left out, which loses nothing.
         backend: "inductor" generates code, "eager" runs the rewritten graph as it is.
         strict: raise when any attention site is refused.
+        kernel: what computes the sites of a call without a cache. "auto" takes torch's `scaled_dot_product_attention` where a
+            mask is proven to be exactly causal, or to hide nothing, and the policy drops nothing, and live-range attention
+            elsewhere; "live_range" takes that everywhere; "dense" torch's everywhere, with a mask of `[Q, K]` where one is
+            needed. The results are the same; `fast.report` names the kernel of each site.
         example_inputs: keyword arguments (a mapping) or positional ones to capture the model with now; otherwise it is
             captured at its first call. A policy with parameters needs to know the sites now: what is left out is then
             the model's own `dummy_inputs`, which the models of transformers have.
@@ -64,19 +70,20 @@ def optimize(
 
     Raises:
         RewriteError: the model is optimized or compiled already or attends by a kernel such as flex_attention, the backend
-            is unknown, or (when captured) no attention is found, a site is refused and `strict` is set, the model is not
-            one graph, or the policy has parameters and there are no inputs to find the sites with.
+            or kernel is unknown, or (when captured) no attention is found, a site is refused and `strict` is set, the model is
+            not one graph, or the policy has parameters and there are no inputs to find the sites with.
         PolicyError: the policy cannot be applied to the inputs.
     """
     _check_model(model)
     if policy is not None and not isinstance(policy, Policy):
         raise PolicyError(f"policy must be a policy such as SlidingWindow(256), got {policy!r}")
-    _check_backend(backend)
+    _check_choices(backend, kernel)
     optimized = OptimizedModel(
         model,
         policy or Exact(),
         backend=backend,
         strict=strict,
+        kernel=kernel,
         dump=None if dump is None else Path(dump),
         progress=progress,
     )
@@ -85,7 +92,7 @@ def optimize(
         optimized._add_parameters(*(inputs or _dummy_inputs(model, optimized.policy)))
     if inputs is not None:
         positional, named = inputs
-        with torch.no_grad():
+        with torch.no_grad(), optimized._not_real_calls():
             optimized(*positional, **named)
     return optimized
 
@@ -96,6 +103,7 @@ def from_pretrained(
     model_class: Any = None,
     backend: str | None = None,
     strict: bool | None = None,
+    kernel: str | None = None,
     **options: Any,
 ) -> OptimizedModel:
     """The optimized model that its `save_pretrained` wrote, with its policy and the policy's parameters.
@@ -104,7 +112,7 @@ def from_pretrained(
         folder: of `save_pretrained`, or of a Trainer's checkpoint.
         model_class: loads the model, by `model_class.from_pretrained(folder, **options)`; when left out, the class that the
             configuration names, and for a folder of adapters peft's `AutoPeftModelForCausalLM`.
-        backend, strict: as for `optimize`; as they were when left out.
+        backend, strict, kernel: as for `optimize`; as they were when left out.
         options: of the model's `from_pretrained`, such as `dtype` or `device_map`.
 
     Raises:
@@ -120,14 +128,20 @@ def from_pretrained(
         policy,
         backend=settings["backend"] if backend is None else backend,
         strict=settings["strict"] if strict is None else strict,
+        kernel=settings.get("kernel", "auto") if kernel is None else kernel,
     )
-    _check_backend(fast.backend)
+    _check_choices(fast.backend, fast.kernel)
     fast._set_parameters(read_parameters(folder) if policy.adds_parameters else {}, settings["parameter_sites"])
     return fast
 
 
 def explain(
-    model: nn.Module, *args: Any, policy: Policy | None = None, length: int | None = None, **kwargs: Any
+    model: nn.Module,
+    *args: Any,
+    policy: Policy | None = None,
+    length: int | None = None,
+    kernel: str = "auto",
+    **kwargs: Any,
 ) -> Report:
     """What `optimize` would do to a call `model(*args, **kwargs)`; nothing is changed and no code is generated.
 
@@ -137,6 +151,7 @@ def explain(
     Args:
         policy: as for `optimize`.
         length: tokens of the row for which pairs, keys and bytes are predicted; the call's own when left out.
+        kernel: as for `optimize`.
 
     Returns:
         The sites with their predictions, the modules, and the graph after each pass; print it, or write it with `to_json` or
@@ -146,6 +161,7 @@ def explain(
         RewriteError, PolicyError: as `optimize` at its first call, but for refused sites.
     """
     _check_model(model)
+    _check_choices(BACKENDS[0], kernel)
     if length is not None and length < 1:
         raise RewriteError(f"length must be at least 1 token, got {length}")
     report = Report(subject=Subject.of(model, policy or Exact()))
@@ -153,16 +169,17 @@ def explain(
     row = ExampleSequence(length, {name: value for name, value in given.items() if isinstance(value, Tensor)})
     if any(p.is_meta for p in model.parameters()):
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-    for result in explain_call(model, policy or Exact(), args, kwargs, row):
+    for result in explain_call(model, policy or Exact(), args, kwargs, row, kernel):
         report.add(result)
         graph = report.graphs[-1]
         graph.modules = module_tree(model, graph.sites)
     return report
 
 
-def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise RewriteError(f"backend {backend!r} is not known; choose one of {', '.join(BACKENDS)}")
+def _check_choices(backend: str, kernel: str) -> None:
+    for name, value, choices in (("backend", backend, BACKENDS), ("kernel", kernel, CHOICES)):
+        if value not in choices:
+            raise RewriteError(f"{name} {value!r} is not known; choose one of {', '.join(choices)}")
 
 
 def _check_model(model: object) -> None:

@@ -39,5 +39,9 @@ class VerifyError(Error, ValueError):
     """A kernel or a device that `rewriter verify` was asked for is not there."""
 
 
+class SpeedWarning(UserWarning):
+    """A policy is predicted to make attention no faster at the lengths of a call; the message says by how much."""
+
+
 class PolicyWarning(UserWarning):
     """A policy is not applied to all of a model's attention; the message says where, and how to make it an error."""

@@ -6,8 +6,10 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -17,10 +19,12 @@ from torch import Tensor
 from torch import nn
 from torch.fx import GraphModule
 
+from rewriter.code import generate_code
 from rewriter.errors import CacheError
 from rewriter.errors import PolicyError
 from rewriter.errors import PolicyWarning
 from rewriter.errors import RewriteError
+from rewriter.errors import SpeedWarning
 from rewriter.generation.model_facts import attention_implementation
 from rewriter.generation.model_facts import is_checkpointing
 from rewriter.generation.model_facts import named_arguments
@@ -29,6 +33,7 @@ from rewriter.generation.model_facts import signature_of
 from rewriter.generation.model_facts import takes_more_than_text
 from rewriter.generation.model_facts import takes_use_cache
 from rewriter.passes import Analysed
+from rewriter.passes import WillNotPay
 from rewriter.passes import rewrite
 from rewriter.passes.policy import Policy
 from rewriter.progress import Progress
@@ -55,12 +60,27 @@ class OptimizedModel(ModelWrapper):
     Attributes:
         model: the original, whose parameters are shared.
         policy: the policy it was built with.
+        backend, strict, kernel, dump: as they were given to `optimize`.
         policy_parameters: the policy's own parameters, by site number and name; empty for most policies.
         report: every attention site, rewritten or refused, and why; filled at the first call.
     """
 
+    # Declared, so that they are never set on the model, which may have attributes of these names.
+    policy: Policy
+    backend: str
+    strict: bool
+    kernel: str
+    dump: Path | None
+    report: Report
+    _base: OptimizedModel | None
+    _call: Callable[..., Any]
+    _compiled_model: tuple[nn.Module]
+    _constants: dict[str, tuple[Tensor, int]]
     _decoder: Decoder | None
     _has_output_hooks: bool
+    _has_run: list[bool]
+    _is_real_call: bool
+    _parameter_sites: dict[int, str]
     _progress: Progress
 
     def __init__(
@@ -70,6 +90,7 @@ class OptimizedModel(ModelWrapper):
         *,
         backend: str,
         strict: bool,
+        kernel: str = "auto",
         dump: Path | None = None,
         progress: bool = True,
     ) -> None:
@@ -78,12 +99,14 @@ class OptimizedModel(ModelWrapper):
         self.policy = policy
         self.backend = backend
         self.strict = strict
+        self.kernel = kernel
         self.dump = dump
         self.report = Report(subject=Subject.of(model, policy))
         self.policy_parameters = nn.ModuleDict()
-        self._parameter_sites: dict[int, str] = {}
+        self._parameter_sites = {}
+        self._is_real_call = True
         self._has_run = [False]  # in a list, which is shared with `base_model`
-        self._base: OptimizedModel | None = None
+        self._base = None
         self._compile()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +144,7 @@ class OptimizedModel(ModelWrapper):
                 self.policy,
                 backend=self.backend,
                 strict=self.strict,
+                kernel=self.kernel,
                 dump=None if self.dump is None else self.dump / "base",
                 progress=self._progress.enabled,
             )
@@ -165,6 +189,7 @@ class OptimizedModel(ModelWrapper):
             self.policy,
             backend=self.backend,
             strict=self.strict,
+            kernel=self.kernel,
             dump=self.dump,
             progress=self._progress.enabled,
         )
@@ -435,12 +460,22 @@ class OptimizedModel(ModelWrapper):
                 )
             rows = [torch.zeros(n, 32, dtype=torch.int64, device=self._device) for n in (1, 2)]
             calls = tuple({"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows)
-        for call in calls:
-            self(**call)
-            if new_tokens > 0:
-                with torch.no_grad():
-                    self.generate(**call, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+        with self._not_real_calls():
+            for call in calls:
+                self(**call)
+                if new_tokens > 0:
+                    with torch.no_grad():
+                        self.generate(**call, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
         return self.report
+
+    @contextmanager
+    def _not_real_calls(self) -> Iterator[None]:
+        """Inside, calls only prepare others, which may be longer: whether the policy pays is not asked."""
+        known, self._is_real_call = self._is_real_call, False
+        try:
+            yield
+        finally:
+            self._is_real_call = known
 
     def save_pretrained(
         self, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **options: Any
@@ -461,6 +496,7 @@ class OptimizedModel(ModelWrapper):
             "policy": self.policy.to_dict(),
             "backend": self.backend,
             "strict": self.strict,
+            "kernel": self.kernel,
             "parameter_sites": {str(layer): identity for layer, identity in self._parameter_sites.items()},
         }
         write(save_directory, self.model, settings, self.state_dict() if state_dict is None else state_dict, **options)
@@ -500,7 +536,7 @@ class OptimizedModel(ModelWrapper):
 
     def _compile(self) -> None:
         """Prepares to capture the model at the next call."""
-        self._constants: dict[str, tuple[Tensor, int]] = {}
+        self._constants = {}
         self._decoder = None
         self._has_output_hooks = False
         self._compiled_model = (self.model,)  # a tuple, or it would be a second submodule
@@ -549,18 +585,21 @@ class OptimizedModel(ModelWrapper):
 
     def _backend(self, graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self._progress.doing("proving masks and rewriting attention")
-        result = rewrite(graph, example_inputs, self.policy, dump=self.dump)
+        asks = self._is_real_call and not self.policy.is_lossless
+        result = rewrite(
+            graph, example_inputs, self.policy, kernel=self.kernel, asks_whether_it_pays=asks, dump=self.dump
+        )
         self._take(result)
+        if result.will_not_pay is not None:
+            self._is_real_call = False  # said once
+            self._warn_of_speed(result.will_not_pay)
         for name in result.constants:
             buffer = self.model.get_buffer(name)
             self._constants[name] = (buffer, buffer._version)
         if self.backend == "eager":
             return result.module
-        from torch._inductor.compile_fx import compile_fx
-
         self._progress.doing("generating code")
-        compiled: Any = compile_fx(result.module, example_inputs)
-        return compiled
+        return generate_code(result.module, example_inputs)
 
     def _check(self, result: Analysed) -> None:
         if not result.sites:
@@ -584,6 +623,20 @@ class OptimizedModel(ModelWrapper):
                 PolicyWarning,
                 stacklevel=2,
             )
+
+    def _warn_of_speed(self, loss: WillNotPay) -> None:
+        later = (
+            f"it is faster from about {loss.pays_from:,} tokens on"
+            if loss.pays_from
+            else "longer texts do not change it"
+        )
+        warnings.warn(
+            f"under {self.policy} attention over {loss.tokens:,} tokens is predicted to run at {loss.speed:.2f}x of the model's "
+            f"own speed: {loss.live:.0%} of what the model's masks show is left; {later}. Exact() loses no time on short texts; "
+            "rewriter.explain(model, ..., policy=..., length=...) predicts other lengths",
+            SpeedWarning,
+            stacklevel=2,
+        )
 
     def _check_parameter_sites(self, result: Analysed) -> None:
         """A call that runs other attentions than the one that the parameters were made for would mix them up."""

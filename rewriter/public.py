@@ -17,6 +17,7 @@ from rewriter.errors import ExportError
 from rewriter.errors import PolicyError
 from rewriter.errors import PolicyWarning
 from rewriter.errors import RewriteError
+from rewriter.errors import SpeedWarning
 from rewriter.errors import VerifyError
 from rewriter.optimized_model import OptimizedModel
 from rewriter.passes import SiteTensors
@@ -51,6 +52,7 @@ __all__ = [
     "SeparatorMask",
     "SiteTensors",
     "SlidingWindow",
+    "SpeedWarning",
     "VerifyError",
     "explain",
     "from_pretrained",

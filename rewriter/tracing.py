@@ -79,11 +79,18 @@ def analyse_call(model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs
 
 
 def explain_call(
-    model: nn.Module, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any], example: ExampleSequence
+    model: nn.Module,
+    policy: Policy,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    example: ExampleSequence,
+    kernel: str = "auto",
 ) -> list[Explained]:
     """What the passes would do to a call; it is run as it is."""
     lowers = not any(part.adds_parameters or part.is_program for part in policy.parts())
-    return _seen(model, args, kwargs, lambda graph, inputs: explain(graph, inputs, policy, example, lowers=lowers))
+    return _seen(
+        model, args, kwargs, lambda graph, inputs: explain(graph, inputs, policy, example, kernel=kernel, lowers=lowers)
+    )
 
 
 Seen = TypeVar("Seen", bound=Analysed)

@@ -103,7 +103,8 @@ class ModelWrapper(nn.Module):
             setattr(model, name, value)
 
     def _own_names(self) -> set[str]:
-        return {*self._modules, *self._parameters, *self._buffers, *dir(type(self))}
+        declared = (name for kind in type(self).__mro__ for name in inspect.get_annotations(kind))
+        return {*self._modules, *self._parameters, *self._buffers, *dir(type(self)), *declared}
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self.model)})

@@ -1,4 +1,5 @@
-"""Lower: each planned site becomes one `rewriter::live_range_attention`, and dead mask construction is removed.
+"""Lower: each planned site becomes one `rewriter::live_range_attention`, or torch's own attention where its plan says so, and
+dead mask construction is removed.
 
 Small functions are traced to pre-dispatch ATen and their nodes copied into the graph. Live ranges are computed once
 and shared by all sites that have the same mask and policy.
@@ -6,17 +7,22 @@ and shared by all sites that have the same mask and policy.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
+from rewriter.kernels.dense import dense_mask
 from rewriter.passes.attention.normalize import commit
+from rewriter.passes.attention.site import AttentionSite
 from rewriter.passes.graph.edit import emit
 from rewriter.passes.graph.edit import inherited
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.lower.cache_positions import attend_cache_relative
+from rewriter.passes.lower.kernel import Kernel
 from rewriter.passes.lower.operator import Attend
+from rewriter.passes.lower.operator import AttendDense
 from rewriter.passes.lower.operator import emit_bounds
 from rewriter.passes.lower.operator import emit_document_start
 from rewriter.passes.lower.plan import PlannedSite
@@ -56,24 +62,50 @@ def _replace(plan: PlannedSite, proof: MaskProof, shared: dict[Any, tuple[Node, 
         if len(site.query.meta["val"].shape) == 3:
             tensors = tuple(emit(graph, lambda x: (x.unsqueeze(1),), [t])[0] for t in tensors)  # type: ignore[assignment]
         query, key, value = tensors
-        if plan.rotations is not None:
+        if plan.kernel in (Kernel.CAUSAL, Kernel.FULL):
+            dense = AttendDense(site, plan.kernel is Kernel.CAUSAL)
+            (result,) = emit(graph, lambda *inputs: (dense(*inputs),), [query, key, value], inherited(site.node))
+        elif plan.rotations is not None:
             result = attend_cache_relative(plan, proof, query, key, value, shared)
         else:
             sizes = (str(query.meta["val"].shape), str(key.meta["val"].shape))
             own = (tensors, *plan.parameters.values()) if plan.policy.reads_site else None
-            sharing = (proof.interval, proof.bias, plan.policy, sizes, own)
+            sharing = (proof.interval, proof.bias, plan.policy, sizes, own, plan.kernel)
             if sharing not in shared:
-                shared[sharing] = _emit_ranges(graph, plan, proof, query, key, value)
-
+                ranges = _emit_ranges(graph, plan, proof, query, key, value)
+                is_masked = plan.kernel is Kernel.MASKED
+                shared[sharing] = _emit_mask(graph, query, key, ranges) if is_masked else ranges
+            attend = _masked(site) if plan.kernel is Kernel.MASKED else _over_live_ranges(site)
             sinks = [] if site.sinks is None else [site.sinks]
-
-            def attend(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, *rest: Tensor) -> Any:
-                bias = rest[: len(rest) - len(sinks)]
-                joined = {"sinks": rest[-1]} if sinks else {}
-                return (Attend(site)(query, key, value, start, end, None, *bias, **joined),)
-
             (result,) = emit(graph, attend, [query, key, value, *shared[sharing], *sinks], inherited(site.node))
     site.node.replace_all_uses_with(result)
+
+
+def _over_live_ranges(site: AttentionSite) -> Callable[..., tuple[Tensor]]:
+    """Takes query, key, value, start, end, the bias where there is one, and the sinks where the site has them."""
+    has_sinks = site.sinks is not None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, *rest: Tensor) -> tuple[Tensor]:
+        bias = rest[: len(rest) - has_sinks]
+        joined = {"sinks": rest[-1]} if has_sinks else {}
+        return (Attend(site)(query, key, value, start, end, None, *bias, **joined),)
+
+    return attend
+
+
+def _masked(site: AttentionSite) -> Callable[..., tuple[Tensor]]:
+    """Takes query, key, value, the mask, and the rows that see a key."""
+    return lambda *inputs: (AttendDense(site)(*inputs),)
+
+
+def _emit_mask(graph: Graph, query: Node, key: Node, ranges: tuple[Node, ...]) -> tuple[Node, ...]:
+    """The mask of live ranges, and the rows that see a key."""
+
+    def mask(query: Tensor, key: Tensor, start: Tensor, end: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
+        group = query.size(1) // key.size(1)
+        return dense_mask(start, end, query.size(2), group, bias[0] if bias else None, query.dtype)
+
+    return emit(graph, mask, [query, key, *ranges])
 
 
 def _emit_ranges(

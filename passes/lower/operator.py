@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from rewriter.kernels.dense import masked_attention
+from rewriter.kernels.dense import plain_attention
 from rewriter.passes.attention.site import AttentionSite
 from rewriter.passes.graph.edit import emit
 from rewriter.passes.graph.nodes import shape
@@ -27,8 +29,8 @@ from torch.fx import Node
 aten = torch.ops.aten
 
 
-class Attend(nn.Module):
-    """The operator in a site's place: its scale and softcap, its dtype, its rank and, where it matters, its layout.
+class _InPlaceOfSite(nn.Module):
+    """What a site asks of what is put in its place: scale, softcap, dtype, rank and, where it matters, layout.
 
     Computed in the widest dtype of its inputs, returned in that of the original.
     """
@@ -39,6 +41,14 @@ class Attend(nn.Module):
         self.dtype = site.node.meta["val"].dtype
         self.flat = len(shape(site.query)) == 3  # type: ignore[arg-type]
         self.needs_copy = _is_viewed(site.node)
+
+    def returned(self, output: Tensor) -> Tensor:
+        output = (output.squeeze(1) if self.flat else output).to(self.dtype)
+        return output.contiguous() if self.needs_copy else output
+
+
+class Attend(_InPlaceOfSite):
+    """The operator of live ranges in a site's place."""
 
     def forward(
         self,
@@ -69,8 +79,25 @@ class Attend(nn.Module):
         output, lse = torch.ops.rewriter.live_range_attention(
             query, key, value, start, end, query_index, None, bias, sinks, None, self.scale, self.softcap
         )
-        output = (output.squeeze(1) if self.flat else output).to(self.dtype)
-        return output.contiguous() if self.needs_copy else output, lse
+        return self.returned(output), lse
+
+
+class AttendDense(_InPlaceOfSite):
+    """torch's own kernel in a site's place: under a `dense_mask`, or causal, or without a mask."""
+
+    def __init__(self, site: AttentionSite, is_causal: bool = False) -> None:
+        super().__init__(site)
+        self.is_causal = is_causal
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, sees: Tensor | None = None
+    ) -> Tensor:
+        query, key, value = widened(query, key, value)
+        if mask is None or sees is None:
+            return self.returned(plain_attention(query, key, value, self.is_causal, self.scale))
+        if mask.is_floating_point():
+            mask = mask.to(query.dtype)
+        return self.returned(masked_attention(query, key, value, mask, sees, self.scale))
 
 
 def _is_viewed(node: Node) -> bool:

@@ -14,6 +14,8 @@ from rewriter.passes.attention.site import AttentionSite
 from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.graph.nodes import rank
 from rewriter.passes.graph.nodes import shape
+from rewriter.passes.lower.kernel import Kernel
+from rewriter.passes.lower.kernel import choose_kernel
 from rewriter.passes.lower.policy_parameters import take_policy_parameters
 from rewriter.passes.lower.rotations import Rotation
 from rewriter.passes.lower.rotations import Unrotatable
@@ -25,6 +27,7 @@ from torch.fx import GraphModule
 from torch.fx import Node
 
 from rewriter.errors import PolicyError
+from rewriter.errors import RewriteError
 
 aten = torch.ops.aten
 
@@ -43,6 +46,7 @@ class PlannedSite:
         input_ids: the graph's input with the token ids, where the policy needs them.
         parameters: the policy's, by name.
         rotations: of query and key, where positions are cache-relative.
+        kernel: what computes it when it is replaced.
     """
 
     site: AttentionSite
@@ -54,6 +58,7 @@ class PlannedSite:
     input_ids: Node | None = None
     parameters: dict[str, Node] = field(default_factory=dict)
     rotations: tuple[Rotation, Rotation] | None = None
+    kernel: Kernel = Kernel.LIVE_RANGE
 
     @property
     def num_kv_heads(self) -> int:
@@ -86,15 +91,21 @@ class PlannedSite:
 
 
 def apply_policy(
-    module: GraphModule, sites: list[AttentionSite], verdicts: Sequence[MaskProof | str], policy: Policy
+    module: GraphModule,
+    sites: list[AttentionSite],
+    verdicts: Sequence[MaskProof | str],
+    policy: Policy,
+    kernel: str = "live_range",
 ) -> list[PlannedSite]:
     """Pairs each site with its policy; sites that a policy is not defined for are refused, with the reason.
 
     Args:
         verdicts: of each site its proof, or the reason why there is none.
+        kernel: one of `CHOICES`.
 
     Raises:
         PolicyError: the policy needs token ids and the graph has none, or names sites that are not there.
+        RewriteError: a site cannot be computed by the kernel that is asked for.
     """
     policy.check_sites(len(sites))
     parameters = take_policy_parameters(module)
@@ -115,7 +126,14 @@ def apply_policy(
             continue
         input_ids = _input_ids(module, site, type(own).__name__) if own.needs_input_ids else None
         own_parameters = parameters.get(layer, {})
-        planned.append(PlannedSite(site, layer, own, len(sites), verdict, None, input_ids, own_parameters, rotations))
+        chosen = choose_kernel(kernel, own, site, verdict)
+        if isinstance(chosen, str):
+            raise RewriteError(
+                f"kernel={kernel!r} cannot compute site {layer} ({site.module_path or '-'}): {chosen}; use kernel='auto'"
+            )
+        planned.append(
+            PlannedSite(site, layer, own, len(sites), verdict, None, input_ids, own_parameters, rotations, chosen)
+        )
     return planned
 
 

@@ -18,10 +18,6 @@ from torch import nn
 from rewriter import __version__
 from rewriter.passes import Prediction
 
-KERNELS = {"cpu": "live_range_attention (CPU)", "cuda": "live_range_attention (Triton)"}
-"""What computes a rewritten site, by the type of its device; elsewhere the operator's name alone."""
-
-
 MOST_RUNS = 4
 """Numbers that are more runs than this are counted and not listed."""
 
@@ -158,10 +154,6 @@ def readable_bytes(number: float) -> str:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1024
     return f"{number:.1f} GiB"
-
-
-def _kernel(device: str) -> str:
-    return KERNELS.get(device, "live_range_attention")
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -26,7 +26,6 @@ from rewriter.report.data import GraphReport
 from rewriter.report.data import SiteGroup
 from rewriter.report.data import SiteReport
 from rewriter.report.data import Subject
-from rewriter.report.data import _kernel
 from rewriter.report.data import _ranges
 from rewriter.report.data import readable_bytes
 
@@ -80,7 +79,7 @@ class Report:
                     form=plan.site.form,
                     mask=plan.proof.name if plan.proof is not None else "-",
                     policy=str(plan.policy),
-                    kernel="-" if reason else _kernel(plan.site.node.meta["val"].device.type),
+                    kernel="-" if reason else plan.kernel.on(plan.site.node.meta["val"].device.type),
                     reason=reason,
                     source=source_line(plan.site.node),
                     prediction=predictions.get(plan.layer),
@@ -171,7 +170,15 @@ def _tables(title: str, sites: Sequence[SiteReport]) -> RenderableType:
 _COLUMNS = ("sites", "modules", "form", "mask", "policy", "kernel or reason", "source")
 
 
-_PREDICTED = ("sites", "tokens", "live pairs, of all", "computed for each", "most keys alive", "keys and values kept")
+_PREDICTED = (
+    "sites",
+    "tokens",
+    "live pairs, of all",
+    "computed for each",
+    "most keys alive",
+    "keys and values kept",
+    "attention's speed",
+)
 
 
 def _cells(alike: SiteGroup) -> tuple[str, ...]:
@@ -189,4 +196,5 @@ def _predicted(prediction: Prediction | None) -> tuple[str, ...]:
         f"{ratio:.2f}",
         f"{prediction.pressure:,}",
         f"{readable_bytes(prediction.kv_bytes)} of {readable_bytes(prediction.dense_kv_bytes)}",
+        "-" if prediction.speed is None else f"{prediction.speed:.2f}x",
     )

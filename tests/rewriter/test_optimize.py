@@ -460,3 +460,13 @@ def test_dropout_in_a_checkpoint_without_gradients() -> None:
     model = Model().train()
     output = rewriter.optimize(model, strict=True)(torch.randn(2, 9, 32))
     assert bool((output == 0).any()) and bool((output != 0).any())
+
+
+def test_attributes_of_the_wrapper_are_not_set_on_a_model_that_has_them(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model("llama", "sdpa")
+    names = ("policy", "backend", "strict", "kernel", "dump", "report")
+    for name in names:
+        setattr(model, name, f"the model's {name}")
+    fast = rewriter.optimize(model, rewriter.SlidingWindow(4), kernel="live_range")
+    assert [getattr(model, name) for name in names] == [f"the model's {name}" for name in names]
+    assert fast.policy == rewriter.SlidingWindow(4) and fast.kernel == "live_range"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rewriter.kernels.costs import Cost
 from torch import nn
 
 import rewriter
@@ -43,7 +45,7 @@ def test_sites_say_what_they_are(nano: Any, tmp_path: Path) -> None:
         "proven",
         "sdpa",
         "causal",
-        "live_range_attention (CPU)",
+        "scaled_dot_product_attention, causal",
     )
     assert first.source.startswith("conftest.py:")
     assert second.layer == 1
@@ -196,3 +198,69 @@ def test_a_refusal_is_not_hidden_by_a_later_graph(tiny_model: Callable[..., nn.M
     assert len(report.refused) == 2 and all(site.rewritten for site in report.sites)
     text = str(report)
     assert "refused: the attention weights are" in text and "live_range_attention (CPU)" in text
+
+
+def test_speeds_are_predicted_from_what_the_kernels_take(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With costs that make the arithmetic plain: a nanosecond for a pair's number, and a thousand for a tile."""
+    plain = Cost(base=0, call=0, block=0, pair=0, number=1)
+    table = {"causal": plain, "masked": plain, "tiles": Cost(base=0, call=1000, block=0, pair=0, number=1)}
+    monkeypatch.setattr("rewriter.passes.predict.costs", lambda device: table if device == "cpu" else None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    length = 1100
+
+    def speeds(model: nn.Module, policy: rewriter.Policy, **options: Any) -> list[float | None]:
+        return [s.prediction.speed for s in explained(model, policy=policy, length=length, **options).sites]
+
+    llama = tiny_model("llama", "sdpa")
+    assert speeds(llama, rewriter.Exact(), kernel="dense") == [1.0, 1.0]  # a padding mask: under a mask as before
+    # 256 rows at once, over blocks of 512 keys: without padding one causal block, and none after the last row's own.
+    masked, causal = length * length, 512 * 512 + 512 * 1024 + 76 * length
+    assert speeds(llama, rewriter.Exact()) == [masked / causal] * 2
+    report = explained(llama, policy=rewriter.SlidingWindow(5), length=length)
+    tiles, numbers = -(-length // 64), 16
+    computed = 4 * (64 * 64 + (tiles - 2) * 64 * 68 + (length - (tiles - 1) * 64) * (length - (tiles - 1) * 64 + 4))
+    assert [s.prediction.computed_pairs for s in report.sites] == [computed] * 2
+    wanted = 4 * masked * numbers / (computed * numbers + 1000 * tiles)
+    assert [s.prediction.speed for s in report.sites] == [pytest.approx(wanted)] * 2
+    assert speeds(tiny_model("gemma2", "eager"), rewriter.Exact()) == [None, None]  # softcaps: not measured
+    assert "attention's speed" in " ".join(str(report).split())
+
+
+class Losing:
+    """Costs under which a tile takes so long that nothing pays below some 1,000 tokens."""
+
+    def __call__(self, device: str) -> dict[str, Cost]:
+        return {
+            "causal": Cost(0, 0, 0, 0, 1),
+            "masked": Cost(0, 0, 0, 0, 1),
+            "tiles": Cost(base=2e7, call=0, block=0, pair=0, number=1),
+        }
+
+
+def test_a_policy_that_will_not_pay_says_so_once_with_numbers(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewriter.passes.predict.costs", Losing())
+    model = tiny_model("llama", "sdpa").eval()
+    fast = rewriter.optimize(model, rewriter.SlidingWindow(5), backend="eager")
+    ids = torch.zeros(2, 32, dtype=torch.long)
+    wanted = r"SlidingWindow\(window=5.* attention over 32 tokens is predicted to run at 0\.\d+x .* from about [\d,]+ tokens on"
+    with pytest.warns(rewriter.SpeedWarning, match=wanted):
+        fast(input_ids=ids, use_cache=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", rewriter.SpeedWarning)
+        with torch.no_grad():
+            fast(input_ids=ids[:1], use_cache=False)  # another graph
+        prepared = rewriter.optimize(model, rewriter.SlidingWindow(5), backend="eager")
+        prepared.warmup({"input_ids": ids, "use_cache": False})
+        rewriter.optimize(
+            model, rewriter.SlidingWindow(5), backend="eager", example_inputs={"input_ids": ids, "use_cache": False}
+        )
+        rewriter.optimize(model, backend="eager")(input_ids=ids, use_cache=False)  # Exact drops nothing
+
+
+def test_a_policy_that_pays_says_nothing(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = Cost(0, 0, 0, 0, 1)
+    monkeypatch.setattr("rewriter.passes.predict.costs", lambda device: {"causal": free, "masked": free, "tiles": free})
+    fast = rewriter.optimize(tiny_model("llama", "sdpa").eval(), rewriter.SlidingWindow(5), backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", rewriter.SpeedWarning)
+        fast(input_ids=torch.zeros(2, 512, dtype=torch.long), use_cache=False)
