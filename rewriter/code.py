@@ -1,0 +1,44 @@
+"""Code for a rewritten graph, by Inductor: for layers that are alike, once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph
+from torch.fx import GraphModule
+
+from rewriter.passes.graph.regions import share_layers
+
+log = logging.getLogger(__name__)
+
+
+def generate_code(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A callable that computes what the graph does, for inputs like these.
+
+    Layers share their code where there are no gradients; where the compiler cannot take subgraphs, the graph is compiled as it
+    is.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
+    shared = module if learns else _copy(module)
+    if not learns and share_layers(shared):
+        try:
+            compiled: Any = compile_fx(shared, list(example_inputs))
+            return compiled
+        except Exception as error:
+            log.info("layers are compiled one by one: %s: %s", type(error).__name__, error)
+    whole: Any = compile_fx(module, list(example_inputs))
+    return whole
+
+
+def _copy(module: GraphModule) -> GraphModule:
+    """Another graph over the same submodules."""
+    graph = Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return GraphModule(module, graph)
