@@ -154,12 +154,18 @@ def _logging() -> set[Any]:
 def many_kinds_of_calls() -> Iterator[None]:
     """Inside, a model may be called in many ways (gradients on and off, adapters, numbers of rows) before Dynamo gives up.
 
+    A float is a constant: as a symbol it would only make Dynamo begin anew, with a constant, when it is through.
+
     Raises:
         TooManyKindsOfCalls: it has given up; with what differs.
     """
-    limits: dict[str, Any] = {"recompile_limit": KINDS_OF_CALLS, "accumulated_recompile_limit": 16 * KINDS_OF_CALLS}
+    options: dict[str, Any] = {
+        "recompile_limit": KINDS_OF_CALLS,
+        "accumulated_recompile_limit": 16 * KINDS_OF_CALLS,
+        "specialize_float": True,
+    }
     try:
-        with torch._dynamo.config.patch(**limits):
+        with torch._dynamo.config.patch(**options):
             yield
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise TooManyKindsOfCalls(
@@ -176,7 +182,7 @@ def without_input_gradients(model: nn.Module) -> Iterator[None]:
     hold a tensor that is made to require gradients in its middle.
     """
     taken: list[tuple[nn.Module, Any]] = []
-    for module in model.modules():
+    for module in _with_hooks(model):
         hooks = module._forward_hooks
         if any(_requires_gradients(hook) for hook in hooks.values()):
             taken.append((module, hooks.copy()))
@@ -188,6 +194,20 @@ def without_input_gradients(model: nn.Module) -> Iterator[None]:
         for module, hooks in taken:
             module._forward_hooks.clear()
             module._forward_hooks.update(hooks)
+
+
+def _with_hooks(model: nn.Module) -> list[nn.Module]:
+    """Parts of a model that have forward hooks. Each call asks, and `modules()` takes a microsecond a module."""
+    found, rest, seen = [], [model], {id(model)}
+    while rest:
+        module = rest.pop()
+        if module._forward_hooks:
+            found.append(module)
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                rest.append(child)
+    return found
 
 
 @functools.cache
@@ -220,7 +240,6 @@ def guarded(
     try:
         # DDP would have the graph cut at its buckets, and each piece seen as a model. Hooks that come later are not ignored.
         options: dict[str, Any] = {
-            "specialize_float": True,
             "optimize_ddp": False,
             "skip_nnmodule_hook_guards": False,
             "ignore_logging_functions": _logging(),
