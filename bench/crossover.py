@@ -4,8 +4,8 @@ Attention alone, fp32, on the CPU: torch's fused kernel, causal and under a mask
 several sizes and for separators, at several lengths and numbers of heads, in rounds in which they take turns. Each is called
 twice, and the second is timed: all layers but the first find a schedule that is made.
 `kernels/costs.json` gets the numbers of the model `rewriter.kernels.costs` (least squares of the relative errors), and the table
-printed shows the measured and the predicted speed of each, relative to the causal kernel, and the length from which on it is
-ahead.
+printed, and `bench/results/crossover-cpu.json`, show the measured and the predicted speed of each, relative to the causal kernel,
+and the length from which on it is ahead.
 
     python bench/crossover.py --out kernels/costs.json
 """
@@ -41,6 +41,7 @@ HEADS = ((8, 2, 64), (4, 4, 32))
 """Query heads, KV heads, and the numbers of each."""
 MODES = ("forward", "training")
 CAUSAL, MASKED = "causal", "masked"
+POINTS = Path(__file__).parent / "results" / "crossover-cpu.json"
 
 
 def ranges(length: int) -> dict[str, LiveRanges]:
@@ -150,7 +151,8 @@ def table(mode: str, measured: list[Measured], found: dict[str, Cost], threads: 
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = TABLE,
+    out: Annotated[Path, typer.Option(help="JSON to write: the numbers of the model.")] = TABLE,
+    points: Annotated[Path, typer.Option(help="JSON to write: what was measured, and is predicted.")] = POINTS,
     rounds: Annotated[int, typer.Option(help="Rounds of the timings.")] = 7,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 1,
 ) -> None:
@@ -158,12 +160,15 @@ def main(
     torch.manual_seed(0)
     known: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     console, own = Console(width=170), {}
+    rows: dict[str, Any] = {"torch": torch.__version__, "threads": threads}
     for mode in MODES:
         measured = measure(mode, rounds)
         names = dict.fromkeys(m.kernel for m in measured)
         found = {name: fit([m for m in measured if m.kernel == name], threads) for name in names}
         own[mode] = {name: asdict(cost) for name, cost in found.items()}
         console.print(table(mode, measured, found, threads))
+        rows[mode] = [{**asdict(m), "predicted": found[m.kernel].seconds(m.work, threads)} for m in measured]
+    points.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     own["measured"] = {"torch": torch.__version__, "threads": threads}
     out.write_text(json.dumps({**known, "cpu": own}, indent=1) + "\n", encoding="utf-8")
 

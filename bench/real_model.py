@@ -1,8 +1,9 @@
 """What does a pretrained model gain and lose? SmolLM2-135M-Instruct reads a book, and writes on, under each policy.
 
-For the original, for `torch.compile` and for each policy: the first call in a new process (with nothing compiled before, and
-again with what the first process left in Inductor's cache) and the memory that it took; the prefill of `--length` tokens and one
-more token over the cache, in rounds in which the contestants take turns; the keys and values kept; and the text's perplexity.
+For the original, for `torch.compile` and for each policy: the first call, of 256 tokens, in a new process (with nothing compiled
+before, and again with what the first process left in Inductor's cache), the first `generate` after it, and the memory that the
+call took; the prefill of `--length` tokens and one more token over the cache, in rounds in which the contestants take turns; the
+memory of keys and values; and the text's perplexity.
 
     python bench/real_model.py --out bench/results/real-model.json
 
@@ -40,6 +41,8 @@ from rewriter.demo.models import load_smollm2
 TEXT = Path(__file__).parent / "texts" / "from-sand-hill-to-pine.txt"
 ORIGINAL, COMPILED = "original", "original, torch.compile"
 CONTESTANTS = (ORIGINAL, COMPILED, "Exact()", "SlidingWindow(512, sinks=4)", "SeparatorMask(window=256)")
+FIRST = 256
+"""Tokens of a first call, which is to be compiling and not computing."""
 STEPS = 16
 """Tokens that are timed together, one after the other, over a cache."""
 
@@ -84,10 +87,10 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 @torch.no_grad()
-def first_call(contestant: str, text: Path, length: int) -> dict[str, float]:
+def first_call(contestant: str, text: Path) -> dict[str, float]:
     """In this process: seconds of the first prefill and the first `generate`, and how much the most resident memory has grown."""
     model, tokenizer = load_smollm2()
-    ids = tokens_of(tokenizer, text, length)
+    ids = tokens_of(tokenizer, text, FIRST)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     call = callable_of(contestant, model, tokenizer)
     result = {"prefill": seconds_of(lambda: prefill(call, ids))}
@@ -97,8 +100,8 @@ def first_call(contestant: str, text: Path, length: int) -> dict[str, float]:
     return result
 
 
-def in_new_process(contestant: str, text: Path, length: int, cache: str) -> dict[str, float]:
-    arguments = ["--first-call", contestant, "--text", str(text), "--length", str(length)]
+def in_new_process(contestant: str, text: Path, cache: str) -> dict[str, float]:
+    arguments = ["--first-call", contestant, "--text", str(text)]
     done = subprocess.run(
         [sys.executable, __file__, *arguments, "--threads", str(torch.get_num_threads())],
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
@@ -115,7 +118,7 @@ def stepper(contestant: str, call: Any, ids: Tensor) -> tuple[Callable[[], None]
     from transformers import DynamicCache
 
     own = isinstance(call, rewriter.OptimizedModel)
-    cache: Any = call.new_cache(ids.size(1) + 4096) if own else DynamicCache(config=call.config)
+    cache: Any = call.new_cache(ids.size(1) + 1024) if own else DynamicCache(config=call.config)
     call(input_ids=ids, past_key_values=cache, logits_to_keep=1)
 
     def steps() -> None:
@@ -135,8 +138,8 @@ def measure(text: Path, length: int, rounds: int, done: dict[str, Any], save: Ca
         if contestant in done:
             continue
         with tempfile.TemporaryDirectory() as cache:
-            cold = in_new_process(contestant, text, length, cache)
-            warm = in_new_process(contestant, text, length, cache)
+            cold = in_new_process(contestant, text, cache)
+            warm = in_new_process(contestant, text, cache)
         done[contestant] = {"cold": cold, "warm": warm}
         save()
         print(f"{contestant}: first call {cold['prefill']:.1f} s, warm {warm['prefill']:.1f} s", flush=True)
@@ -176,10 +179,10 @@ def table(result: dict[str, Any]) -> Table:
     columns = (
         "prefill",
         "one more token",
-        "keys and values",
+        "memory of keys and values",
         "perplexity",
         "first call, warm",
-        "first generate",
+        "first generate, warm",
         "memory",
     )
     for column in ("", *columns):
@@ -193,7 +196,7 @@ def table(result: dict[str, Any]) -> Table:
             f"{row['kept'] / original['kept']:.0%}",
             f"{row['perplexity']:.2f}",
             f"{row['cold']['prefill']:.0f} s, {row['warm']['prefill']:.0f} s",
-            f"{row['cold']['generate']:.0f} s",
+            f"{row['cold']['generate']:.0f} s, {row['warm']['generate']:.0f} s",
             f"{row['cold']['memory_bytes'] / 2**20:,.0f} MiB",
         )
     return shown
@@ -209,7 +212,7 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     if first:
-        print(json.dumps(first_call(first, text, length)))
+        print(json.dumps(first_call(first, text)))
         return
     settings = {"text": text.name, "length": length, "threads": threads, "torch": torch.__version__}
     result: dict[str, Any] = {**settings, "contestants": {}}

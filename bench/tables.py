@@ -102,7 +102,7 @@ def attention_cpu(read: Results) -> str:
 
 
 def summary(read: Results) -> str:
-    """Forward and backward against dense causal attention: the CPU kernel, and the whole operator on the GPU."""
+    """Forward and backward against dense causal attention: the CPU kernel, and the whole operator on the GPU; a whole model."""
     lengths = (4096, 16384, 32768)
     cpu = {(r["mask"], r["length"]): r for r in read("attention-cpu")["results"]}
     gpu = {(r["mask"], r["length"]): r for r in read("kernels-h200")["results"]}
@@ -113,6 +113,11 @@ def summary(read: Results) -> str:
         rows.append(("CPU", _cpu_mask(name), *cells))
     for name in MASKS:
         rows.append(("GPU", _gpu_mask(name), *(_operator(gpu.get((name, n))) for n in lengths)))
+    real = read("real-model")
+    assert real["length"] == lengths[0]
+    prefill = {name: row["prefill"] for name, row in real["contestants"].items()}
+    for name in (name for name in prefill if "(" in name):
+        rows.append(("CPU, SmolLM2-135M", f"`{name}`", f"{prefill['original'] / prefill[name]:.2f}x", "-", "-"))
     return markdown(("", "mask", *(f"{n:,} tokens" for n in lengths)), rows, text_columns=2)
 
 
@@ -190,6 +195,63 @@ def grouping(read: Results) -> str:
         for r in read("work-ratio")["grouping"]
     )
     return markdown(header, rows, text_columns=0)
+
+
+def real_model(read: Results) -> str:
+    """`bench/real_model.py`, as it prints it."""
+    rows = read("real-model")["contestants"]
+    original = rows["original"]
+    header = ("", "prefill", "one more token", "memory of keys and values", "perplexity")
+    header += ("first call, with a warm cache", "first generate, with a warm cache")
+    return markdown(
+        header,
+        (
+            (
+                f"`{name}`" if "(" in name else name,
+                f"{original['prefill'] / row['prefill']:.2f}x",
+                f"{original['token'] / row['token']:.2f}x",
+                f"{row['kept'] / original['kept']:.0%}",
+                f"{row['perplexity']:.2f}",
+                *(f"{row['cold'][what]:.0f} s, {row['warm'][what]:.0f} s" for what in ("prefill", "generate")),
+            )
+            for name, row in rows.items()
+        ),
+    )
+
+
+def crossover(read: Results) -> str:
+    """Speed relative to torch's causal kernel, measured and predicted, of 8 query heads of 64."""
+    result = read("crossover-cpu")
+    rows = []
+    for mode in ("forward", "training"):
+        own = {(r["kernel"], r["mask"], r["length"]): r for r in result[mode] if r["heads"] == [8, 2, 64]}
+        lengths = sorted({length for _, _, length in own})
+        for kernel, mask in dict.fromkeys((k, m) for k, m, _ in own if k != "causal"):
+            cells = []
+            for length in lengths:
+                point, base = own.get((kernel, mask, length)), own["causal", "causal", length]
+                if point is None:
+                    cells.append("-")
+                    continue
+                measured, predicted = (base[what] / point[what] for what in ("seconds", "predicted"))
+                cells.append(f"{measured:.2f}x ({predicted:.2f}x)")
+            name = "torch's kernel under a mask" if kernel == "masked" else mask
+            rows.append((mode.replace("training", "forward and backward"), name, *cells))
+    return markdown(("", "mask", *(f"{n:,}" for n in lengths)), rows, text_columns=2)
+
+
+def never_slower(read: Results) -> str:
+    """`bench/never_slower.py`: speed relative to the faster of the original and `torch.compile`."""
+    seconds = read("never-slower")["seconds"]
+    originals = ("original", "torch.compile")
+    policies = [name for name in next(iter(seconds.values())) if name not in originals]
+    rows = []
+    for place, own in seconds.items():
+        model, mode, batch, length = place.split()
+        fastest = min(own[name] for name in originals if name in own)
+        rows.append((model, mode, batch, f"{int(length):,}", *(f"{fastest / own[name]:.2f}x" for name in policies)))
+    header = ("model", "mode", "rows", "tokens", *(f"`{name}`" if "(" in name else name for name in policies))
+    return markdown(header, rows, text_columns=2)
 
 
 def compile_time(read: Results) -> str:
@@ -469,6 +531,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "gpu-kernels": gpu_kernels,
     "work-ratio": work_ratio,
     "grouping": grouping,
+    "real-model": real_model,
+    "crossover": crossover,
+    "never-slower": never_slower,
     "compile-time": compile_time,
     "generate": generate,
     "prefill": prefill,

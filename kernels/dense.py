@@ -38,12 +38,17 @@ def dense_mask(
     return torch.where(visible, added, float("-inf")), sees
 
 
+def _is_grouped(query: Tensor, key: Tensor) -> bool:
+    """Whether query heads share KV heads; numbers of heads may be symbols, of which nothing is to be assumed."""
+    return str(query.size(1)) != str(key.size(1))
+
+
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sees: Tensor, scale: float | None
 ) -> Tensor:
     """`[B, Hq, Q, D]` under a `dense_mask`; grouped heads are not repeated, a row that sees no key is 0."""
     output = scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.size(1) != key.size(1)
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=_is_grouped(query, key)
     )
     return output.masked_fill(~sees, 0)
 
@@ -51,5 +56,5 @@ def masked_attention(
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
     """`[B, Hq, Q, D]` without a mask, or causal, of as many queries as keys."""
     return scaled_dot_product_attention(
-        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=query.size(1) != key.size(1)
+        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=_is_grouped(query, key)
     )

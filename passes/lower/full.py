@@ -34,31 +34,46 @@ from torch.fx import GraphModule
 from torch.fx import Node
 
 from rewriter.errors import PolicyError
+from rewriter.errors import RewriteError
 
 aten = torch.ops.aten
 
 
 def lower(module: GraphModule, planned: list[PlannedSite]) -> int:
-    """Replaces the sites that have a proof and no reason against them, in place; returns how many."""
+    """Replaces the sites that have a proof and no reason against them, in place; returns how many.
+
+    Raises:
+        RewriteError: one would still be computed as it was.
+    """
     shared: dict[Any, tuple[Node, ...]] = {}
-    replaced = 0
+    replaced: dict[Node, Node] = {}
     for plan in planned:
         if plan.reason is None and plan.proof is not None:
             commit(plan.site)
-            _replace(plan, plan.proof, shared)
-            replaced += 1
+            replaced[plan.site.node] = _replace(plan, plan.proof, shared, replaced)
     module.graph.eliminate_dead_code()
+    left = [node for node in module.graph.nodes if node in replaced]
+    if left:  # it would be computed without the policy
+        raise RewriteError(f"{left[0].name} was replaced and is still used; please report this, with the model")
     module.graph.lint()
     module.recompile()
-    return replaced
+    return len(replaced)
 
 
-def _replace(plan: PlannedSite, proof: MaskProof, shared: dict[Any, tuple[Node, ...]]) -> None:
+def _replace(
+    plan: PlannedSite, proof: MaskProof, shared: dict[Any, tuple[Node, ...]], replaced: dict[Node, Node]
+) -> Node:
+    """What stands for a site now.
+
+    Args:
+        shared: ranges and masks that several sites have in common.
+        replaced: what stands for each site before; this one's query, key or value may be such a site.
+    """
     site = plan.site
     assert site.query is not None and site.key is not None and site.value is not None
     graph = site.node.graph
     with graph.inserting_before(site.node):
-        tensors = (site.query, site.key, site.value)
+        tensors = tuple(replaced.get(node, node) for node in (site.query, site.key, site.value))
         if len(site.query.meta["val"].shape) == 3:
             tensors = tuple(emit(graph, lambda x: (x.unsqueeze(1),), [t])[0] for t in tensors)  # type: ignore[assignment]
         query, key, value = tensors
@@ -79,6 +94,7 @@ def _replace(plan: PlannedSite, proof: MaskProof, shared: dict[Any, tuple[Node, 
             sinks = [] if site.sinks is None else [site.sinks]
             (result,) = emit(graph, attend, [query, key, value, *shared[sharing], *sinks], inherited(site.node))
     site.node.replace_all_uses_with(result)
+    return result
 
 
 def _over_live_ranges(site: AttentionSite) -> Callable[..., tuple[Tensor]]:

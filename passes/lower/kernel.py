@@ -9,9 +9,11 @@ from rewriter.passes.attention.site import AttentionSite
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.masks.expression import ZERO
 from rewriter.passes.masks.expression import Axis
+from rewriter.passes.masks.expression import linear_terms
 from rewriter.passes.masks.intervals import KEY
 from rewriter.passes.masks.intervals import NEVER_ENDS
 from rewriter.passes.masks.intervals import MaskProof
+from rewriter.passes.masks.intervals import flatten
 from rewriter.passes.policy import Policy
 
 CHOICES = ("auto", "live_range", "dense")
@@ -58,11 +60,15 @@ def plain_kernel(site: AttentionSite, proof: MaskProof) -> Kernel | None:
     assert site.query is not None and site.key is not None
     if proof.bias is not None:
         return None
-    bounds = (proof.interval.start, proof.interval.end)
-    if bounds == (ZERO, NEVER_ENDS):
+    starts = {start for start in flatten("max", proof.interval.start) if start != ZERO}
+    if proof.interval.end != NEVER_ENDS or len(starts) > 1:
+        return None
+    if not starts:
         return Kernel.FULL
+    terms = linear_terms(starts.pop()) or {}  # one may be written as j - 1 + 1
+    is_own_row = {term: factor for term, factor in terms.items() if factor} == {Axis(KEY): 1}
     is_square = str(shape(site.query)[-2]) == str(shape(site.key)[-2])
-    return Kernel.CAUSAL if is_square and bounds == (Axis(KEY), NEVER_ENDS) else None
+    return Kernel.CAUSAL if is_square and is_own_row else None
 
 
 def _reason_against_dense(policy: Policy, site: AttentionSite) -> str | None:

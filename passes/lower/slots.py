@@ -297,6 +297,7 @@ class SlotLowering(GraphCopy):
                     self._extend(tables[table], self.layout.tables[table], plan, proof)
                 result = self._replace(tables[table], plan, sites[number])
             node.replace_all_uses_with(result)
+            self.copies[plan.site.node] = result  # which may be the query, key or value of a later site
         self.check_numbering(self.planned[0].site.query)  # type: ignore[arg-type]
         return self.finish()
 

@@ -103,6 +103,7 @@ def lower_chunks(policy: ChunkedEviction, lowered: CachedLowering) -> GraphModul
             inputs = [query, key, value, start, end, index, query_rows, hides, *bias]
             output, *others = call(graph, attend, inputs, 1 + len(RESULTS), inherited(site.node))
         node.replace_all_uses_with(output)
+        copy.copies[site.node] = output  # which may be the query, key or value of a later site
         results += others
     end_of_graph = next(iter(reversed(graph.nodes)))
     end_of_graph.args = ((*end_of_graph.args[0], *results),)
