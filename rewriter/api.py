@@ -47,6 +47,7 @@ def optimize(
     backend: str = "inductor",
     strict: bool = False,
     kernel: str = "auto",
+    cache: str | Path | None = None,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     dump: str | Path | None = None,
     progress: bool = True,
@@ -65,6 +66,8 @@ def optimize(
         example_inputs: keyword arguments (a mapping) or positional ones to capture the model with now; otherwise it is
             captured at its first call. A policy with parameters needs to know the sites now: what is left out is then
             the model's own `dummy_inputs`, which the models of transformers have.
+        cache: folder for the code that is generated, so that another process, or another machine of the same kind, finds it there
+            and starts in a fraction of the time; torch's own folder when left out, which is temporary.
         dump: folder for the graph before and after each pass.
         progress: on a terminal, say what a call is doing that compiles for more than two seconds.
 
@@ -84,6 +87,7 @@ def optimize(
         backend=backend,
         strict=strict,
         kernel=kernel,
+        cache=None if cache is None else Path(cache).absolute(),
         dump=None if dump is None else Path(dump),
         progress=progress,
     )
@@ -104,6 +108,7 @@ def from_pretrained(
     backend: str | None = None,
     strict: bool | None = None,
     kernel: str | None = None,
+    cache: str | Path | None = None,
     **options: Any,
 ) -> OptimizedModel:
     """The optimized model that its `save_pretrained` wrote, with its policy and the policy's parameters.
@@ -113,6 +118,7 @@ def from_pretrained(
         model_class: loads the model, by `model_class.from_pretrained(folder, **options)`; when left out, the class that the
             configuration names, and for a folder of adapters peft's `AutoPeftModelForCausalLM`.
         backend, strict, kernel: as for `optimize`; as they were when left out.
+        cache: as for `optimize`.
         options: of the model's `from_pretrained`, such as `dtype` or `device_map`.
 
     Raises:
@@ -129,6 +135,7 @@ def from_pretrained(
         backend=settings["backend"] if backend is None else backend,
         strict=settings["strict"] if strict is None else strict,
         kernel=settings.get("kernel", "auto") if kernel is None else kernel,
+        cache=None if cache is None else Path(cache).absolute(),
     )
     _check_choices(fast.backend, fast.kernel)
     fast._set_parameters(read_parameters(folder) if policy.adds_parameters else {}, settings["parameter_sites"])

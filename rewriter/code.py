@@ -1,10 +1,14 @@
-"""Code for a rewritten graph, by Inductor: for layers that are alike, once."""
+"""Code for a rewritten graph, by Inductor: for layers that are alike, once; and where it is kept."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +39,28 @@ def generate_code(module: GraphModule, example_inputs: Sequence[Any]) -> Callabl
             log.info("layers are compiled one by one: %s: %s", type(error).__name__, error)
     whole: Any = compile_fx(module, list(example_inputs))
     return whole
+
+
+@contextmanager
+def kept_in(folder: Path | None) -> Iterator[None]:
+    """Inside, Inductor looks for code in this folder, and keeps what it makes there; in its own one where there is none.
+
+    torch's artifacts of a compilation (`torch.compiler.save_cache_artifacts`) hold no machine code for CPUs, which takes most of
+    the time; the folder does.
+    """
+    if folder is None:
+        yield
+        return
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _copy(module: GraphModule) -> GraphModule:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from rewriter.code import generate_code
+from rewriter.code import kept_in
 from rewriter.errors import CacheError
 from rewriter.errors import PolicyError
 from rewriter.errors import PolicyWarning
@@ -60,7 +61,7 @@ class OptimizedModel(ModelWrapper):
     Attributes:
         model: the original, whose parameters are shared.
         policy: the policy it was built with.
-        backend, strict, kernel, dump: as they were given to `optimize`.
+        backend, strict, kernel, cache, dump: as they were given to `optimize`.
         policy_parameters: the policy's own parameters, by site number and name; empty for most policies.
         report: every attention site, rewritten or refused, and why; filled at the first call.
     """
@@ -70,6 +71,7 @@ class OptimizedModel(ModelWrapper):
     backend: str
     strict: bool
     kernel: str
+    cache: Path | None
     dump: Path | None
     report: Report
     _base: OptimizedModel | None
@@ -91,6 +93,7 @@ class OptimizedModel(ModelWrapper):
         backend: str,
         strict: bool,
         kernel: str = "auto",
+        cache: Path | None = None,
         dump: Path | None = None,
         progress: bool = True,
     ) -> None:
@@ -100,6 +103,7 @@ class OptimizedModel(ModelWrapper):
         self.backend = backend
         self.strict = strict
         self.kernel = kernel
+        self.cache = cache
         self.dump = dump
         self.report = Report(subject=Subject.of(model, policy))
         self.policy_parameters = nn.ModuleDict()
@@ -145,6 +149,7 @@ class OptimizedModel(ModelWrapper):
                 backend=self.backend,
                 strict=self.strict,
                 kernel=self.kernel,
+                cache=self.cache,
                 dump=None if self.dump is None else self.dump / "base",
                 progress=self._progress.enabled,
             )
@@ -190,6 +195,7 @@ class OptimizedModel(ModelWrapper):
             backend=self.backend,
             strict=self.strict,
             kernel=self.kernel,
+            cache=self.cache,
             dump=self.dump,
             progress=self._progress.enabled,
         )
@@ -211,7 +217,7 @@ class OptimizedModel(ModelWrapper):
             )
         self._has_run[0] = True
         given = named_arguments(self.model, args, kwargs)
-        with self._progress.watch(given):
+        with self._progress.watch(given), kept_in(self.cache):
             return self._run_as_asked(args, kwargs, given)
 
     def _run_as_asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
@@ -326,7 +332,7 @@ class OptimizedModel(ModelWrapper):
                 f"{type(self.model).__name__} has no generate; models of transformers have, and others can be called step by "
                 "step with past_key_values=fast.new_cache(...)"
             )
-        with self._progress.watch({"input_ids": inputs, **options}):
+        with self._progress.watch({"input_ids": inputs, **options}), kept_in(self.cache):
             return self._generate(inputs, query_ids, chunk_batch, past_key_values, prefill_chunk, options)
 
     def _generate(

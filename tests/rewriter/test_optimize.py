@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -470,3 +472,27 @@ def test_attributes_of_the_wrapper_are_not_set_on_a_model_that_has_them(tiny_mod
     fast = rewriter.optimize(model, rewriter.SlidingWindow(4), kernel="live_range")
     assert [getattr(model, name) for name in names] == [f"the model's {name}" for name in names]
     assert fast.policy == rewriter.SlidingWindow(4) and fast.kernel == "live_range"
+
+
+def test_code_is_kept_in_a_folder_and_found_there(
+    tiny_model: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts: the second time no graph is lowered."""
+    from torch._inductor.graph import GraphLowering
+
+    lowered: list[str] = []
+    own = GraphLowering.run
+    monkeypatch.setattr(GraphLowering, "run", lambda self, *args: lowered.append("graph") or own(self, *args))
+    ids = torch.randint(0, 64, (2, 12))
+    folder, before = tmp_path / "code", os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    counts, outputs = [], []
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        fast = rewriter.optimize(tiny_model("llama", "sdpa").eval(), rewriter.SlidingWindow(4), cache=folder)
+        with torch.no_grad():
+            outputs.append(fast(input_ids=ids, use_cache=False).logits)
+        counts.append(len(lowered))
+    assert list(folder.rglob("*.so")) and os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
+    assert counts[0] >= 1 and counts[1] == counts[0]
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)

@@ -87,3 +87,17 @@ def test_other_ranges_of_the_same_sizes_are_seen(monkeypatch: pytest.MonkeyPatch
             expected = reference.live_range_attention(*tensors, live)
             torch.testing.assert_close(live_range_attention(*tensors, live), expected)
     assert fused_tiles._KNOWN.find((tensors[0].shape[:3], 2, torch.float32, 24), [live.start, live.end]) is None
+
+
+@through_the_operator
+def test_what_was_made_in_inference_mode_serves_training() -> None:
+    fused_tiles._KNOWN.clear()
+    live = LiveRanges.sliding_window(24, 5)
+    tensors = [torch.randn(1, 2, 24, 8) for _ in range(3)]
+    with torch.inference_mode():
+        first = live_range_attention(*tensors, live)
+    learning = [t.clone().requires_grad_() for t in tensors]
+    output = live_range_attention(*learning, live)
+    output.sum().backward()
+    torch.testing.assert_close(output.detach(), first.clone(), rtol=0, atol=0)
+    assert all(torch.isfinite(t.grad).all() for t in learning)
