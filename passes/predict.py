@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 import torch
 from rewriter.kernels import LiveRanges
+from rewriter.kernels.costs import Cost
 from rewriter.kernels.costs import Work
 from rewriter.kernels.costs import costs
 from rewriter.kernels.costs import fused_work
@@ -148,7 +149,10 @@ def will_not_pay(
     constants: Mapping[Node, Tensor],
     inputs: tuple[GraphInput, ...],
 ) -> WillNotPay | None:
-    """What is lost in time by the policy, at the lengths of the call; None where it gains, drops nothing, or is not known."""
+    """What is lost in time by the policy, at the lengths of the call; None where it gains, drops nothing, or is not known.
+
+    Nor is it asked of texts that are longer than `LONGEST`, which would take long.
+    """
     sites = [plan for plan in planned if plan.reason is None and not plan.policy.is_lossless]
 
     def at(length: int | None) -> tuple[int, float, float] | None:
@@ -159,6 +163,8 @@ def will_not_pay(
         live = sum(p.live_pairs for p in found) / max(1, sum(p.own_pairs for p in found))
         return max(p.num_keys for p in found), len(speeds) / sum(1 / speed for speed in speeds), live
 
+    if any(not _has_speed(plan) or _traced_keys(plan) > LONGEST for plan in sites):
+        return None
     now = at(None)
     if now is None or now[1] >= 1:
         return None
@@ -200,7 +206,7 @@ def _predict(
         return pairs * query_heads // ranges.shape[1]
 
     width = key[-1] + value[-1]
-    is_plain = site.softcap is None and proof.bias is None and not plan.policy.has_bias
+    is_plain = _is_plain(plan)
     kernel, work = _work(plan.kernel, live, query, key, width, is_plain)
     slot = heads * width * site.key.meta["val"].element_size()
     pressure = live.pressure(rows)
@@ -259,14 +265,29 @@ def _speed(
     plan: PlannedSite, proof: MaskProof, own: LiveRanges, kernel: str, work: Work, query: list[int], key: list[int]
 ) -> float | None:
     """Relative to torch's kernel under the model's own mask: causal or full where that is all of it, else with a mask."""
-    device = plan.site.node.meta["val"].device.type
-    known = costs("cpu" if device == "meta" else device)
+    known = _costs_of(plan)
     if known is None:
         return None
     its_kernel = plain_kernel(plan.site, proof) or Kernel.MASKED
     name, its_work = _work(its_kernel, own, query, key, work.width, True)
     threads = torch.get_num_threads()
-    return known[name].seconds(its_work, threads) / known[kernel].seconds(work, threads)
+    its, ours = known[name].seconds(its_work, threads), known[kernel].seconds(work, threads)
+    return its / ours if its and ours else None  # neither of them sees anything
+
+
+def _costs_of(plan: PlannedSite) -> dict[str, Cost] | None:
+    """What the kernels of a site's device take; on no device, a CPU's."""
+    device = plan.site.node.meta["val"].device.type
+    return costs("cpu" if device == "meta" else device)
+
+
+def _is_plain(plan: PlannedSite) -> bool:
+    """Whether a site's logits are a product with a scale, and a mask."""
+    return plan.site.softcap is None and (plan.proof is None or plan.proof.bias is None) and not plan.policy.has_bias
+
+
+def _has_speed(plan: PlannedSite) -> bool:
+    return _is_plain(plan) and _costs_of(plan) is not None
 
 
 def _chosen_sizes(plan: PlannedSite, length: int | None) -> dict[sympy.Symbol, int]:
@@ -282,12 +303,18 @@ def _chosen_sizes(plan: PlannedSite, length: int | None) -> dict[sympy.Symbol, i
     if length is None:
         return symbols
     rows, keys = (_symbols_of(node) for node in (plan.site.query, plan.site.key))
-    size = shape(plan.site.key)[-2]
-    traced = int(size.node.expr.subs(symbols)) if isinstance(size, torch.SymInt) else size
+    traced = _traced_keys(plan)
     # A padding mask's length is a symbol of its own; it was the keys' when traced. Keys of a cache are left out.
     new = rows or keys
     chosen = {s: length if s in new or value == traced else value for s, value in symbols.items()}
     return {s: 0 if s in keys - new else value for s, value in chosen.items()}
+
+
+def _traced_keys(plan: PlannedSite) -> int:
+    """Keys of a site in the call that was traced."""
+    assert plan.site.key is not None
+    size = shape(plan.site.key)[-2]
+    return int(size.node.expr.subs(_chosen_sizes(plan, None))) if isinstance(size, torch.SymInt) else int(size)
 
 
 def _symbols_of(node: Node) -> set[sympy.Symbol]:

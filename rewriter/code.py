@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -31,10 +32,11 @@ def generate_code(module: GraphModule, example_inputs: Sequence[Any]) -> Callabl
 
     learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
     shared = module if learns else _copy(module)
-    if not learns and share_layers(shared):
+    if not learns:
         try:
-            compiled: Any = compile_fx(shared, list(example_inputs))
-            return compiled
+            if share_layers(shared):
+                compiled: Any = compile_fx(shared, list(example_inputs))
+                return compiled
         except Exception as error:
             log.info("layers are compiled one by one: %s: %s", type(error).__name__, error)
     whole: Any = compile_fx(module, list(example_inputs))
@@ -51,16 +53,31 @@ def kept_in(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name)
-    os.environ[name] = str(folder)
+    with _lock:
+        if not _folders:
+            _folders.append(os.environ.get(_VARIABLE))
+        _folders.append(str(folder))
+        os.environ[_VARIABLE] = str(folder)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        with _lock:
+            _folders.reverse()
+            _folders.remove(str(folder))
+            _folders.reverse()
+            present = _folders[-1]
+            if len(_folders) == 1:
+                _folders.clear()
+            if present is None:
+                os.environ.pop(_VARIABLE, None)
+            else:
+                os.environ[_VARIABLE] = present
+
+
+_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+_folders: list[str | None] = []
+"""What the variable was before, and the folders of the calls that run now, in several threads perhaps: the last one holds."""
+_lock = threading.Lock()
 
 
 def _copy(module: GraphModule) -> GraphModule:

@@ -81,7 +81,7 @@ class OptimizedModel(ModelWrapper):
     _decoder: Decoder | None
     _has_output_hooks: bool
     _has_run: list[bool]
-    _is_real_call: bool
+    _asks_whether_it_pays: list[bool]
     _parameter_sites: dict[int, str]
     _progress: Progress
 
@@ -108,8 +108,8 @@ class OptimizedModel(ModelWrapper):
         self.report = Report(subject=Subject.of(model, policy))
         self.policy_parameters = nn.ModuleDict()
         self._parameter_sites = {}
-        self._is_real_call = True
-        self._has_run = [False]  # in a list, which is shared with `base_model`
+        self._has_run = [False]  # in a list, which is shared with `base_model`; so is the next
+        self._asks_whether_it_pays = [True]
         self._base = None
         self._compile()
 
@@ -154,6 +154,7 @@ class OptimizedModel(ModelWrapper):
                 progress=self._progress.enabled,
             )
             known.report, known.policy_parameters, known._has_run = self.report, self.policy_parameters, self._has_run
+            known._asks_whether_it_pays = self._asks_whether_it_pays
             prefix = re.compile(rf"(^| ){re.escape(self.model.base_model_prefix)}\.")
             known._parameter_sites = {k: prefix.sub(r"\1", name) for k, name in self._parameter_sites.items()}
             self.__dict__["_base"] = known
@@ -410,7 +411,8 @@ class OptimizedModel(ModelWrapper):
         """
         from rewriter.chunked.reading import read
 
-        return read(self.policy, lambda: self.decoder, context_ids, query_ids, attention_mask, chunk_batch, options)
+        with kept_in(self.cache):
+            return read(self.policy, lambda: self.decoder, context_ids, query_ids, attention_mask, chunk_batch, options)
 
     def answer(self, context: str, query: str, *, tokenizer: Any, chunk_batch: int = 4, **options: Any) -> str:
         """What the model says to a query about a context, both text, under `ChunkedEviction`.
@@ -477,11 +479,11 @@ class OptimizedModel(ModelWrapper):
     @contextmanager
     def _not_real_calls(self) -> Iterator[None]:
         """Inside, calls only prepare others, which may be longer: whether the policy pays is not asked."""
-        known, self._is_real_call = self._is_real_call, False
+        known, self._asks_whether_it_pays[0] = self._asks_whether_it_pays[0], False
         try:
             yield
         finally:
-            self._is_real_call = known
+            self._asks_whether_it_pays[0] = known
 
     def save_pretrained(
         self, save_directory: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, **options: Any
@@ -591,13 +593,13 @@ class OptimizedModel(ModelWrapper):
 
     def _backend(self, graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         self._progress.doing("proving masks and rewriting attention")
-        asks = self._is_real_call and not self.policy.is_lossless
+        asks = self._asks_whether_it_pays[0] and not self.policy.is_lossless
         result = rewrite(
             graph, example_inputs, self.policy, kernel=self.kernel, asks_whether_it_pays=asks, dump=self.dump
         )
         self._take(result)
         if result.will_not_pay is not None:
-            self._is_real_call = False  # said once
+            self._asks_whether_it_pays[0] = False  # said once
             self._warn_of_speed(result.will_not_pay)
         for name in result.constants:
             buffer = self.model.get_buffer(name)

@@ -27,6 +27,7 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch.fx import Graph
 from torch.fx import GraphModule
 from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FEWEST = 4
 """Layers that must be alike: for fewer, the calls cost more than they spare."""
@@ -60,7 +61,13 @@ def share_layers(module: GraphModule) -> int:
         return 0
     _take_sizes_from_inputs(graph)
     shared, replaced = 0, dict[Node, Node]()
-    for spans in _lists_of_layers(graph):
+    done: set[str] = set()
+    # Found anew after each: the layers of one list may lie within those of another.
+    while (
+        found := next(((name, spans) for name, spans in _lists_of_layers(graph) if name not in done), None)
+    ) is not None:
+        name, spans = found
+        done.add(name)
         _move_what_layers_share(graph, spans)
         regions = [_region(span) for span in spans]
         alike: dict[Any, list[Region]] = {}
@@ -79,9 +86,12 @@ def share_layers(module: GraphModule) -> int:
 
 
 def _must_stay_in_place(node: Node) -> bool:
-    """What a subgraph would change the meaning of: writes, random numbers, other subgraphs and submodules."""
+    """What a subgraph would change the meaning of, or cannot take: writes, random numbers, submodules, weights that are more
+    than one tensor."""
     if node.op == "call_module":
         return True
+    if node.op == "placeholder":
+        return is_traceable_wrapper_subclass(node.meta.get("val"))
     if not isinstance(node.target, torch._ops.OpOverload):
         return isinstance(node.target, torch._ops.HigherOrderOperator)
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:  # whose tag is for its dropout
@@ -118,8 +128,8 @@ def _layer_of(node: Node) -> tuple[str, int] | None:
     return (found[1], int(found[2])) if found else None
 
 
-def _lists_of_layers(graph: Graph) -> list[list[list[Node]]]:
-    """Of each list of modules that run one after the other, the nodes from each module's first to the next one's first."""
+def _lists_of_layers(graph: Graph) -> list[tuple[str, list[list[Node]]]]:
+    """Each list of modules that run one after the other: its name, and the nodes from each module's first to the next one's."""
     places: dict[str, dict[int, list[int]]] = {}
     nodes = list(graph.nodes)
     for place, node in enumerate(nodes):
@@ -127,13 +137,13 @@ def _lists_of_layers(graph: Graph) -> list[list[list[Node]]]:
         if layer is not None and node.op == "call_function":
             places.setdefault(layer[0], {}).setdefault(layer[1], []).append(place)
     found = []
-    for of_layer in places.values():
+    for name, of_layer in places.items():
         in_order = [of_layer[number] for number in sorted(of_layer)]
         one_after_the_other = all(a[-1] < b[0] for a, b in itertools.pairwise(in_order))
         if len(in_order) < FEWEST or not one_after_the_other:
             continue
         ends = [own[0] for own in in_order[1:]] + [in_order[-1][-1] + 1]
-        found.append([nodes[own[0] : end] for own, end in zip(in_order, ends, strict=True)])
+        found.append((name, [nodes[own[0] : end] for own, end in zip(in_order, ends, strict=True)]))
     return found
 
 
@@ -182,7 +192,7 @@ def _region(nodes: list[Node]) -> Region | None:
     outputs = tuple(node for node in nodes if any(user not in own for user in node.users))
     if not all(isinstance(node.meta.get("val"), Tensor) for node in outputs):
         return None
-    if not all(_makes_new_memory(node) for node in outputs):
+    if not outputs or not all(_makes_new_memory(node) for node in outputs):
         return None
     signature = (tuple(described), tuple(_value(n) for n in inputs), tuple(own[n] for n in outputs))
     return Region(tuple(nodes), tuple(inputs), outputs, signature)

@@ -75,7 +75,7 @@ def _replace(
     with graph.inserting_before(site.node):
         tensors = tuple(replaced.get(node, node) for node in (site.query, site.key, site.value))
         if len(site.query.meta["val"].shape) == 3:
-            tensors = tuple(emit(graph, lambda x: (x.unsqueeze(1),), [t])[0] for t in tensors)  # type: ignore[assignment]
+            tensors = tuple(emit(graph, lambda x: (x.unsqueeze(1),), [t])[0] for t in tensors)
         query, key, value = tensors
         if plan.kernel in (Kernel.CAUSAL, Kernel.FULL):
             dense = AttendDense(site, plan.kernel is Kernel.CAUSAL)

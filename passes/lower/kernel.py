@@ -46,7 +46,7 @@ def choose_kernel(choice: str, policy: Policy, site: AttentionSite, proof: MaskP
     """
     if choice == "live_range" or (choice == "auto" and not _drops_nothing(policy)):
         return Kernel.LIVE_RANGE
-    unsupported = _reason_against_dense(policy, site)
+    unsupported = _reason_against_dense(policy, site, proof)
     plain = plain_kernel(site, proof)
     if unsupported is None and _drops_nothing(policy) and plain is not None:
         return plain
@@ -71,7 +71,7 @@ def plain_kernel(site: AttentionSite, proof: MaskProof) -> Kernel | None:
     return Kernel.CAUSAL if is_square and is_own_row else None
 
 
-def _reason_against_dense(policy: Policy, site: AttentionSite) -> str | None:
+def _reason_against_dense(policy: Policy, site: AttentionSite, proof: MaskProof) -> str | None:
     """Why `scaled_dot_product_attention` cannot compute a site, or would do so without a fused kernel."""
     assert site.query is not None and site.key is not None and site.value is not None
     if site.softcap is not None:
@@ -83,6 +83,8 @@ def _reason_against_dense(policy: Policy, site: AttentionSite) -> str | None:
     if shape(site.key)[-1] != shape(site.value)[-1]:
         return "scaled_dot_product_attention has no fused kernel for values of another width than keys"
     value = site.query.meta["val"]
+    if (proof.bias is not None or policy.has_bias) and value.dtype.itemsize < 4:
+        return f"scaled_dot_product_attention would round the key's bias to {value.dtype}"
     heads = [shape(node)[1] for node in (site.query, site.key) if len(shape(node)) == 4]
     if value.device.type == "cuda" and value.dtype == torch.float32 and len({str(size) for size in heads}) > 1:
         return "scaled_dot_product_attention has no fused kernel for grouped heads in fp32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +33,7 @@ def signature_of(model: Any) -> Mapping[str, Any]:
     """The arguments of a model's forward; under peft those of the model inside, which peft passes on."""
     forward = base_model(model).forward
     function = getattr(forward, "__func__", None)
-    if function is None:
+    if not isinstance(function, types.FunctionType):
         return inspect.signature(forward).parameters
     # Asked at each call, and 60 microseconds each time.
     known = _SIGNATURES.get(function)

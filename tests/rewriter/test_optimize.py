@@ -496,3 +496,22 @@ def test_code_is_kept_in_a_folder_and_found_there(
     assert list(folder.rglob("*.so")) and os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
     assert counts[0] >= 1 and counts[1] == counts[0]
     torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+def test_folders_of_calls_that_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two threads may: each leaves what the other needs, and the last one what was there before."""
+    from rewriter.code import kept_in
+
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    for before in (None, "own"):
+        if before is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, before)
+        first, second = kept_in(tmp_path / "a"), kept_in(tmp_path / "b")
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert os.environ[name] == str(tmp_path / "b")
+        second.__exit__(None, None, None)
+        assert os.environ.get(name) == before

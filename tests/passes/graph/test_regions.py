@@ -209,3 +209,44 @@ def test_with_gradients_each_layer_has_code_of_its_own(
         ).loss.backward()
     for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-9, atol=1e-11)
+
+
+class Interleaved(nn.Module):
+    """Two lists of modules that run in turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList(Scaled(1) for _ in range(6))
+        self.feeds = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+        x = nn.functional.one_hot(input_ids % 8, 8).float()
+        for attention, feed in zip(self.attentions, self.feeds, strict=True):
+            x = attention(x)
+            x = x + feed(x)
+        return x
+
+
+@torch.no_grad()
+def test_lists_that_run_in_turns_are_cut_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    module, inputs = rewritten(Interleaved(), Exact(), monkeypatch)
+    (before,) = module(*inputs)
+    shared = share_layers(module)
+    assert shared == len(calls(module)) and 5 <= shared <= 6
+    assert not [w for w in recwarn.list if "erase_node" in str(w.message)]
+    torch.testing.assert_close(module(*inputs)[0], before, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_what_cannot_be_shared_is_compiled_as_it_is(
+    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(module: GraphModule) -> int:
+        raise AssertionError("a graph that nobody thought of")
+
+    monkeypatch.setattr("rewriter.code.share_layers", fails)
+    model = tiny_model("gpt2", "sdpa", layers=2).double().eval()
+    fast = rewriter.optimize(model, strict=True)
+    torch.testing.assert_close(fast(input_ids=IDS, use_cache=False).logits, model(input_ids=IDS).logits)

@@ -114,3 +114,20 @@ def test_the_choice_is_saved_with_the_model(tiny_model: Callable[..., nn.Module]
     fast.save_pretrained(tmp_path)
     assert rewriter.from_pretrained(tmp_path).kernel == "live_range"
     assert rewriter.from_pretrained(tmp_path, kernel="dense").kernel == "dense"
+
+
+class Biased(nn.Module):
+    """Attention in 16 bits with a bias of each key in fp32, as eager attention has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = (x @ x.transpose(-2, -1)).float() + 0.5 * torch.arange(x.size(-2)).float()
+        return logits.softmax(-1).to(x.dtype) @ x
+
+
+def test_a_bias_is_not_rounded_to_16_bits() -> None:
+    x = torch.randn(3, 2, 40, 8).bfloat16()
+    with pytest.raises(RewriteError, match=r"would round the key's bias to torch.bfloat16; use kernel='auto'"):
+        rewriter.optimize(Biased(), kernel="dense", backend="eager", strict=True)(x)
+    for kernel in ("auto", "dense"):
+        wide = rewriter.optimize(Biased(), kernel=kernel, backend="eager", strict=True)(x.float())
+        torch.testing.assert_close(wide, Biased()(x.float()))

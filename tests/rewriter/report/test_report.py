@@ -264,3 +264,36 @@ def test_a_policy_that_pays_says_nothing(tiny_model: Any, monkeypatch: pytest.Mo
     with warnings.catch_warnings():
         warnings.simplefilter("error", rewriter.SpeedWarning)
         fast(input_ids=torch.zeros(2, 512, dtype=torch.long), use_cache=False)
+
+
+class OddMask(nn.Module):
+    """Causal attention with a mask that a prediction meets with data or lengths that the model never has."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.embedding = kind, nn.Embedding(64, 8)
+        self.register_buffer("keep", torch.ones(100, dtype=torch.bool))
+
+    def forward(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids).unsqueeze(1)
+        length = input_ids.size(1)
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        mask = mask & (self.keep[:length] if self.kind == "a buffer of some length" else ~hidden[:, None, None, :])
+        return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+@pytest.mark.parametrize("kind", ["a buffer of some length", "what is true is hidden"])
+def test_a_prediction_never_fails_a_call(kind: str) -> None:
+    ids = torch.randint(0, 64, (2, 24))
+    model, hidden = OddMask(kind), torch.zeros(2, 24, dtype=torch.bool)
+    i, j = torch.arange(24)[:, None], torch.arange(24)[None, :]
+    x = model.embedding(ids).unsqueeze(1)
+    expected = nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=(j <= i) & (i - j < 4))
+    fast = rewriter.optimize(model, rewriter.SlidingWindow(4), backend="eager", strict=True)
+    torch.testing.assert_close(fast(ids, hidden), expected)
+
+
+def test_a_call_of_no_rows_is_not_failed_either() -> None:
+    fast = rewriter.optimize(OddMask("a buffer of some length"), rewriter.SeparatorMask((3,)), backend="eager")
+    ids = torch.zeros(0, 24, dtype=torch.long)
+    assert fast(ids, torch.zeros(0, 24, dtype=torch.bool)).shape == (0, 1, 24, 8)
