@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -472,46 +470,3 @@ def test_attributes_of_the_wrapper_are_not_set_on_a_model_that_has_them(tiny_mod
     fast = rewriter.optimize(model, rewriter.SlidingWindow(4), kernel="live_range")
     assert [getattr(model, name) for name in names] == [f"the model's {name}" for name in names]
     assert fast.policy == rewriter.SlidingWindow(4) and fast.kernel == "live_range"
-
-
-def test_code_is_kept_in_a_folder_and_found_there(
-    tiny_model: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Counts: the second time no graph is lowered."""
-    from torch._inductor.graph import GraphLowering
-
-    lowered: list[str] = []
-    own = GraphLowering.run
-    monkeypatch.setattr(GraphLowering, "run", lambda self, *args: lowered.append("graph") or own(self, *args))
-    ids = torch.randint(0, 64, (2, 12))
-    folder, before = tmp_path / "code", os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    counts, outputs = [], []
-    for _ in range(2):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        fast = rewriter.optimize(tiny_model("llama", "sdpa").eval(), rewriter.SlidingWindow(4), cache=folder)
-        with torch.no_grad():
-            outputs.append(fast(input_ids=ids, use_cache=False).logits)
-        counts.append(len(lowered))
-    assert list(folder.rglob("*.so")) and os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
-    assert counts[0] >= 1 and counts[1] == counts[0]
-    torch.testing.assert_close(*outputs, rtol=0, atol=0)
-
-
-def test_folders_of_calls_that_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As two threads may: each leaves what the other needs, and the last one what was there before."""
-    from rewriter.code import kept_in
-
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    for before in (None, "own"):
-        if before is None:
-            monkeypatch.delenv(name, raising=False)
-        else:
-            monkeypatch.setenv(name, before)
-        first, second = kept_in(tmp_path / "a"), kept_in(tmp_path / "b")
-        first.__enter__()
-        second.__enter__()
-        first.__exit__(None, None, None)
-        assert os.environ[name] == str(tmp_path / "b")
-        second.__exit__(None, None, None)
-        assert os.environ.get(name) == before

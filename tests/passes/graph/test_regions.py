@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -159,58 +158,6 @@ def test_layers_that_may_return_what_they_are_given_are_left(monkeypatch: pytest
     assert share_layers(module) == 0
 
 
-def graphs_compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The nodes of each graph that Inductor lowers from here on."""
-    from torch._inductor.graph import GraphLowering
-
-    found: list[int] = []
-    own = GraphLowering.run
-
-    def run(self: GraphLowering, *args: Any) -> Any:
-        found.append(len(self.module.graph.nodes))
-        return own(self, *args)
-
-    monkeypatch.setattr(GraphLowering, "run", run)
-    return found
-
-
-@torch.no_grad()
-def test_the_compiler_sees_one_layer(tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts, not times: more layers make the graph longer by their calls alone. And the results are those of each layer."""
-    nodes = []
-    for layers in (4, 8):
-        torch._dynamo.reset()
-        model = tiny_model("gpt2", "sdpa", layers=layers).double().eval()
-        fast, slow = (rewriter.optimize(model, SlidingWindow(4), backend=b) for b in ("inductor", "eager"))
-        with monkeypatch.context() as patch, torch._inductor.utils.fresh_inductor_cache():
-            compiled = graphs_compiled(patch)
-            outputs = [fast(input_ids=IDS, use_cache=False).logits]
-        nodes.append(compiled)
-        outputs.append(slow(input_ids=IDS, use_cache=False).logits)
-        torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(
-            *(m(input_ids=IDS[:, :9], use_cache=False).logits for m in (fast, slow)), rtol=1e-9, atol=1e-11
-        )
-    (few_whole, few_layer), (many_whole, many_layer) = nodes
-    weights, parts = 12, 4  # of a block of GPT-2; its call, its subgraph, and what comes out
-    assert many_layer == few_layer and many_whole - few_whole <= 4 * (weights + parts)
-
-
-def test_with_gradients_each_layer_has_code_of_its_own(
-    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch 2.13 computes wrong gradients of GPT-2's layers where they are subgraphs."""
-    model = tiny_model("gpt2", "sdpa", layers=4).double().eval()
-    plain = copy.deepcopy(model)
-    monkeypatch.setattr("rewriter.code.share_layers", lambda module: pytest.fail("layers must not be shared"))
-    for each, backend in ((model, "inductor"), (plain, "eager")):
-        rewriter.optimize(each, SlidingWindow(4), backend=backend)(
-            input_ids=IDS, labels=IDS, use_cache=False
-        ).loss.backward()
-    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-9, atol=1e-11)
-
-
 class Interleaved(nn.Module):
     """Two lists of modules that run in turns."""
 
@@ -237,16 +184,3 @@ def test_lists_that_run_in_turns_are_cut_once(
     assert shared == len(calls(module)) and 5 <= shared <= 6
     assert not [w for w in recwarn.list if "erase_node" in str(w.message)]
     torch.testing.assert_close(module(*inputs)[0], before, rtol=0, atol=0)
-
-
-@torch.no_grad()
-def test_what_cannot_be_shared_is_compiled_as_it_is(
-    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(module: GraphModule) -> int:
-        raise AssertionError("a graph that nobody thought of")
-
-    monkeypatch.setattr("rewriter.code.share_layers", fails)
-    model = tiny_model("gpt2", "sdpa", layers=2).double().eval()
-    fast = rewriter.optimize(model, strict=True)
-    torch.testing.assert_close(fast(input_ids=IDS, use_cache=False).logits, model(input_ids=IDS).logits)

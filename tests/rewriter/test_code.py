@@ -1,0 +1,121 @@
+"""Code for a rewritten graph: one layer for all that are alike, none of it with gradients, and kept where it is asked to be."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.graph import GraphLowering
+from torch.fx import GraphModule
+
+import rewriter
+from rewriter import SlidingWindow
+from rewriter.code import kept_in
+
+IDS = torch.randint(0, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def graphs_compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The nodes of each graph that Inductor lowers from here on."""
+    found: list[int] = []
+    own = GraphLowering.run
+
+    def run(self: GraphLowering, *args: Any) -> Any:
+        found.append(len(self.module.graph.nodes))
+        return own(self, *args)
+
+    monkeypatch.setattr(GraphLowering, "run", run)
+    return found
+
+
+@torch.no_grad()
+def test_the_compiler_sees_one_layer(tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts, not times: more layers make the graph longer by their calls alone. And the results are those of each layer."""
+    nodes = []
+    for layers in (4, 8):
+        torch._dynamo.reset()
+        model = tiny_model("gpt2", "sdpa", layers=layers).double().eval()
+        fast, slow = (rewriter.optimize(model, SlidingWindow(4), backend=b) for b in ("inductor", "eager"))
+        with monkeypatch.context() as patch, torch._inductor.utils.fresh_inductor_cache():
+            compiled = graphs_compiled(patch)
+            outputs = [fast(input_ids=IDS, use_cache=False).logits]
+        nodes.append(compiled)
+        outputs.append(slow(input_ids=IDS, use_cache=False).logits)
+        torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(
+            *(m(input_ids=IDS[:, :9], use_cache=False).logits for m in (fast, slow)), rtol=1e-9, atol=1e-11
+        )
+    (few_whole, few_layer), (many_whole, many_layer) = nodes
+    weights, parts = 12, 4  # of a block of GPT-2; its call, its subgraph, and what comes out
+    assert many_layer == few_layer and many_whole - few_whole <= 4 * (weights + parts)
+
+
+def test_with_gradients_each_layer_has_code_of_its_own(
+    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.13 computes wrong gradients of GPT-2's layers where they are subgraphs."""
+    model = tiny_model("gpt2", "sdpa", layers=4).double().eval()
+    plain = copy.deepcopy(model)
+    monkeypatch.setattr("rewriter.code.share_layers", lambda module: pytest.fail("layers must not be shared"))
+    for each, backend in ((model, "inductor"), (plain, "eager")):
+        rewriter.optimize(each, SlidingWindow(4), backend=backend)(
+            input_ids=IDS, labels=IDS, use_cache=False
+        ).loss.backward()
+    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-9, atol=1e-11)
+
+
+@torch.no_grad()
+def test_what_cannot_be_shared_is_compiled_as_it_is(
+    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(module: GraphModule) -> int:
+        raise AssertionError("a graph that nobody thought of")
+
+    monkeypatch.setattr("rewriter.code.share_layers", fails)
+    model = tiny_model("gpt2", "sdpa", layers=2).double().eval()
+    fast = rewriter.optimize(model, strict=True)
+    torch.testing.assert_close(fast(input_ids=IDS, use_cache=False).logits, model(input_ids=IDS).logits)
+
+
+def test_code_is_kept_in_a_folder_and_found_there(
+    tiny_model: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts: the second time no graph is lowered."""
+    lowered = graphs_compiled(monkeypatch)
+    ids = torch.randint(0, 64, (2, 12))
+    folder, before = tmp_path / "code", os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    counts, outputs = [], []
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        fast = rewriter.optimize(tiny_model("llama", "sdpa").eval(), rewriter.SlidingWindow(4), cache=folder)
+        with torch.no_grad():
+            outputs.append(fast(input_ids=ids, use_cache=False).logits)
+        counts.append(len(lowered))
+    assert list(folder.rglob("*.so")) and os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
+    assert counts[0] >= 1 and counts[1] == counts[0]
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+def test_folders_of_calls_that_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two threads may: each leaves what the other needs, and the last one what was there before."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    for before in (None, "own"):
+        if before is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, before)
+        first, second = kept_in(tmp_path / "a"), kept_in(tmp_path / "b")
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert os.environ[name] == str(tmp_path / "b")
+        second.__exit__(None, None, None)
+        assert os.environ.get(name) == before
