@@ -82,11 +82,16 @@ def results(model: nn.Module, policy: Policy, choice: str, mask: Tensor | None) 
     return {"logits": logits.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
 
 
-@pytest.mark.parametrize("mask", [None, PADDED], ids=["whole", "padded"])
 @pytest.mark.parametrize(
-    "policy", [Exact(), SlidingWindow(4, sinks=1), SeparatorMask((3, 7, 40), window=3)], ids=lambda p: type(p).__name__
+    ("name", "policy", "mask"),
+    [
+        ("llama", Exact(), PADDED),
+        ("llama", SlidingWindow(4, sinks=1), None),
+        ("llama", SeparatorMask((3, 7, 40), window=3), PADDED),
+        ("gpt2", Exact(), None),
+    ],
+    ids=["exact, padded", "window", "separators, padded", "exact, heads not grouped"],
 )
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_each_choice_gives_the_same_results(
     tiny_model: Callable[..., nn.Module], name: str, policy: Policy, mask: Tensor | None
 ) -> None:
