@@ -286,8 +286,5 @@ def _subgraph(region: Region) -> GraphModule:
         copies[node] = graph.placeholder(f"input_{place}")
     for node in region.nodes:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
-        # Values as traced say nothing of gradients, and where there are values autograd asks them. Without, it asks the subgraph.
-        for name in ("val", "example_value", "tensor_meta"):
-            copies[node].meta.pop(name, None)
     graph.output(tuple(copies[node] for node in region.outputs))
     return GraphModule(torch.nn.Module(), graph)
