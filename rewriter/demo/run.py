@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,12 +164,17 @@ def _row(
         model.config.num_hidden_layers,
         model.config.num_attention_heads // model.config.num_key_value_heads,
     )
-    ranges = [policy_ranges(policy.for_layer(layer), ids) for layer in range(num_layers)]
-    computed = sum(computed_pairs(live, ids.size(1), group) for live in ranges)
-    visible = sum(live.live_pairs() for live in ranges)
+    policies = [policy.for_layer(layer) for layer in range(num_layers)]
+    ranges_of = {own: policy_ranges(own, ids) for own in set(policies)}
+    layers_of = Counter(policies)
     last = torch.tensor([ids.size(1) - 1])
-    live_keys = round(sum(int(live.live_counts(last).sum()) for live in ranges) / num_layers)
-    with _dense_masks(model, ranges):
+    computed = visible = live_keys = 0
+    for own, live in ranges_of.items():
+        computed += layers_of[own] * computed_pairs(live, ids.size(1), group)
+        visible += layers_of[own] * live.live_pairs()
+        live_keys += layers_of[own] * int(live.live_counts(last).sum())
+    live_keys = round(live_keys / num_layers)
+    with _dense_masks(model, [ranges_of[own] for own in policies]):
         difference = float((_logits(model, ids) - logits).abs().max())
     return Row(
         name=name,

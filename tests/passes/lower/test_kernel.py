@@ -1,124 +1,67 @@
-"""Which kernel computes a site, by what is proven of its mask and by what was asked for; the results are the same."""
+"""Which kernel computes a site, by what is proven of its mask and by what was asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from rewriter.passes.lower.kernel import CHOICES
 from rewriter.passes.lower.kernel import Kernel
 from torch import Tensor
 from torch import nn
 
 import rewriter
-from rewriter import Exact
-from rewriter import PerLayer
 from rewriter import Policy
 from rewriter import RewriteError
-from rewriter import SeparatorMask
 from rewriter import SlidingWindow
 
-IDS = torch.arange(36).view(3, 12) % 60
-PADDED = torch.ones(3, 12, dtype=torch.long)
-PADDED[1, :5] = 0
 CAUSAL, FULL, MASKED = (kernel.value for kernel in (Kernel.CAUSAL, Kernel.FULL, Kernel.MASKED))
 LIVE = Kernel.LIVE_RANGE.on("cpu")
+X = torch.randn(2, 3, 12, 8, generator=torch.Generator().manual_seed(1))
+KEEP = torch.ones(2, 12, dtype=torch.bool)
+KEEP[1, :5] = False
+
+attend = nn.functional.scaled_dot_product_attention
 
 
-def kernels(
-    model: nn.Module, policy: Policy | None = None, choice: str = "auto", mask: Tensor | None = None
-) -> list[str]:
-    """Of each site, by the report."""
-    given = {"input_ids": IDS, "attention_mask": mask}
-    if hasattr(model.config, "use_cache"):
-        given["use_cache"] = False
-    report = rewriter.explain(model.eval(), policy=policy, kernel=choice, **given)
-    assert not report.refused
-    return [site.kernel for site in report.sites]
+class Flag(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return attend(x, x, x, is_causal=True)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_torchs_own_kernel_where_a_mask_is_causal_and_nothing_else(
-    tiny_model: Callable[..., nn.Module], attention: str
-) -> None:
-    model = tiny_model("llama", attention)
-    assert kernels(model) == [CAUSAL, CAUSAL]
-    assert kernels(model, choice="live_range") == [LIVE, LIVE]
-    assert kernels(model, choice="dense") == [CAUSAL, CAUSAL]
+class Written(nn.Module):
+    """Causal, in single operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        future = torch.ones(x.size(2), x.size(2), dtype=torch.bool).triu(1)
+        return (x @ x.mT).masked_fill(future, float("-inf")).softmax(-1) @ x
 
 
-def test_live_ranges_where_a_mask_hides_more_or_a_policy_drops_keys(tiny_model: Callable[..., nn.Module]) -> None:
-    model = tiny_model("llama", "sdpa")
-    assert kernels(model, mask=PADDED) == [LIVE, LIVE]
-    assert kernels(model, mask=PADDED, choice="dense") == [MASKED, MASKED]
-    assert kernels(model, SlidingWindow(4)) == [LIVE, LIVE]
-    assert kernels(model, SlidingWindow(4), choice="dense") == [MASKED, MASKED]
-    assert kernels(model, PerLayer({0: SlidingWindow(4), "default": Exact()})) == [LIVE, CAUSAL]
-    assert kernels(tiny_model("mistral", "sdpa")) == [LIVE, LIVE]  # a window of its own
+class Whole(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return attend(x, x, x)
 
 
-def test_no_mask_at_all(tiny_model: Callable[..., nn.Module]) -> None:
-    assert kernels(tiny_model("bert", "sdpa")) == [FULL, FULL]
+class Padded(nn.Module):
+    """Causal, and padded on the left."""
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        causal = torch.ones(x.size(2), x.size(2), dtype=torch.bool).tril()
+        return attend(x, x, x, attn_mask=causal & keep[:, None, None, :])
 
 
-def test_what_torchs_kernel_cannot_compute(tiny_model: Callable[..., nn.Module]) -> None:
-    softcapped = tiny_model("gemma2", "eager")
-    assert set(kernels(softcapped)) == {LIVE}
-    with pytest.raises(RewriteError, match=r"kernel='dense' cannot compute site 0 .* softcap; use kernel='auto'"):
-        kernels(softcapped, choice="dense")
-    with pytest.raises(RewriteError, match="kernel 'flash' is not known; choose one of auto, live_range, dense"):
-        rewriter.optimize(softcapped, kernel="flash")
+class Windowed(nn.Module):
+    """A window that the model has itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        visible = torch.ones(x.size(2), x.size(2), dtype=torch.bool).tril()
+        return attend(x, x, x, attn_mask=visible & torch.ones_like(visible).triu(-4))
 
 
-def results(model: nn.Module, policy: Policy, choice: str, mask: Tensor | None) -> dict[str, Tensor]:
-    """Logits of the rows that are no padding, and all gradients."""
-    fast = rewriter.optimize(model, policy, kernel=choice, backend="eager", strict=True)
-    real = torch.ones_like(IDS) if mask is None else mask
-    model.zero_grad()
-    logits = fast(input_ids=IDS, attention_mask=mask, use_cache=False).logits[real.bool()]
-    logits.square().sum().backward()
-    return {"logits": logits.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
-
-
-@pytest.mark.parametrize(
-    ("name", "policy", "mask"),
-    [
-        ("llama", Exact(), PADDED),
-        ("llama", SlidingWindow(4, sinks=1), None),
-        ("llama", SeparatorMask((3, 7, 40), window=3), PADDED),
-        ("gpt2", Exact(), None),
-    ],
-    ids=["exact, padded", "window", "separators, padded", "exact, heads not grouped"],
-)
-def test_each_choice_gives_the_same_results(
-    tiny_model: Callable[..., nn.Module], name: str, policy: Policy, mask: Tensor | None
-) -> None:
-    model = tiny_model(name, "sdpa").double().eval()
-    expected, *others = (results(model, policy, choice, mask) for choice in CHOICES)
-    for other in others:
-        for key, tensor in expected.items():
-            torch.testing.assert_close(other[key], tensor, atol=1e-11, rtol=1e-9)
-
-
-def test_nothing_is_left_of_masks_and_ranges_where_torchs_kernel_needs_none(
-    tiny_model: Callable[..., nn.Module], tmp_path: Path
-) -> None:
-    model = tiny_model("llama", "eager").eval()
-    given = {"input_ids": IDS, "use_cache": False}
-    rewriter.optimize(model, backend="eager", dump=tmp_path, example_inputs=given)
-    lowered = (tmp_path / "6-lower.txt").read_text()
-    assert lowered.count("aten.scaled_dot_product_attention") == 2
-    for gone in ("rewriter.", "softmax", "aten.where", "aten.le", "masked_fill", "repeat_interleave"):
-        assert gone not in lowered, gone
-
-
-def test_the_choice_is_saved_with_the_model(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
-    fast = rewriter.optimize(tiny_model("llama", "sdpa"), kernel="live_range")
-    fast.save_pretrained(tmp_path)
-    assert rewriter.from_pretrained(tmp_path).kernel == "live_range"
-    assert rewriter.from_pretrained(tmp_path, kernel="dense").kernel == "dense"
+class Softcapped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        future = torch.ones(x.size(2), x.size(2), dtype=torch.bool).triu(1)
+        return (5 * torch.tanh(x @ x.mT / 5)).masked_fill(future, float("-inf")).softmax(-1) @ x
 
 
 class Biased(nn.Module):
@@ -129,8 +72,46 @@ class Biased(nn.Module):
         return logits.softmax(-1).to(x.dtype) @ x
 
 
+@pytest.mark.parametrize(
+    ("model", "policy", "chosen", "dense"),
+    [
+        (Flag(), None, CAUSAL, CAUSAL),
+        (Written(), None, CAUSAL, CAUSAL),
+        (Whole(), None, FULL, FULL),
+        (Padded(), None, LIVE, MASKED),
+        (Windowed(), None, LIVE, MASKED),
+        (Flag(), SlidingWindow(4), LIVE, MASKED),
+    ],
+    ids=["flag", "written", "no mask", "padded", "its own window", "a policy's window"],
+)
+def test_the_choice(model: nn.Module, policy: Policy | None, chosen: str, dense: str) -> None:
+    given = (X, KEEP) if isinstance(model, Padded) else (X,)
+    for choice, expected in (("auto", chosen), ("live_range", LIVE), ("dense", dense)):
+        report = rewriter.explain(model, *given, policy=policy, kernel=choice)
+        assert not report.refused
+        assert [site.kernel for site in report.sites] == [expected], choice
+
+
+def test_what_torchs_kernel_cannot_compute() -> None:
+    (site,) = rewriter.explain(Softcapped(), X).sites
+    assert site.kernel == LIVE
+    with pytest.raises(RewriteError, match=r"kernel='dense' cannot compute site 0 .* softcap; use kernel='auto'"):
+        rewriter.explain(Softcapped(), X, kernel="dense")
+    with pytest.raises(RewriteError, match="kernel 'flash' is not known; choose one of auto, live_range, dense"):
+        rewriter.optimize(Softcapped(), kernel="flash")
+
+
+def test_nothing_is_left_of_masks_and_ranges_where_torchs_kernel_needs_none(tmp_path: Path) -> None:
+    rewriter.optimize(Written(), backend="eager", dump=tmp_path, example_inputs={"x": X})
+    lines = (tmp_path / "6-lower.txt").read_text().splitlines()
+    lowered = "\n".join(line for line in lines if "torch.ops." in line)
+    assert lowered.count("aten.scaled_dot_product_attention") == 1
+    for gone in ("rewriter.", "softmax", "aten.where", "aten.le", "masked_fill", "triu"):
+        assert gone not in lowered, gone
+
+
 def test_a_bias_is_not_rounded_to_16_bits() -> None:
-    x = torch.randn(3, 2, 40, 8).bfloat16()
+    x = X.bfloat16()
     with pytest.raises(RewriteError, match=r"would round the key's bias to torch.bfloat16; use kernel='auto'"):
         rewriter.optimize(Biased(), kernel="dense", backend="eager", strict=True)(x)
     for kernel in ("auto", "dense"):
