@@ -6,7 +6,7 @@ fp32, 8 query and 2 KV heads of 64, batch 1, random queries, keys and values. Ma
 with random parameters, its bias and the gradients of its parameters included), the separator mask of real text (window
 256, 3 first keys), a sliding window of 256. The ideal speed-up is the number of causal pairs over the number of visible
 ones; the work ratio is pairs computed over pairs visible. Ranges are all that comes before the attention: scores and
-their gradients, ranges, schedule. An S x S mask is the one that the original dynamic mask makes, fp32, for all query heads.
+their gradients, and ranges. An S x S mask is the one that the original dynamic mask makes, fp32, for all query heads.
 Times are the shortest of a few rounds in which the contestants take turns. Peak memory is that of a process of its own,
 above what it held with the inputs and the gradient of the output in place.
 """
@@ -29,9 +29,7 @@ import torch
 import typer
 from rewriter.kernels import LiveRanges
 from rewriter.kernels import live_range_attention
-from rewriter.kernels.cpu.schedule import computed_pairs
-from rewriter.kernels.cpu.schedule import tile_rows
-from rewriter.kernels.cpu.schedule import tiles
+from rewriter.kernels.costs import live_range_work
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -55,7 +53,7 @@ class Measured:
     work_ratio: float
     forward: float
     backward: float
-    ranges_and_schedule: float
+    ranges: float
     peak_memory: float
     dense_forward: float | None = None
     dense_backward: float | None = None
@@ -193,12 +191,10 @@ def measure(length: int, with_dense: bool, with_flex: bool, rounds: int, threads
                 mask=mask,
                 length=length,
                 ideal=rows * length * (length + 1) / 2 / pairs,
-                work_ratio=computed_pairs(live, length, GROUP) / pairs,
+                work_ratio=live_range_work(live, length, GROUP * rows, rows, 1).pairs / (GROUP * pairs),
                 forward=forward_times[mask],
                 backward=backward_times[mask],
-                ranges_and_schedule=take_turns({mask: lambda m=mask: before_attention(builders[m], value)}, rounds)[
-                    mask
-                ],
+                ranges=take_turns({mask: lambda m=mask: before_attention(builders[m], value)}, rounds)[mask],
                 peak_memory=peak_memory(mask, length, threads),
                 dense_forward=forward_times.get("dense"),
                 dense_backward=backward_times.get("dense"),
@@ -209,19 +205,10 @@ def measure(length: int, with_dense: bool, with_flex: bool, rounds: int, threads
 
 
 def before_attention(build: Callable[[], Visible], value: Tensor) -> None:
-    """Scores, ranges, schedule, and the gradients of the scores."""
+    """Scores, ranges, and the gradients of the scores."""
     visible = build()
-    schedule_all(visible.live)
     if visible.bias is not None:
         torch.autograd.grad(visible.bias, (value, *visible.parameters), torch.ones_like(visible.bias))
-
-
-def schedule_all(live: LiveRanges) -> None:
-    index = torch.arange(live.num_keys, dtype=torch.int32)
-    start, end = (t.expand(live.shape).flatten(0, 1) for t in (live.start, live.end))
-    for row_start, row_end in zip(start, end, strict=True):
-        for _ in tiles(row_start, row_end, index, tile_rows(GROUP, live.num_keys, shared=live.shape[1] == 1)):
-            pass
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, live: LiveRanges, bias: Tensor | None) -> Callable[[], Tensor]:
@@ -326,7 +313,7 @@ def table(results: list[Measured]) -> Table:
             f"{r.backward:.3f}",
             "-" if r.dense_backward is None else f"{r.dense_backward / r.backward:.1f}x",
             f"{r.work_ratio:.2f}",
-            f"{r.ranges_and_schedule / (r.forward + r.backward):.1%}",
+            f"{r.ranges / (r.forward + r.backward):.1%}",
             f"{r.peak_memory:.0f}",
             f"{4 * QUERY_HEADS * r.length**2 / 2**20:,.0f}" if r.mask == "dynamic" else "-",
         )

@@ -1,8 +1,7 @@
-"""From which length on does skipping dead keys pay? And what does attention take, by a model of five numbers?
+"""From which length on does skipping dead keys pay? And what does attention take, by a model of four numbers?
 
 Attention alone, fp32, on the CPU: torch's fused kernel, causal and under a mask, and live-range attention, for windows of
-several sizes and for separators, at several lengths and numbers of heads, in rounds in which they take turns. Each is called
-twice, and the second is timed: all layers but the first find a schedule that is made.
+several sizes and for separators, at several lengths and numbers of heads, in rounds in which they take turns.
 `kernels/costs.json` gets the numbers of the model `rewriter.kernels.costs` (least squares of the relative errors), and the table
 printed, and `bench/results/crossover-cpu.json`, show the measured and the predicted speed of each, relative to the causal kernel,
 and the length from which on it is ahead.
@@ -30,7 +29,7 @@ from rewriter.kernels.costs import TABLE
 from rewriter.kernels.costs import Cost
 from rewriter.kernels.costs import Work
 from rewriter.kernels.costs import fused_work
-from rewriter.kernels.cpu.schedule import schedule_sizes
+from rewriter.kernels.costs import live_range_work
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -51,7 +50,7 @@ def ranges(length: int) -> dict[str, LiveRanges]:
     near = LiveRanges.sliding_window(length, min(256, length - 1), sinks=4)
     index = torch.arange(length, dtype=torch.int32)
     kept = LiveRanges(index[None, None], torch.where(separators, 2**30, near.end[0, 0]).int()[None, None])
-    return {**windows, "separators, window 256": kept}
+    return {CAUSAL: LiveRanges.causal(length), **windows, "separators, window 256": kept}
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,8 @@ def kernels(length: int, heads: tuple[int, int, int]) -> dict[tuple[str, str], t
         ),
     }
     for mask, live in ranges(length).items():
-        sizes = schedule_sizes(live, length, num_heads // num_kv_heads)
-        work = sum((fused_work(rows, keys, num_heads, 2 * width) for rows, keys in sizes), Work(0, 0, 0, 2 * width))
-        found["tiles", mask] = (lambda q, k, v, live=live: live_range_attention(q, k, v, live), work)
+        work = live_range_work(live, length, num_heads, num_kv_heads, 2 * width)
+        found["live_range", mask] = (lambda q, k, v, live=live: live_range_attention(q, k, v, live), work)
     return found
 
 
@@ -99,11 +97,10 @@ def measure(mode: str, rounds: int) -> list[Measured]:
             best = dict.fromkeys(everything, math.inf)
             for number in range(rounds + 1):  # the first is not counted
                 for key, (call, _) in everything.items():
-                    for _ in range(2):
-                        begin = time.perf_counter()
-                        output = call(*inputs)
-                        if mode == "training":
-                            output.backward(wanted)
+                    begin = time.perf_counter()
+                    output = call(*inputs)
+                    if mode == "training":
+                        output.backward(wanted)
                     best[key] = min(best[key], time.perf_counter() - begin) if number else math.inf
             results += [Measured(*key, length, heads, best[key], work) for key, (_, work) in everything.items()]
     return results
@@ -112,20 +109,17 @@ def measure(mode: str, rounds: int) -> list[Measured]:
 def fit(measured: list[Measured], threads: int) -> Cost:
     """Least squares of the relative errors, over numbers that are not negative."""
     rows = torch.tensor(
-        [
-            [1.0, m.work.calls, *(n / threads for n in (m.work.blocks, m.work.pairs, m.work.pairs * m.work.width))]
-            for m in measured
-        ],
+        [[1.0, *(n / threads for n in (m.work.blocks, m.work.pairs, m.work.pairs * m.work.width))] for m in measured],
         dtype=torch.float64,
     )
     seconds = torch.tensor([m.seconds * 1e9 for m in measured], dtype=torch.float64)
-    used = [0, 1, 2, 3, 4] if len({m.work.calls for m in measured}) > 1 else [0, 2, 3, 4]
+    used = [0, 1, 2, 3]
     while True:
         found = torch.linalg.lstsq(rows[:, used] / seconds[:, None], torch.ones(len(measured), 1, dtype=torch.float64))
         numbers = dict(zip(used, found.solution[:, 0].tolist(), strict=True))
         negative = [place for place, number in numbers.items() if number < 0]
         if not negative:
-            return Cost(*(round(numbers.get(place, 0.0), 7) for place in range(5)))
+            return Cost(*(round(numbers.get(place, 0.0), 7) for place in range(4)))
         used = [place for place in used if place not in negative]
 
 

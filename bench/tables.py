@@ -93,7 +93,7 @@ def attention_cpu(read: Results) -> str:
                     _times(r["against_flex"]),
                     _times(None if r["dense_backward"] is None else r["dense_backward"] / r["backward"]),
                     f"{r['work_ratio']:.2f}",
-                    f"{r['ranges_and_schedule'] / (r['forward'] + r['backward']):.1%}",
+                    f"{r['ranges'] / (r['forward'] + r['backward']):.1%}",
                     f"{r['peak_memory']:.0f} MiB",
                     "-" if name != "dynamic" else f"{mask / 1024:.0f} GiB" if mask >= 4096 else f"{mask:,.0f} MiB",
                 )

@@ -22,6 +22,7 @@ from rewriter.passes import rewrite
 from rewriter.passes.graph.copy import GraphCopy
 from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.lower.cache_layout import StateTensor
+from rewriter.passes.lower.kernel import PORTABLE
 from torch import Tensor
 from torch import nn
 from torch.export import Dim
@@ -193,9 +194,10 @@ def first_tensor(output: Any) -> Tensor:
 def capture_forward(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> Rewritten:
     """The rewritten graph of a call; the results of its model are reduced to `first_tensor`."""
     results: list[Rewritten] = []
+    kernel = PORTABLE if optimized.kernel == "auto" else optimized.kernel
 
     def backend(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        results.append(rewrite(graph, example_inputs, optimized.policy, kernel=optimized.kernel))
+        results.append(rewrite(graph, example_inputs, optimized.policy, kernel=kernel))
         return graph.forward
 
     parameters = dict(optimized.policy_parameters.named_parameters(remove_duplicate=False))

@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from rewriter.kernels.arguments import AttentionArguments
 from rewriter.kernels.cpu import attention as cpu
-from rewriter.kernels.cpu import decode as cpu_decode
-from rewriter.kernels.cpu import dense as cpu_dense
-from rewriter.kernels.cpu import fused_tiles as cpu_fused_tiles
 from rewriter.kernels.cpu import key_scores as cpu_key_scores
+from rewriter.kernels.cpu import native
 from rewriter.kernels.dispatch import register
 from rewriter.kernels.dispatch import runs_triton
 from rewriter.kernels.gpu import decode as gpu_decode
@@ -172,18 +170,17 @@ def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _forward_cpu(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """The first call loads the operator in C++, which takes its place; this goes on where it cannot be compiled."""
+    if native.load():
+        return torch.ops.rewriter.live_range_attention_cpu(*inputs)
+    return forward_in_torch(*inputs)
+
+
+def forward_in_torch(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp by PyTorch's operators alone, on the CPU."""
     a = AttentionArguments(*inputs)
-    logits = cpu.Logits.of(a)
     with _in_its_own_precision(a.query):
-        if a.query.size(2) <= cpu_decode.MAX_QUERIES:
-            decoded = cpu_decode.decode(a.query, a.key, a.value, a.start, a.end, a.sinks, logits)
-            if decoded is not None:
-                return decoded
-        inputs = (a.query, a.key, a.value, a.start, a.end, a.sinks, logits)
-        if not cpu_fused_tiles.applies(a.key, a.value, logits):
-            return cpu.forward(*inputs)
-        dense = cpu_dense.forward(*inputs)
-        return cpu_fused_tiles.forward(*inputs) if dense is None else dense
+        return cpu.forward(a.query, a.key, a.value, a.start, a.end, a.sinks, cpu.Logits.of(a))
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -238,16 +235,28 @@ def _backward_cpu(
     lse: Tensor,
     *rest: Any,
 ) -> Gradients:
+    """As `_forward_cpu`."""
+    inputs = (grad_output, grad_lse, query, key, value, output, lse, *rest)
+    if native.load():
+        return torch.ops.rewriter.live_range_attention_backward_cpu(*inputs)
+    return backward_in_torch(*inputs)
+
+
+def backward_in_torch(
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *rest: Any,
+) -> Gradients:
+    """The gradients, as `forward_in_torch`."""
     a = AttentionArguments(query, key, value, *rest)
-    logits = cpu.Logits.of(a)
-    inputs = (grad_output, grad_lse, query, key, value, output, lse, a.start, a.end, a.sinks, logits)
+    inputs = (grad_output, grad_lse, query, key, value, output, lse, a.start, a.end, a.sinks, cpu.Logits.of(a))
     with _in_its_own_precision(query):
-        # torch's fused backward knows no gradient of sinks, nor one that reaches the log-sum-exp.
-        if a.sinks is not None or not cpu_fused_tiles.applies(key, value, logits) or bool(grad_lse.any()):
-            return _present(query, cpu.backward(*inputs))
-        grads = cpu_dense.backward(*inputs)
-        grads = cpu_fused_tiles.backward(*inputs) if grads is None else grads
-        return _present(query, (*grads, None, None))
+        return _present(query, cpu.backward(*inputs))
 
 
 def _present(query: Tensor, grads: tuple[Tensor | None, ...]) -> Gradients:
@@ -337,12 +346,11 @@ for _name, _function, _fake in (
     ("live_range_attention_backward", _backward_cpu, _backward_fake),
     ("key_scores", _scores_cpu, _scores_fake),
 ):
-    torch.library.custom_op(
-        f"rewriter::{_name}_cpu",
-        _signed(_function, *_SIGNATURES[_name]),
-        mutates_args=(),
-        device_types=("cpu", "cuda"),
-    ).register_fake(_fake)
+    _schema = torch.library.infer_schema(_signed(_function, *_SIGNATURES[_name]), mutates_args=())
+    torch.library.define(f"rewriter::{_name}_cpu", _schema, tags=torch.Tag.pt2_compliant_tag)
+    # Of lower precedence than what the operators in C++ register for CPU tensors.
+    torch.library.impl(f"rewriter::{_name}_cpu", "CompositeExplicitAutograd", _function)
+    torch.library.register_fake(f"rewriter::{_name}_cpu", _fake)
 
 _attention, _attention_backward, _key_scores = (
     register(f"rewriter::{name}", _signed(function, *_SIGNATURES[name]))

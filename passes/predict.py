@@ -19,10 +19,7 @@ from rewriter.kernels.costs import Cost
 from rewriter.kernels.costs import Work
 from rewriter.kernels.costs import costs
 from rewriter.kernels.costs import fused_work
-from rewriter.kernels.cpu.dense import dense_blocks
-from rewriter.kernels.cpu.schedule import fused_tile_rows
-from rewriter.kernels.cpu.schedule import schedule_sizes
-from rewriter.kernels.cpu.schedule import tile_rows
+from rewriter.kernels.costs import live_range_work
 from rewriter.passes.graph.inputs import GraphInput
 from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.graph.nodes import shape
@@ -206,8 +203,7 @@ def _predict(
         return pairs * query_heads // ranges.shape[1]
 
     width = key[-1] + value[-1]
-    is_plain = _is_plain(plan)
-    kernel, work = _work(plan.kernel, live, query, key, width, is_plain)
+    kernel, work = _work(plan.kernel, live, query, key, width)
     slot = heads * width * site.key.meta["val"].element_size()
     pressure = live.pressure(rows)
     return Prediction(
@@ -225,40 +221,18 @@ def _predict(
         own_bars=_bars(own, query[-2]),
         bars=_bars(live, query[-2]),
         note=note,
-        speed=_speed(plan, proof, own, kernel, work, query, key) if is_plain else None,
+        speed=_speed(plan, proof, own, kernel, work, query, key) if _is_plain(plan) else None,
     )
 
 
-def _work(
-    kernel: Kernel, live: LiveRanges, query: list[int], key: list[int], width: int, is_plain: bool
-) -> tuple[str, Work]:
-    """What computes these ranges, by its name among the costs, and its work; of live ranges as the CPU's kernels do it.
-
-    Args:
-        is_plain: the logits are a product with a scale, so that torch's fused kernel computes them.
-    """
-    query_heads, heads = (query[1], key[1]) if len(query) == 4 else (1, 1)
+def _work(kernel: Kernel, live: LiveRanges, query: list[int], key: list[int], width: int) -> tuple[str, Work]:
+    """What computes these ranges, by its name among the costs, and its work; of live ranges as the CPU's kernel does it."""
+    query_heads, kv_heads = (query[1], key[1]) if len(query) == 4 else (1, 1)
     num_queries, num_keys = query[-2], key[-2]
-    if kernel in (Kernel.MASKED, Kernel.FULL):
-        name = "masked" if kernel is Kernel.MASKED else "causal"
-        return name, fused_work(num_queries, num_keys, query_heads, width)
-    if kernel is Kernel.CAUSAL:
-        return "causal", fused_work(num_queries, num_keys, query_heads, width, is_causal=True)
-    none = Work(0, 0, 0, width)
-    if is_plain and live.shape[1] == 1:
-        start, end = (t[0, 0].expand(num_keys).contiguous() for t in (live.start, live.end))
-        blocks = dense_blocks(start, end, num_keys - num_queries)
-        if blocks is not None:
-            parts = (
-                fused_work(b.rows[1] - b.rows[0], b.keys[1] - b.keys[0], query_heads, width, is_causal=b.is_causal)
-                for b in blocks
-            )
-            return "causal", sum(parts, none)
-    rows = torch.arange(num_keys - num_queries, num_keys, dtype=torch.int32)
-    rows_of_tile = fused_tile_rows if is_plain else tile_rows
-    sizes = schedule_sizes(live, num_queries, query_heads // heads, rows, rows_of_tile)
-    parts = (fused_work(rows, keys, query_heads // live.shape[1], width) for rows, keys in sizes)
-    return "tiles", sum(parts, none)
+    if kernel is Kernel.LIVE_RANGE:
+        return "live_range", live_range_work(live, num_queries, query_heads, kv_heads, width)
+    name = "masked" if kernel is Kernel.MASKED else "causal"
+    return name, fused_work(num_queries, num_keys, query_heads, width, is_causal=kernel is Kernel.CAUSAL)
 
 
 def _speed(
@@ -269,7 +243,7 @@ def _speed(
     if known is None:
         return None
     its_kernel = plain_kernel(plan.site, proof) or Kernel.MASKED
-    name, its_work = _work(its_kernel, own, query, key, work.width, True)
+    name, its_work = _work(its_kernel, own, query, key, work.width)
     threads = torch.get_num_threads()
     its, ours = known[name].seconds(its_work, threads), known[kernel].seconds(work, threads)
     return its / ours if its and ours else None  # neither of them sees anything

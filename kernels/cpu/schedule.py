@@ -8,12 +8,10 @@ stays proportional to the live keys of one segment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor
 
 SEGMENT = 16
@@ -57,16 +55,6 @@ def tile_rows(group_size: int, num_queries: int, *, shared: bool) -> int:
     """
     rows = max(16, min(192, (384 if shared else 512) // group_size))
     return max(1, min(rows, num_queries))
-
-
-def fused_tile_rows(group_size: int, num_queries: int, *, shared: bool) -> int:
-    """Query rows of a tile that torch's fused kernel computes, all KV heads in one call where they share their ranges.
-
-    It splits heads and rows among blocks of its own, so that few rows, which visit few keys that only some of them see, cost
-    nothing but calls. Of 64, 96, 128, 192, 256 and 384, for 8 and 9 query heads of 64 and 4 of 32, 64 are best for windows of 64,
-    256 and 1,024 and for separators at 512 to 4,096 tokens (up to 1.1 times 96), or at most 5 % behind.
-    """
-    return max(1, min(64, num_queries)) if shared else tile_rows(group_size, num_queries, shared=False)
 
 
 def tiles(start: Tensor, end: Tensor, query_index: Tensor, rows: int) -> Iterator[Tile]:
@@ -128,35 +116,3 @@ def _longest_runs(keys: Tensor, group: Tensor, num_tiles: int) -> list[tuple[int
     code = torch.where(is_full, length * (total + 1) + (total - begin), 0)
     best = torch.zeros(num_tiles, dtype=torch.int64).scatter_reduce_(0, run_group // 2, code, "amax")
     return [(total - value % (total + 1), value // (total + 1)) if value else (0, 0) for value in best.tolist()]
-
-
-def schedule_sizes(
-    live: LiveRanges,
-    num_queries: int,
-    group_size: int,
-    query_index: Tensor | None = None,
-    rows_of_tile: Callable[..., int] = fused_tile_rows,
-) -> list[tuple[int, int]]:
-    """Rows and keys of each tile that the CPU kernel computes, of all rows and KV heads of `live` that differ.
-
-    Args:
-        rows_of_tile: `tile_rows` for logits that torch's fused kernel does not compute.
-    """
-    if query_index is None:
-        query_index = torch.arange(live.num_keys - num_queries, live.num_keys, dtype=torch.int32)
-    start, end = (t.expand(live.shape).flatten(0, 1) for t in (live.start, live.end))
-    rows = rows_of_tile(group_size, num_queries, shared=live.shape[1] == 1)
-    return [
-        (tile.row_end - tile.row_begin, tile.num_keys)
-        for row_start, row_end in zip(start, end, strict=True)
-        for tile in tiles(row_start, row_end, query_index, rows)
-        if tile.num_keys
-    ]
-
-
-def computed_pairs(live: LiveRanges, num_queries: int, group_size: int, query_index: Tensor | None = None) -> int:
-    """(query, key) pairs that the CPU kernel computes for one query head of each row and KV head of `live`.
-
-    Divided by `live.live_pairs(...)` this is the work ratio.
-    """
-    return sum(rows * keys for rows, keys in schedule_sizes(live, num_queries, group_size, query_index))

@@ -1,4 +1,5 @@
-"""Which kernel computes a site: torch's own where a mask hides nothing that it does not skip by itself, ours elsewhere."""
+"""Which kernel computes a site: torch's own where a mask hides nothing that it does not skip by itself and it is faster, ours
+elsewhere."""
 
 from __future__ import annotations
 
@@ -19,6 +20,9 @@ from rewriter.passes.policy import Policy
 CHOICES = ("auto", "live_range", "dense")
 """What a user may ask for: the fastest by what is known, or always live ranges, or always torch's own kernel."""
 
+PORTABLE = "portable"
+"""What an exporter asks for: torch's own kernel wherever a mask is its flag, since every runtime has one like it."""
+
 
 class Kernel(enum.Enum):
     """What computes a site; the value is what a report says of it."""
@@ -37,22 +41,34 @@ class Kernel(enum.Enum):
 def choose_kernel(choice: str, policy: Policy, site: AttentionSite, proof: MaskProof) -> Kernel | str:
     """The kernel of a site, or why there is none of the kind that was asked for.
 
-    torch's kernel skips what lies above the diagonal, and costs nothing beside it: no ranges, no schedule. So a site whose
-    proven mask is exactly causal, or nothing, and of which a policy drops nothing, is computed by it. Where a mask holds more,
-    padding, say, or a window, what is dead is known at run time only, and the operator of live ranges looks.
+    torch's kernel skips what lies above the diagonal, and costs nothing beside it: no ranges, no schedule. So on a GPU a site
+    whose proven mask is exactly causal, or nothing, and of which a policy drops nothing, is computed by it. Where a mask holds
+    more, padding, say, or a window, what is dead is known at run time only, and the operator of live ranges looks. On a CPU
+    that operator is the faster one there, too (`bench/crossover.py`).
 
     Args:
-        choice: one of `CHOICES`.
+        choice: one of `CHOICES`, or `PORTABLE`.
     """
-    if choice == "live_range" or (choice == "auto" and not _drops_nothing(policy)):
+    if choice == "live_range" or (choice in ("auto", PORTABLE) and not _drops_nothing(policy)):
         return Kernel.LIVE_RANGE
     unsupported = _reason_against_dense(policy, site, proof)
     plain = plain_kernel(site, proof)
     if unsupported is None and _drops_nothing(policy) and plain is not None:
-        return plain
-    if choice == "auto":
+        return Kernel.LIVE_RANGE if choice == "auto" and _is_slow_in_torch(site) else plain
+    if choice != "dense":
         return Kernel.LIVE_RANGE
     return Kernel.MASKED if unsupported is None else unsupported
+
+
+def _is_slow_in_torch(site: AttentionSite) -> bool:
+    """Whether torch's kernel, causal or without a mask, is slower than live-range attention: on CPUs.
+
+    Measured with and without AVX-512's 16-bit products. AMX's, which torch's kernel has for 16-bit inputs, were not.
+    """
+    assert site.query is not None
+    value = site.query.meta["val"]
+    has_amx = value.dtype.itemsize < 4 and torch.cpu._is_amx_tile_supported()
+    return value.device.type in ("cpu", "meta") and not has_amx
 
 
 def plain_kernel(site: AttentionSite, proof: MaskProof) -> Kernel | None:

@@ -28,7 +28,7 @@ from rewriter.api import optimize
 from rewriter.demo.corpus import held_out_text
 from rewriter.demo.models import MODELS
 from rewriter.kernels import LiveRanges
-from rewriter.kernels.cpu.schedule import computed_pairs
+from rewriter.kernels.costs import live_range_work
 from rewriter.optimized_model import OptimizedModel
 from rewriter.passes.policy import Policy
 from rewriter.policies.exact import Exact
@@ -160,18 +160,16 @@ def _row(
     seconds: float,
     dense_seconds: float,
 ) -> Row:
-    num_layers, group = (
-        model.config.num_hidden_layers,
-        model.config.num_attention_heads // model.config.num_key_value_heads,
-    )
+    num_layers, query_heads = model.config.num_hidden_layers, model.config.num_attention_heads
     policies = [policy.for_layer(layer) for layer in range(num_layers)]
     ranges_of = {own: policy_ranges(own, ids) for own in set(policies)}
     layers_of = Counter(policies)
     last = torch.tensor([ids.size(1) - 1])
     computed = visible = live_keys = 0
     for own, live in ranges_of.items():
-        computed += layers_of[own] * computed_pairs(live, ids.size(1), group)
-        visible += layers_of[own] * live.live_pairs()
+        work = live_range_work(live, ids.size(1), query_heads, model.config.num_key_value_heads, 1)
+        computed += layers_of[own] * work.pairs
+        visible += layers_of[own] * live.live_pairs() * query_heads // live.shape[1]
         live_keys += layers_of[own] * int(live.live_counts(last).sum())
     live_keys = round(live_keys / num_layers)
     with _dense_masks(model, [ranges_of[own] for own in policies]):

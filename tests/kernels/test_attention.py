@@ -22,10 +22,6 @@ from rewriter.kernels import key_scores
 from rewriter.kernels import live_range_attention
 from rewriter.kernels import reference
 from rewriter.kernels import running_topk_ranges
-from rewriter.kernels.cpu import attention as cpu
-from rewriter.kernels.cpu import dense
-from rewriter.kernels.cpu import fused_tiles
-from rewriter.kernels.cpu import schedule
 from rewriter.kernels.dispatch import INTERPRETED
 from rewriter.kernels.gpu import decode as gpu_decode
 
@@ -44,28 +40,10 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 @contextmanager
 def small_blocks() -> Iterator[None]:
-    """Several blocks per tile, dense runs and tiles of few rows: the online softmax and the run path on small inputs.
-
-    On the CPU by the kernel that takes everything, which torch's fused one would leave little of.
-    """
+    """Several splits of few keys in the Triton kernels: what is merged, on small inputs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "BLOCK", 5)
-        patch.setattr(schedule, "MIN_RUN", 4)
-        patch.setattr(cpu, "tile_rows", lambda group, queries, shared: 7)
-        patch.setattr(dense, "_parts", lambda *_: None)
-        patch.setattr(fused_tiles, "applies", lambda *_: False)
         patch.setattr(gpu_decode, "MAX_QUERIES", 1)
         patch.setattr(gpu_decode, "SPLIT", 16)
-        yield
-
-
-@contextmanager
-def small_fused_tiles() -> Iterator[None]:
-    """Tiles of few rows, dense runs, and blocks of any size."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "MIN_RUN", 4)
-        patch.setattr(dense, "MIN_ROWS", 1)
-        patch.setattr(fused_tiles, "fused_tile_rows", lambda group, queries, shared: 7)
         yield
 
 
@@ -78,19 +56,12 @@ def equals_the_dense_reference_in_many_small_blocks(case: Case) -> None:
         assert_equivalent(live_range_attention, case, device=DEVICE)
 
 
-def equals_the_dense_reference_in_small_fused_tiles(case: Case) -> None:
-    plain = replace(case, bias=None, softcap=None, alibi=False, value_dim=case.head_dim)
-    with small_fused_tiles():
-        assert_equivalent(live_range_attention, plain, device=DEVICE)
-
-
 @pytest.mark.parametrize("examples", [EXAMPLES, pytest.param(8 * EXAMPLES, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     "check",
     [
         equals_the_dense_reference,
         equals_the_dense_reference_in_many_small_blocks,
-        equals_the_dense_reference_in_small_fused_tiles,
     ],
 )
 def test_random_cases(check: Callable[[Case], None], examples: int) -> None:
@@ -112,8 +83,6 @@ def test_adversarial_ranges(name: str, queries: int) -> None:
     with small_blocks():
         assert_equivalent(live_range_attention, case, device=DEVICE)
         assert_equivalent(live_range_attention, replace(case, sinks=True, softcap=2.0), device=DEVICE)
-    equals_the_dense_reference_in_small_fused_tiles(case)
-    equals_the_dense_reference_in_small_fused_tiles(replace(case, sinks=True))
 
 
 @pytest.mark.parametrize("group", [1, 5, 33])

@@ -57,7 +57,7 @@ class Twice(nn.Module):
 
 def test_a_mask_written_by_hand_is_a_flag_of_torchs_kernel() -> None:
     is_text(
-        lowered(Written(), *tensors()),
+        lowered(Written(), *tensors(), kernel="dense"),
         """
         to = aten.to.dtype(arg4_1, torch.float32)
         to_1 = aten.to.dtype(arg5_1, torch.float32)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rewriter.passes.lower import kernel
 from rewriter.passes.lower.kernel import Kernel
 from torch import Tensor
 from torch import nn
@@ -73,20 +74,23 @@ class Biased(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "policy", "chosen", "dense"),
+    ("model", "policy", "dense"),
     [
-        (Flag(), None, CAUSAL, CAUSAL),
-        (Written(), None, CAUSAL, CAUSAL),
-        (Whole(), None, FULL, FULL),
-        (Padded(), None, LIVE, MASKED),
-        (Windowed(), None, LIVE, MASKED),
-        (Flag(), SlidingWindow(4), LIVE, MASKED),
+        (Flag(), None, CAUSAL),
+        (Written(), None, CAUSAL),
+        (Whole(), None, FULL),
+        (Padded(), None, MASKED),
+        (Windowed(), None, MASKED),
+        (Flag(), SlidingWindow(4), MASKED),
     ],
     ids=["flag", "written", "no mask", "padded", "its own window", "a policy's window"],
 )
-def test_the_choice(model: nn.Module, policy: Policy | None, chosen: str, dense: str) -> None:
+def test_the_choice(model: nn.Module, policy: Policy | None, dense: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU live ranges are the fastest; elsewhere torch's kernel, where it has a flag for the mask."""
     given = (X, KEEP) if isinstance(model, Padded) else (X,)
-    for choice, expected in (("auto", chosen), ("live_range", LIVE), ("dense", dense)):
+    plain = dense if dense in (CAUSAL, FULL) else LIVE
+    for choice, expected in (("auto", LIVE), ("auto", plain), ("live_range", LIVE), ("dense", dense)):
+        monkeypatch.setattr(kernel, "_is_slow_in_torch", lambda _, slow=expected == LIVE: slow)
         report = rewriter.explain(model, *given, policy=policy, kernel=choice)
         assert not report.refused
         assert [site.kernel for site in report.sites] == [expected], choice
@@ -102,7 +106,7 @@ def test_what_torchs_kernel_cannot_compute() -> None:
 
 
 def test_nothing_is_left_of_masks_and_ranges_where_torchs_kernel_needs_none(tmp_path: Path) -> None:
-    rewriter.optimize(Written(), backend="eager", dump=tmp_path, example_inputs={"x": X})
+    rewriter.optimize(Written(), kernel="dense", backend="eager", dump=tmp_path, example_inputs={"x": X})
     lines = (tmp_path / "6-lower.txt").read_text().splitlines()
     lowered = "\n".join(line for line in lines if "torch.ops." in line)
     assert lowered.count("aten.scaled_dot_product_attention") == 1
@@ -114,6 +118,24 @@ def test_a_bias_is_not_rounded_to_16_bits() -> None:
     x = X.bfloat16()
     with pytest.raises(RewriteError, match=r"would round the key's bias to torch.bfloat16; use kernel='auto'"):
         rewriter.optimize(Biased(), kernel="dense", backend="eager", strict=True)(x)
-    for kernel in ("auto", "dense"):
-        wide = rewriter.optimize(Biased(), kernel=kernel, backend="eager", strict=True)(x.float())
+    for choice in ("auto", "dense"):
+        wide = rewriter.optimize(Biased(), kernel=choice, backend="eager", strict=True)(x.float())
         torch.testing.assert_close(wide, Biased()(x.float()))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "has_amx", "slow"),
+    [
+        ("cpu", torch.float32, True, True),
+        ("cpu", torch.bfloat16, False, True),
+        ("cpu", torch.bfloat16, True, False),
+        ("meta", torch.float32, False, True),
+    ],
+)
+def test_where_torchs_kernel_is_the_slower_one(
+    device: str, dtype: torch.dtype, has_amx: bool, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    query = torch.empty(2, 3, 12, 8, device=device, dtype=dtype)
+    report = rewriter.explain(Flag(), query)
+    assert [site.kernel for site in report.sites] == [Kernel.LIVE_RANGE.on(device) if slow else CAUSAL]

@@ -40,12 +40,11 @@ def kernels(
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_torchs_own_kernel_where_a_mask_is_causal_and_nothing_else(
+def test_torchs_own_kernel_where_it_is_asked_for_and_a_mask_is_causal_and_nothing_else(
     tiny_model: Callable[..., nn.Module], attention: str
 ) -> None:
     model = tiny_model("llama", attention)
-    assert kernels(model) == [CAUSAL, CAUSAL]
-    assert kernels(model, choice="live_range") == [LIVE, LIVE]
+    assert kernels(model) == kernels(model, choice="live_range") == [LIVE, LIVE]
     assert kernels(model, choice="dense") == [CAUSAL, CAUSAL]
 
 
@@ -55,12 +54,13 @@ def test_live_ranges_where_a_mask_hides_more_or_a_policy_drops_keys(tiny_model: 
     assert kernels(model, mask=PADDED, choice="dense") == [MASKED, MASKED]
     assert kernels(model, SlidingWindow(4)) == [LIVE, LIVE]
     assert kernels(model, SlidingWindow(4), choice="dense") == [MASKED, MASKED]
-    assert kernels(model, PerLayer({0: SlidingWindow(4), "default": Exact()})) == [LIVE, CAUSAL]
+    assert kernels(model, PerLayer({0: SlidingWindow(4), "default": Exact()}), choice="dense") == [MASKED, CAUSAL]
     assert kernels(tiny_model("mistral", "sdpa")) == [LIVE, LIVE]  # a window of its own
 
 
 def test_no_mask_at_all(tiny_model: Callable[..., nn.Module]) -> None:
-    assert kernels(tiny_model("bert", "sdpa")) == [FULL, FULL]
+    assert kernels(tiny_model("bert", "sdpa")) == [LIVE, LIVE]
+    assert kernels(tiny_model("bert", "sdpa"), choice="dense") == [FULL, FULL]
 
 
 def test_what_torchs_kernel_cannot_compute(tiny_model: Callable[..., nn.Module]) -> None:
