@@ -1,1 +1,1 @@
-"""Live-range attention on the CPU: the schedule of tiles, and the kernel that follows it."""
+"""Live-range attention on the CPU: the kernel in C++ (`native`), and the same by PyTorch's operators (`attention`, `schedule`)."""

@@ -1,4 +1,4 @@
-"""Live-range attention on the CPU, forward and backward, tile by tile.
+"""Live-range attention on the CPU by PyTorch's operators, forward and backward, tile by tile: where `native` has no compiler.
 
     query `[B, Hq, Q, D]`, key `[B, Hkv, K, D]`, value `[B, Hkv, K, Dv]`, start and end int32 `[B|1, Hkv|1, K]`
 
@@ -6,9 +6,6 @@ For each tile of the schedule the live keys are gathered, the query heads of a g
 matrix products do the work; a tile with more than `BLOCK` keys is folded in by the online softmax. Logits are kept in
 base 2 (torch's vectorised `exp2_` takes a fifth of the time of `exp_` on a 512 x 640 tile). Everything is accumulated
 in fp32 (fp64 for fp64 inputs), in an order that depends on shapes and ranges alone.
-
-It takes everything. Where the logits are a product with a scale and a mask, which is most often, `rewriter.kernels.cpu.dense` or
-`rewriter.kernels.cpu.fused_tiles` computes them.
 """
 
 from __future__ import annotations

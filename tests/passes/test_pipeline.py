@@ -91,4 +91,4 @@ def test_explain_compiles_nothing(nano: Any, monkeypatch: Any) -> None:
     report = rewriter.explain(nano(), torch.randint(0, 64, (2, 10)))
     assert time.perf_counter() - begin < 60
     assert report.summary() == "2 of 2 attention sites rewritten"
-    assert "aten.scaled_dot_product_attention" in report.graphs[0].graphs["lower"]
+    assert "rewriter.live_range_attention" in report.graphs[0].graphs["lower"]

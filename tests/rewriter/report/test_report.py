@@ -45,7 +45,7 @@ def test_sites_say_what_they_are(nano: Any, tmp_path: Path) -> None:
         "proven",
         "sdpa",
         "causal",
-        "scaled_dot_product_attention, causal",
+        "live_range_attention (CPU)",
     )
     assert first.source.startswith("conftest.py:")
     assert second.layer == 1
@@ -201,9 +201,10 @@ def test_a_refusal_is_not_hidden_by_a_later_graph(tiny_model: Callable[..., nn.M
 
 
 def test_speeds_are_predicted_from_what_the_kernels_take(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With costs that make the arithmetic plain: a nanosecond for a pair's number, and a thousand for a tile."""
-    plain = Cost(base=0, call=0, block=0, pair=0, number=1)
-    table = {"causal": plain, "masked": plain, "tiles": Cost(base=0, call=1000, block=0, pair=0, number=1)}
+    """With costs that make the arithmetic plain: a nanosecond for a pair's number, and a thousand for a panel."""
+    plain = Cost(base=0, block=0, pair=0, number=1)
+    table = {"causal": plain, "masked": plain, "live_range": Cost(base=0, block=1000, pair=0, number=1)}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")  # panels of 32 rows, 16 tokens
     monkeypatch.setattr("rewriter.passes.predict.costs", lambda device: table if device == "cpu" else None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     length = 1100
@@ -213,27 +214,29 @@ def test_speeds_are_predicted_from_what_the_kernels_take(tiny_model: Any, monkey
 
     llama = tiny_model("llama", "sdpa")
     assert speeds(llama, rewriter.Exact(), kernel="dense") == [1.0, 1.0]  # a padding mask: under a mask as before
-    # 256 rows at once, over blocks of 512 keys: without padding one causal block, and none after the last row's own.
-    masked, causal = length * length, 512 * 512 + 512 * 1024 + 76 * length
-    assert speeds(llama, rewriter.Exact()) == [masked / causal] * 2
-    report = explained(llama, policy=rewriter.SlidingWindow(5), length=length)
-    tiles, numbers = -(-length // 64), 16
-    computed = 4 * (64 * 64 + (tiles - 2) * 64 * 68 + (length - (tiles - 1) * 64) * (length - (tiles - 1) * 64 + 4))
-    assert [s.prediction.computed_pairs for s in report.sites] == [computed] * 2
-    wanted = 4 * masked * numbers / (computed * numbers + 1000 * tiles)
-    assert [s.prediction.speed for s in report.sites] == [pytest.approx(wanted)] * 2
+    masked, numbers, panels = 4 * length * length, 16, 69  # the last of which has 12 tokens
+    seen = {
+        rewriter.Exact(): [16 * n for n in range(1, 69)] + [length],
+        rewriter.SlidingWindow(5): [16, *[20] * 67, 16],
+    }
+    for policy, keys in seen.items():
+        report = explained(llama, policy=policy, length=length)
+        computed = 2 * 32 * sum(keys)
+        assert [s.prediction.computed_pairs for s in report.sites] == [computed] * 2
+        wanted = masked * numbers / (computed * numbers + 1000 * 2 * panels)
+        assert [s.prediction.speed for s in report.sites] == [pytest.approx(wanted)] * 2
     assert speeds(tiny_model("gemma2", "eager"), rewriter.Exact()) == [None, None]  # softcaps: not measured
     assert "attention's speed" in " ".join(str(report).split())
 
 
 class Losing:
-    """Costs under which a tile takes so long that nothing pays below some 1,000 tokens."""
+    """Costs under which a call takes so long that nothing pays below some 1,000 tokens."""
 
     def __call__(self, device: str) -> dict[str, Cost]:
         return {
-            "causal": Cost(0, 0, 0, 0, 1),
-            "masked": Cost(0, 0, 0, 0, 1),
-            "tiles": Cost(base=2e7, call=0, block=0, pair=0, number=1),
+            "causal": Cost(0, 0, 0, 1),
+            "masked": Cost(0, 0, 0, 1),
+            "live_range": Cost(base=2e7, block=0, pair=0, number=1),
         }
 
 
@@ -258,8 +261,9 @@ def test_a_policy_that_will_not_pay_says_so_once_with_numbers(tiny_model: Any, m
 
 
 def test_a_policy_that_pays_says_nothing(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = Cost(0, 0, 0, 0, 1)
-    monkeypatch.setattr("rewriter.passes.predict.costs", lambda device: {"causal": free, "masked": free, "tiles": free})
+    same = Cost(0, 0, 0, 1)
+    table = {"causal": same, "masked": same, "live_range": same}
+    monkeypatch.setattr("rewriter.passes.predict.costs", lambda device: table)
     fast = rewriter.optimize(tiny_model("llama", "sdpa").eval(), rewriter.SlidingWindow(5), backend="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error", rewriter.SpeedWarning)
