@@ -27,6 +27,7 @@ from rewriter.kernels.gpu.key_scores import key_scores
 from rewriter.kernels.gpu.launch import Launch
 from rewriter.kernels.gpu.launch import record_launches
 from rewriter.kernels.gpu.running_topk import descend
+from rewriter.kernels.gpu.schedule import SCHEDULE_KERNELS
 from rewriter.kernels.gpu.schedule import build
 from rewriter.kernels.gpu.targets import TARGETS
 from rewriter.kernels.live_ranges import LiveRanges
@@ -67,7 +68,7 @@ def launches(architecture: str, kernels: Collection[str], dtype: torch.dtype, he
     key = torch.empty(1, 2, 64, head_dim, dtype=dtype, device=meta)
     live, bias = LiveRanges.causal(64, device=meta), torch.empty(1, 2, 64, device=meta)
     recorded = record(architecture, kernels, query, key, key, live, bias=bias)
-    shared = () if not kernels else ("_count_below", "_fill_lists")
+    shared = () if not kernels else SCHEDULE_KERNELS
     return [launch for launch in recorded if launch.kernel.__name__ not in shared]
 
 

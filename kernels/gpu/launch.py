@@ -26,7 +26,7 @@ HEAD_DIMS = (64, 128, 256)
 
 UNSPECIALIZED = (
     *("num_queries", "num_keys", "num_tiles", "num_splits", "num_partial", "list_size"),
-    *("num_values", "num_prefixes", "bit", "num_sorted", "num_places"),
+    *("num_values", "num_prefixes", "bit", "num_blocks"),
     *("range_stride_b", "range_stride_h", "stride_order_b", "stride_bias_b", "stride_bias_h", "stride_key_index_b"),
     *("stride_start_b", "stride_start_h", "stride_end_b", "stride_end_h", "stride_query_index_b"),
 )
@@ -42,6 +42,15 @@ class LaunchConfig:
     block_n: int
     num_warps: int
     num_stages: int
+
+    @property
+    def list_stages(self) -> int:
+        """Stages of a loop over listed keys, whose rows are loaded by indices that are loaded before them.
+
+        Triton gives each of two loads in a row half of the stages (`(num_stages - 1) // 2` of latency), so that with a loop's own
+        number nothing is on its way while a block is computed.
+        """
+        return 2 * self.num_stages - 1
 
 
 Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]

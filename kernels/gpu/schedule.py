@@ -16,10 +16,12 @@ on random scores the pairs computed are 1.06 to 1.2 times those visible (`bench/
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from rewriter.kernels.dispatch import INTERPRETED
 from rewriter.kernels.gpu.launch import UNSPECIALIZED
 from rewriter.kernels.gpu.launch import launch
 from torch import Tensor
@@ -31,6 +33,33 @@ FORWARD_CAPACITY = 8
 
 BACKWARD_CAPACITY = 2
 """Each entry of a backward list has a row of partial gradients, of a key's size in fp32."""
+
+DOUBLINGS = MAX_SEGMENTS.bit_length()
+"""Lengths of a segment that are tried: the shortest, and twice the one before until all tiles are one."""
+
+BLOCK = 32 if INTERPRETED else 1024
+"""Keys of a program that makes the schedule. Triton's interpreter scans them one by one."""
+
+TILE_BLOCK = 64
+NEVER = tl.constexpr(2**31 - 1)
+
+SCHEDULE_KERNELS = (
+    *(
+        "_births_and_deaths",
+        "_scan_births",
+        "_scan_deaths",
+        "_borders_of_runs",
+        "_outside_of_runs",
+        "_segments",
+        "_fill_lists",
+    ),
+)
+"""Launched by `build`, in this order."""
+
+_OF_KEYS = (
+    *("first_tile", "last_tile", "full_first", "full_last", "enters_run", "leaves_run"),
+    *("run_first", "run_last", "first_segment", "last_segment"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +111,11 @@ class Schedule:
 
 
 def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block: int, capacity: int) -> Schedule:
-    """The schedule of live ranges.
+    """The schedule of live ranges, by seven launches, the host waiting for none.
+
+    Everything about a run is a scan over keys: the run of tile t ends at the first key that is not born by then, so that key k
+    enters runs at the latest birth among the keys up to it; it begins after the last key that is dead, so that key k leaves
+    runs at the earliest death among the keys from it on. The borders of the runs are then found in these scans by bisection.
 
     Args:
         start, end: int32 `[B|1, Hkv|1, K]`, K at least 1.
@@ -96,123 +129,115 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
     rows = (max(start.size(0), end.size(0), query_index.size(0)), max(start.size(1), end.size(1)))
     start, end = (t.expand(*rows, num_keys).contiguous() for t in (start, end))
     query_index = query_index[:, None, :].expand(*rows, num_queries).contiguous()
-    device = start.device
-    tile = torch.arange(num_tiles, device=device, dtype=torch.int32)
-    key = torch.arange(num_keys, device=device, dtype=torch.int32).expand_as(start)
-    low = query_index[:, :, ::tile_rows].contiguous()
-    high = query_index[:, :, ((tile + 1) * tile_rows).clamp(max=num_queries) - 1].contiguous()
+    num_rows, num_blocks = rows[0] * rows[1], -(-num_keys // BLOCK)
 
-    # Tiles in which each key is alive. A key that never lives is dead from the first tile on.
-    never = end <= start
-    sorted_values, wanted = torch.stack((high, low, low, high)), torch.stack((start, start, end, end))
-    first_tile, first_full_tile, dead_from, partly_dead_from = _ranks(sorted_values, wanted).unbind()
-    dead_from, partly_dead_from = torch.where(never, 0, dead_from), torch.where(never, 0, partly_dead_from)
-    last_tile = dead_from
+    def empty(*sizes: int) -> Tensor:
+        return torch.empty(*rows, *sizes, dtype=torch.int32, device=start.device)
 
-    # The run ends where a key has not started yet and begins after the last key that is dead: both ascend with the tile.
-    run_end = _first_unborn(first_tile, key, num_tiles)
-    enters_run = _ranks_of_places(run_end, num_keys)
-    run_begin = _last_killed(torch.maximum(dead_from, enters_run), key, num_tiles)
-    full_end = _first_unborn(first_full_tile, key, num_tiles)
-    full_begin = _last_killed(torch.maximum(partly_dead_from, enters_run), key, num_tiles)
-    borders = torch.stack((run_begin, full_end, full_begin))
-    leaves_run, full_first, full_last = _ranks_of_places(borders, num_keys).unbind()
-
-    # Runs are used or not by chunks, the shortest segments that there can be. A mask without holes has runs of at least a
-    # tile's rows; shorter ones are what scattered keys leave at the diagonal, not worth their partly filled blocks.
-    chunk = -(-num_tiles // MAX_SEGMENTS)
-    border = (torch.arange(MAX_SEGMENTS + 1, device=device) * chunk).clamp(max=num_tiles)
-    length = torch.nn.functional.pad((run_end - run_begin).cumsum(dim=2), (1, 0))[:, :, border].diff(dim=2)
-    used = (length > 0) & (2 * length >= tile_rows * border.diff())
-    used = used[:, :, tile // chunk]
-    whole_blocks = (full_end - full_begin).clamp(min=0) // block * block
-    full_begin = torch.where(used, torch.where(whole_blocks > 0, full_begin, run_end), 0)
-    run_begin, run_end = torch.where(used, run_begin, 0), torch.where(used, run_end, 0)
-    full_end = torch.where(used, full_begin + whole_blocks, 0)
-    used_before = torch.nn.functional.pad(used.cumsum(dim=2, dtype=torch.int32), (1, 0))
-    run_first = _next(used, tile).gather(2, enters_run.long()).to(torch.int32)
-    run_last = _previous_end(used, tile).gather(2, leaves_run.long()).to(torch.int32)
-
-    # Tiles outside the runs in which a key is alive; the smallest interval that holds them.
-    next_unused, unused_end = _next(~used, tile), _previous_end(~used, tile)
-    alive = first_tile < last_tile
-    outside_begin = torch.where(
-        first_tile < enters_run,
-        first_tile,
-        torch.minimum(next_unused.gather(2, first_tile.long()), torch.maximum(leaves_run, first_tile)),
+    of_keys = {name: empty(num_keys) for name in _OF_KEYS}
+    of_tiles = {name: empty(num_tiles) for name in ("run_begin", "full_begin", "full_end", "run_end")}
+    used_before, used, segment_tiles = empty(num_tiles + 1), empty(MAX_SEGMENTS), empty()
+    births, deaths, entries, counts = (empty(num_blocks, n) for n in (2, 2, DOUBLINGS, MAX_SEGMENTS))
+    list_begin, list_full, list_keys = empty(MAX_SEGMENTS + 1), empty(MAX_SEGMENTS), empty(capacity * num_keys)
+    by_keys = (num_rows, num_blocks)
+    sizes = (num_queries, num_keys, num_tiles)
+    options: dict[str, Any] = {"num_warps": 4}
+    launch(_births_and_deaths, by_keys)(
+        start,
+        end,
+        query_index,
+        *(of_keys[name] for name in ("first_tile", "full_first", "last_tile", "full_last")),
+        births,
+        *sizes,
+        tile_rows,
+        BLOCK=BLOCK,
+        **options,
     )
-    outside_end = torch.where(
-        last_tile > leaves_run,
-        last_tile,
-        torch.maximum(
-            unused_end.gather(2, last_tile.long()),
-            torch.where(first_tile < enters_run, torch.minimum(last_tile, enters_run), 0),
-        ),
+    launch(_scan_births, by_keys)(
+        *(of_keys[name] for name in ("first_tile", "full_first", "last_tile", "full_last", "enters_run", "leaves_run")),
+        births,
+        deaths,
+        num_keys,
+        BLOCK=BLOCK,
+        **options,
     )
-    listed = alive & (outside_begin < outside_end)
-
-    # The shortest segments whose lists fit; one segment for all tiles always does.
-    segment_tiles = torch.zeros(rows, dtype=torch.int32, device=device)
-    for doubling in reversed(range(MAX_SEGMENTS.bit_length())):
-        tiles_of_segment = chunk << doubling
-        entries = (outside_end - 1) // tiles_of_segment - outside_begin // tiles_of_segment + 1
-        fits = torch.where(listed, entries, 0).sum(dim=2) <= capacity * num_keys
-        segment_tiles = torch.where(fits, tiles_of_segment, segment_tiles)
-    first_segment = torch.where(listed, outside_begin // segment_tiles[:, :, None], 0)
-    last_segment = torch.where(listed, (outside_end - 1) // segment_tiles[:, :, None] + 1, 0)
-    change = torch.zeros(*rows, MAX_SEGMENTS + 1, dtype=torch.int32, device=device)
-    change = change.scatter_add(2, first_segment.long(), listed.to(torch.int32))
-    change = change.scatter_add(2, last_segment.long(), -listed.to(torch.int32))
-    counts = change.cumsum(dim=2, dtype=torch.int32)[:, :, :MAX_SEGMENTS]
-    list_begin = torch.nn.functional.pad(counts.cumsum(dim=2, dtype=torch.int32), (1, 0)).contiguous()
-
-    list_full = torch.zeros(*rows, MAX_SEGMENTS, dtype=torch.int32, device=device)
-    list_keys = torch.empty(*rows, capacity * num_keys, dtype=torch.int32, device=device)
-    schedule = Schedule(
+    launch(_scan_deaths, by_keys)(
+        *(of_keys[name] for name in ("leaves_run", "full_last")), deaths, num_keys, num_tiles, BLOCK=BLOCK, **options
+    )
+    launch(_borders_of_runs, (num_rows, MAX_SEGMENTS))(
+        *(of_keys[name] for name in ("enters_run", "leaves_run", "full_first", "full_last")),
+        *of_tiles.values(),
+        used,
+        num_keys,
+        num_tiles,
+        tile_rows,
+        block,
+        BLOCK=TILE_BLOCK,
+        MAX_SEGMENTS=MAX_SEGMENTS,
+        **options,
+    )
+    # Behind the programs for keys, those that count runs.
+    launch(_outside_of_runs, (num_rows, num_blocks + num_tiles // BLOCK + 1))(
+        *(of_keys[name] for name in ("first_tile", "last_tile", "enters_run", "leaves_run")),
+        *(of_keys[name] for name in ("run_first", "run_last", "first_segment", "last_segment")),
+        used,
+        used_before,
+        entries,
+        num_keys,
+        num_tiles,
+        num_blocks,
+        BLOCK=BLOCK,
+        MAX_SEGMENTS=MAX_SEGMENTS,
+        DOUBLINGS=DOUBLINGS,
+        **options,
+    )
+    launch(_segments, by_keys)(
+        *(of_keys[name] for name in ("first_segment", "last_segment")),
+        entries,
+        counts,
+        segment_tiles,
+        num_keys,
+        num_tiles,
+        capacity * num_keys,
+        BLOCK=BLOCK,
+        MAX_SEGMENTS=MAX_SEGMENTS,
+        DOUBLINGS=DOUBLINGS,
+        GROUP=4,
+        **options,
+    )
+    launch(_fill_lists, (num_rows, MAX_SEGMENTS))(
+        start,
+        end,
+        query_index,
+        *(of_tiles[name] for name in ("run_begin", "run_end")),
+        used_before,
+        *(of_keys[name] for name in ("first_segment", "last_segment")),
+        segment_tiles,
+        counts,
+        list_begin,
+        list_full,
+        list_keys,
+        *sizes,
+        capacity * num_keys,
+        num_blocks,
+        tile_rows,
+        BLOCK=BLOCK,
+        MAX_SEGMENTS=MAX_SEGMENTS,
+        **options,
+    )
+    return Schedule(
         start,
         end,
         query_index,
         tile_rows,
-        run_begin.contiguous(),
-        full_begin.contiguous(),
-        full_end.contiguous(),
-        run_end.contiguous(),
-        segment_tiles,
-        list_begin,
-        list_full,
-        list_keys,
-        first_segment.to(torch.int32).contiguous(),
-        last_segment.to(torch.int32).contiguous(),
-        first_tile,
-        last_tile,
-        run_first,
-        run_last,
-        full_first,
-        full_last,
-        used_before.contiguous(),
+        **of_tiles,
+        segment_tiles=segment_tiles,
+        list_begin=list_begin,
+        list_full=list_full,
+        list_keys=list_keys,
+        used_before=used_before,
+        **{name: of_keys[name] for name in _OF_KEYS if name not in ("enters_run", "leaves_run")},
     )
-    launch(_fill_lists, (rows[0] * rows[1], MAX_SEGMENTS))(
-        start,
-        end,
-        low,
-        high,
-        schedule.run_begin,
-        schedule.run_end,
-        schedule.used_before,
-        schedule.first_segment,
-        schedule.last_segment,
-        segment_tiles,
-        list_begin,
-        list_full,
-        list_keys,
-        num_keys,
-        num_tiles,
-        capacity * num_keys,
-        BLOCK=1024,
-        MAX_SEGMENTS=MAX_SEGMENTS,
-        num_warps=4,
-    )
-    return schedule
 
 
 def forward_keys(schedule: Schedule, block: int) -> Tensor:
@@ -251,100 +276,373 @@ def _blocks(keys: Tensor, block: int) -> Tensor:
     return (keys + (block - 1)) // block
 
 
-def _ranks(sorted_values: Tensor, wanted: Tensor) -> Tensor:
-    """`[..., K]`: how many of the values `[..., T]`, which ascend along the last dimension, are less than each wanted one."""
-    ranks = torch.empty_like(wanted)
-    _launch_ranks(sorted_values, wanted, ranks, places=False)
-    return ranks
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b)
 
 
-def _ranks_of_places(sorted_values: Tensor, num_places: int) -> Tensor:
-    """`[..., num_places]`: how many of the values `[..., T]` are at most 0, 1, ..."""
-    ranks = sorted_values.new_empty(*sorted_values.shape[:-1], num_places)
-    _launch_ranks(sorted_values, sorted_values, ranks, places=True)
-    return ranks
+@triton.jit
+def _min(a, b):
+    return tl.minimum(a, b)
 
 
-def _launch_ranks(sorted_values: Tensor, wanted: Tensor, ranks: Tensor, *, places: bool) -> None:
-    num_places, block = ranks.size(-1), 1024
-    launch(_count_below, (ranks.numel() // num_places, -(-num_places // block)))(
-        sorted_values.contiguous(),
-        wanted,
-        ranks,
-        sorted_values.size(-1),
-        num_places,
-        PLACES=places,
-        BLOCK=block,
-        num_warps=4,
-    )
+@triton.jit
+def _tiles_before(query_index_ptr, b_wanted, m_wanted, num_queries, num_tiles, tile_rows, LAST: tl.constexpr):
+    """How many tiles have a first index, or a last one, below each wanted one. By bisection: the indices ascend."""
+    low = tl.zeros_like(b_wanted)
+    high = low + tl.cast(num_tiles, tl.int32)
+    candidates = tl.cast(num_tiles, tl.int32) + 1
+    while candidates > 1:
+        middle = (low + high) // 2
+        m_open = m_wanted & (low < high)
+        o_row = middle * tile_rows
+        if LAST:
+            o_row = tl.minimum(o_row + tile_rows, tl.cast(num_queries, tl.int32)) - 1
+        b_index = tl.load(query_index_ptr + o_row, mask=m_open, other=0)
+        m_below = b_index < b_wanted
+        low = tl.where(m_open & m_below, middle + 1, low)
+        high = tl.where(m_open & ~m_below, middle, high)
+        candidates = (candidates + 1) // 2
+    return low
 
 
-def _first_unborn(tile: Tensor, key: Tensor, num_tiles: int) -> Tensor:
-    """For each tile, the first key that starts only in a later one; the number of keys where none does. `[Rb, Rh, tiles]`."""
-    unborn = torch.full((*key.shape[:2], num_tiles + 1), key.size(2), dtype=torch.int32, device=key.device)
-    unborn = unborn.scatter_reduce(2, tile.long(), key, "amin")
-    return unborn[:, :, 1:].flip(2).cummin(dim=2).values.flip(2)
-
-
-def _last_killed(tile: Tensor, key: Tensor, num_tiles: int) -> Tensor:
-    """For each tile, one more than the last key that ends the run from `tile` on. `[Rb, Rh, tiles]`."""
-    killed = torch.zeros(*key.shape[:2], num_tiles + 1, dtype=torch.int32, device=key.device)
-    killed = killed.scatter_reduce(2, tile.long(), key + 1, "amax")
-    return killed[:, :, :num_tiles].cummax(dim=2).values
-
-
-def _next(flag: Tensor, tile: Tensor) -> Tensor:
-    """The first tile at or after each of `0 .. tiles` that has the flag; the number of tiles where none has."""
-    position = torch.nn.functional.pad(torch.where(flag, tile, flag.size(2)), (0, 1), value=flag.size(2))
-    return position.flip(2).cummin(dim=2).values.flip(2).to(torch.int32)
-
-
-def _previous_end(flag: Tensor, tile: Tensor) -> Tensor:
-    """One more than the last tile before each of `0 .. tiles` that has the flag; 0 where none has."""
-    return torch.nn.functional.pad(torch.where(flag, tile + 1, 0).cummax(dim=2).values, (1, 0)).to(torch.int32)
+@triton.jit
+def _keys_until(scan_ptr, b_tile, m_tile, num_keys):
+    """How many of a scan's ascending values over keys are at most each tile."""
+    low = tl.zeros_like(b_tile)
+    high = low + tl.cast(num_keys, tl.int32)
+    candidates = tl.cast(num_keys, tl.int32) + 1
+    while candidates > 1:
+        middle = (low + high) // 2
+        m_open = m_tile & (low < high)
+        b_value = tl.load(scan_ptr + middle, mask=m_open, other=0)
+        m_until = b_value <= b_tile
+        low = tl.where(m_open & m_until, middle + 1, low)
+        high = tl.where(m_open & ~m_until, middle, high)
+        candidates = (candidates + 1) // 2
+    return low
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _count_below(sorted_ptr, wanted_ptr, ranks_ptr, num_sorted, num_places, PLACES: tl.constexpr, BLOCK: tl.constexpr):
-    """By bisection, as `torch.searchsorted`, which Inductor (torch 2.11) turns into code that does not compile here."""
+def _births_and_deaths(
+    start_ptr,
+    end_ptr,
+    query_index_ptr,
+    first_tile_ptr,
+    first_full_ptr,
+    dead_from_ptr,
+    partly_dead_from_ptr,
+    births_ptr,
+    num_queries,
+    num_keys,
+    num_tiles,
+    tile_rows,
+    BLOCK: tl.constexpr,
+):
+    """The tiles in which each key is born, seen by all rows, dead to some row, and dead; the latest births of each block.
+
+    A key that never lives is dead from the first tile on.
+    """
     i_row = tl.program_id(0).to(tl.int64)
-    o_places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_places = o_places < num_places
-    b_wanted = o_places
-    if not PLACES:
-        b_wanted = tl.load(wanted_ptr + i_row * num_places + o_places, mask=m_places, other=0)
-    low = tl.zeros([BLOCK], tl.int32)
-    high = low + tl.cast(num_sorted, tl.int32)
-    candidates = tl.cast(num_sorted, tl.int32) + 1
-    while candidates > 1:
-        middle = (low + high) // 2
-        m_open = m_places & (low < high)
-        b_value = tl.load(sorted_ptr + i_row * num_sorted + middle, mask=m_open, other=0)
-        m_above = (b_value <= b_wanted) if PLACES else (b_value < b_wanted)
-        low = tl.where(m_open & m_above, middle + 1, low)
-        high = tl.where(m_open & ~m_above, middle, high)
-        candidates = (candidates + 1) // 2
-    tl.store(ranks_ptr + i_row * num_places + o_places, low, mask=m_places)
+    i_block = tl.program_id(1)
+    o_keys = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_keys = o_keys < num_keys
+    p_keys = i_row * num_keys + o_keys
+    query_index_ptr += i_row * num_queries
+    b_start = tl.load(start_ptr + p_keys, mask=m_keys, other=0)
+    b_end = tl.load(end_ptr + p_keys, mask=m_keys, other=0)
+    b_first_tile = _tiles_before(query_index_ptr, b_start, m_keys, num_queries, num_tiles, tile_rows, True)
+    b_first_full = _tiles_before(query_index_ptr, b_start, m_keys, num_queries, num_tiles, tile_rows, False)
+    b_dead_from = _tiles_before(query_index_ptr, b_end, m_keys, num_queries, num_tiles, tile_rows, False)
+    b_partly = _tiles_before(query_index_ptr, b_end, m_keys, num_queries, num_tiles, tile_rows, True)
+    m_lives = b_end > b_start
+    tl.store(first_tile_ptr + p_keys, b_first_tile, mask=m_keys)
+    tl.store(first_full_ptr + p_keys, b_first_full, mask=m_keys)
+    tl.store(dead_from_ptr + p_keys, tl.where(m_lives, b_dead_from, 0), mask=m_keys)
+    tl.store(partly_dead_from_ptr + p_keys, tl.where(m_lives, b_partly, 0), mask=m_keys)
+    p_births = births_ptr + (i_row * tl.num_programs(1) + i_block) * 2
+    tl.store(p_births, tl.max(tl.where(m_keys, b_first_tile, 0), 0))
+    tl.store(p_births + 1, tl.max(tl.where(m_keys, b_first_full, 0), 0))
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _scan_births(
+    first_tile_ptr,
+    full_first_ptr,
+    dead_from_ptr,
+    full_last_ptr,
+    enters_run_ptr,
+    leaves_run_ptr,
+    births_ptr,
+    deaths_ptr,
+    num_keys,
+    BLOCK: tl.constexpr,
+):
+    """The latest births among the keys up to each one. What ends a run is dead, once the run has come to it.
+
+    `full_first` is scanned in place; `full_last` and `leaves_run` get what `_scan_deaths` scans.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    i_block = tl.program_id(1)
+    o_keys = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_keys = o_keys < num_keys
+    p_keys = i_row * num_keys + o_keys
+    born = tl.zeros([], tl.int32)
+    full = tl.zeros([], tl.int32)
+    for first in range(0, i_block, BLOCK):
+        o_before = first + tl.arange(0, BLOCK)
+        p_before = births_ptr + (i_row * tl.num_programs(1) + o_before) * 2
+        born = tl.maximum(born, tl.max(tl.load(p_before, mask=o_before < i_block, other=0), 0))
+        full = tl.maximum(full, tl.max(tl.load(p_before + 1, mask=o_before < i_block, other=0), 0))
+    b_first_tile = tl.load(first_tile_ptr + p_keys, mask=m_keys, other=0)
+    b_first_full = tl.load(full_first_ptr + p_keys, mask=m_keys, other=0)
+    b_enters = tl.maximum(tl.associative_scan(b_first_tile, 0, _max), born)
+    b_full_first = tl.maximum(tl.associative_scan(b_first_full, 0, _max), full)
+    b_dead = tl.maximum(tl.load(dead_from_ptr + p_keys, mask=m_keys, other=0), b_enters)
+    b_partly = tl.maximum(tl.load(full_last_ptr + p_keys, mask=m_keys, other=0), b_enters)
+    tl.store(enters_run_ptr + p_keys, b_enters, mask=m_keys)
+    tl.store(full_first_ptr + p_keys, b_full_first, mask=m_keys)
+    tl.store(leaves_run_ptr + p_keys, b_dead, mask=m_keys)
+    tl.store(full_last_ptr + p_keys, b_partly, mask=m_keys)
+    p_deaths = deaths_ptr + (i_row * tl.num_programs(1) + i_block) * 2
+    tl.store(p_deaths, tl.min(tl.where(m_keys, b_dead, NEVER), 0))
+    tl.store(p_deaths + 1, tl.min(tl.where(m_keys, b_partly, NEVER), 0))
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _scan_deaths(leaves_run_ptr, full_last_ptr, deaths_ptr, num_keys, num_tiles, BLOCK: tl.constexpr):
+    """The earliest deaths among the keys from each one on, in place."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_block = tl.program_id(1)
+    num_blocks = tl.num_programs(1)
+    o_keys = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_keys = o_keys < num_keys
+    p_keys = i_row * num_keys + o_keys
+    dead = tl.zeros([], tl.int32) + tl.cast(num_tiles, tl.int32)
+    partly = dead
+    for first in range(i_block + 1, num_blocks, BLOCK):
+        o_after = first + tl.arange(0, BLOCK)
+        p_after = deaths_ptr + (i_row * num_blocks + o_after) * 2
+        dead = tl.minimum(dead, tl.min(tl.load(p_after, mask=o_after < num_blocks, other=NEVER), 0))
+        partly = tl.minimum(partly, tl.min(tl.load(p_after + 1, mask=o_after < num_blocks, other=NEVER), 0))
+    b_dead = tl.load(leaves_run_ptr + p_keys, mask=m_keys, other=NEVER)
+    b_partly = tl.load(full_last_ptr + p_keys, mask=m_keys, other=NEVER)
+    b_leaves = tl.minimum(tl.associative_scan(b_dead, 0, _min, reverse=True), dead)
+    b_full_last = tl.minimum(tl.associative_scan(b_partly, 0, _min, reverse=True), partly)
+    tl.store(leaves_run_ptr + p_keys, b_leaves, mask=m_keys)
+    tl.store(full_last_ptr + p_keys, b_full_last, mask=m_keys)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _borders_of_runs(
+    enters_run_ptr,
+    leaves_run_ptr,
+    full_first_ptr,
+    full_last_ptr,
+    run_begin_ptr,
+    full_begin_ptr,
+    full_end_ptr,
+    run_end_ptr,
+    used_ptr,
+    num_keys,
+    num_tiles,
+    tile_rows,
+    block,
+    BLOCK: tl.constexpr,
+    MAX_SEGMENTS: tl.constexpr,
+):
+    """The run of each tile of a chunk, the shortest segment that there can be, and whether the chunk's runs are used.
+
+    A mask without holes has runs of at least a tile's rows; shorter ones are what scattered keys leave at the diagonal, not worth
+    their partly filled blocks.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    i_chunk = tl.program_id(1)
+    chunk = (tl.cast(num_tiles, tl.int32) + MAX_SEGMENTS - 1) // MAX_SEGMENTS
+    first = i_chunk * chunk
+    last = tl.minimum(first + chunk, num_tiles)
+    enters_run_ptr += i_row * num_keys
+    leaves_run_ptr += i_row * num_keys
+    full_first_ptr += i_row * num_keys
+    full_last_ptr += i_row * num_keys
+    length = tl.zeros([], tl.int64)
+    for o_first in range(first, last, BLOCK):
+        o_tiles = o_first + tl.arange(0, BLOCK)
+        m_tiles = o_tiles < last
+        b_end = _keys_until(enters_run_ptr, o_tiles, m_tiles, num_keys)
+        b_begin = _keys_until(leaves_run_ptr, o_tiles, m_tiles, num_keys)
+        length += tl.sum(tl.where(m_tiles, b_end - b_begin, 0).to(tl.int64), 0)
+    used = (length > 0) & (2 * length >= (last - first).to(tl.int64) * tile_rows)
+    tl.store(used_ptr + i_row * MAX_SEGMENTS + i_chunk, used.to(tl.int32))
+    for o_first in range(first, last, BLOCK):
+        o_tiles = o_first + tl.arange(0, BLOCK)
+        m_tiles = o_tiles < last
+        b_run_end = _keys_until(enters_run_ptr, o_tiles, m_tiles, num_keys)
+        b_run_begin = _keys_until(leaves_run_ptr, o_tiles, m_tiles, num_keys)
+        b_full_end = _keys_until(full_first_ptr, o_tiles, m_tiles, num_keys)
+        b_full_begin = _keys_until(full_last_ptr, o_tiles, m_tiles, num_keys)
+        b_whole = tl.maximum(b_full_end - b_full_begin, 0) // block * block
+        b_full_begin = tl.where(used, tl.where(b_whole > 0, b_full_begin, b_run_end), 0)
+        p_tiles = i_row * num_tiles + o_tiles
+        tl.store(run_begin_ptr + p_tiles, tl.where(used, b_run_begin, 0), mask=m_tiles)
+        tl.store(run_end_ptr + p_tiles, tl.where(used, b_run_end, 0), mask=m_tiles)
+        tl.store(full_begin_ptr + p_tiles, b_full_begin, mask=m_tiles)
+        tl.store(full_end_ptr + p_tiles, tl.where(used, b_full_begin + b_whole, 0), mask=m_tiles)
+
+
+@triton.jit
+def _next(b_tile, b_known, has_flag, begin, end):
+    """The first tile at or after each one that lies in a chunk with the flag, if that is before the one known."""
+    return tl.where(has_flag & (end > b_tile), tl.minimum(b_known, tl.maximum(b_tile, begin)), b_known)
+
+
+@triton.jit
+def _previous_end(b_tile, b_known, has_flag, begin, end):
+    """One more than the last tile before each one that lies in a chunk with the flag, if that is after the one known."""
+    return tl.where(has_flag & (begin < b_tile), tl.maximum(b_known, tl.minimum(b_tile, end)), b_known)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _outside_of_runs(
+    first_tile_ptr,
+    last_tile_ptr,
+    enters_run_ptr,
+    leaves_run_ptr,
+    run_first_ptr,
+    run_last_ptr,
+    outside_begin_ptr,
+    outside_end_ptr,
+    used_ptr,
+    used_before_ptr,
+    entries_ptr,
+    num_keys,
+    num_tiles,
+    num_blocks,
+    BLOCK: tl.constexpr,
+    MAX_SEGMENTS: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
+):
+    """Tiles outside the runs in which each key is alive, the smallest interval that holds them (empty: 0, 0); and how many
+    entries of lists it would take with segments of each length."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_block = tl.program_id(1)
+    tiles = tl.cast(num_tiles, tl.int32)
+    chunk = (tiles + MAX_SEGMENTS - 1) // MAX_SEGMENTS
+    used_ptr += i_row * MAX_SEGMENTS
+    if i_block >= num_blocks:
+        o_tiles = (i_block - num_blocks) * BLOCK + tl.arange(0, BLOCK)
+        b_used_before = tl.zeros([BLOCK], tl.int32)
+        for i_chunk in range(MAX_SEGMENTS):
+            b_within = tl.minimum(tl.minimum(o_tiles, tiles), (i_chunk + 1) * chunk) - i_chunk * chunk
+            b_used_before += tl.maximum(b_within, 0) * tl.load(used_ptr + i_chunk)
+        tl.store(used_before_ptr + i_row * (num_tiles + 1) + o_tiles, b_used_before, mask=o_tiles <= num_tiles)
+        return
+
+    o_keys = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_keys = o_keys < num_keys
+    p_keys = i_row * num_keys + o_keys
+    b_first = tl.load(first_tile_ptr + p_keys, mask=m_keys, other=0)
+    b_last = tl.load(last_tile_ptr + p_keys, mask=m_keys, other=0)
+    b_enters = tl.load(enters_run_ptr + p_keys, mask=m_keys, other=0)
+    b_leaves = tl.load(leaves_run_ptr + p_keys, mask=m_keys, other=0)
+    b_run_first = tl.zeros([BLOCK], tl.int32) + tiles
+    b_next_unused = b_run_first
+    b_run_last = tl.zeros([BLOCK], tl.int32)
+    b_unused_end = b_run_last
+    for i_chunk in range(MAX_SEGMENTS):
+        begin = tl.minimum(i_chunk * chunk, tiles)
+        end = tl.minimum(begin + chunk, tiles)
+        is_used = tl.load(used_ptr + i_chunk) != 0
+        b_run_first = _next(b_enters, b_run_first, is_used, begin, end)
+        b_run_last = _previous_end(b_leaves, b_run_last, is_used, begin, end)
+        b_next_unused = _next(b_first, b_next_unused, ~is_used, begin, end)
+        b_unused_end = _previous_end(b_last, b_unused_end, ~is_used, begin, end)
+    tl.store(run_first_ptr + p_keys, b_run_first, mask=m_keys)
+    tl.store(run_last_ptr + p_keys, b_run_last, mask=m_keys)
+    b_begin = tl.where(b_first < b_enters, b_first, tl.minimum(b_next_unused, tl.maximum(b_leaves, b_first)))
+    b_before_run = tl.where(b_first < b_enters, tl.minimum(b_last, b_enters), 0)
+    b_end = tl.where(b_last > b_leaves, b_last, tl.maximum(b_unused_end, b_before_run))
+    m_listed = m_keys & (b_first < b_last) & (b_begin < b_end)
+    b_begin = tl.where(m_listed, b_begin, 0)
+    b_end = tl.where(m_listed, b_end, 0)
+    tl.store(outside_begin_ptr + p_keys, b_begin, mask=m_keys)
+    tl.store(outside_end_ptr + p_keys, b_end, mask=m_keys)
+    p_entries = entries_ptr + (i_row * num_blocks + i_block) * DOUBLINGS
+    for doubling in tl.static_range(DOUBLINGS):
+        length = chunk << doubling
+        b_entries = tl.where(m_listed, (b_end - 1) // length - b_begin // length + 1, 0)
+        tl.store(p_entries + doubling, tl.sum(b_entries, 0))
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _segments(
+    first_segment_ptr,
+    last_segment_ptr,
+    entries_ptr,
+    counts_ptr,
+    segment_tiles_ptr,
+    num_keys,
+    num_tiles,
+    list_size,
+    BLOCK: tl.constexpr,
+    MAX_SEGMENTS: tl.constexpr,
+    DOUBLINGS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """The shortest segments whose lists fit (one segment for all tiles always does); each key's, in place of its tiles; and how
+    many keys of a block are in each segment's list."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_block = tl.program_id(1)
+    num_blocks = tl.num_programs(1)
+    tiles = (tl.cast(num_tiles, tl.int32) + MAX_SEGMENTS - 1) // MAX_SEGMENTS
+    segment_tiles = tiles << (DOUBLINGS - 1)
+    for step in tl.static_range(DOUBLINGS):
+        doubling = DOUBLINGS - 1 - step
+        total = tl.zeros([], tl.int64)
+        for first in range(0, num_blocks, BLOCK):
+            o_blocks = first + tl.arange(0, BLOCK)
+            p_entries = entries_ptr + (i_row * num_blocks + o_blocks) * DOUBLINGS + doubling
+            total += tl.sum(tl.load(p_entries, mask=o_blocks < num_blocks, other=0).to(tl.int64), 0)
+        segment_tiles = tl.where(total <= list_size, tiles << doubling, segment_tiles)
+    if i_block == 0:
+        tl.store(segment_tiles_ptr + i_row, segment_tiles)
+    o_keys = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_keys = o_keys < num_keys
+    p_keys = i_row * num_keys + o_keys
+    b_begin = tl.load(first_segment_ptr + p_keys, mask=m_keys, other=0)
+    b_end = tl.load(last_segment_ptr + p_keys, mask=m_keys, other=0)
+    b_first = b_begin // segment_tiles
+    b_last = tl.where(b_end > 0, (b_end - 1) // segment_tiles + 1, 0)
+    tl.store(first_segment_ptr + p_keys, b_first, mask=m_keys)
+    tl.store(last_segment_ptr + p_keys, b_last, mask=m_keys)
+    p_counts = counts_ptr + (i_row * num_blocks + i_block) * MAX_SEGMENTS
+    for first in range(0, MAX_SEGMENTS, GROUP):
+        o_segments = first + tl.arange(0, GROUP)
+        m_in = (b_first[:, None] <= o_segments[None, :]) & (o_segments[None, :] < b_last[:, None])
+        tl.store(p_counts + o_segments, tl.sum(m_in.to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _fill_lists(
     start_ptr,
     end_ptr,
-    low_ptr,
-    high_ptr,
+    query_index_ptr,
     run_begin_ptr,
     run_end_ptr,
     used_before_ptr,
     first_segment_ptr,
     last_segment_ptr,
     segment_tiles_ptr,
+    counts_ptr,
     list_begin_ptr,
     list_full_ptr,
     list_keys_ptr,
+    num_queries,
     num_keys,
     num_tiles,
     list_size,
+    num_blocks,
+    tile_rows,
     BLOCK: tl.constexpr,
     MAX_SEGMENTS: tl.constexpr,
 ):
@@ -352,15 +650,26 @@ def _fill_lists(
     i_segment = tl.program_id(1)
     i_row = tl.program_id(0).to(tl.int64)
     segment_tiles = tl.load(segment_tiles_ptr + i_row)
-    begin = tl.load(list_begin_ptr + i_row * (MAX_SEGMENTS + 1) + i_segment)
-    stop = tl.load(list_begin_ptr + i_row * (MAX_SEGMENTS + 1) + i_segment + 1)
+    o_segments = tl.arange(0, MAX_SEGMENTS)
+    b_counts = tl.zeros([MAX_SEGMENTS], tl.int32)
+    for i_block in range(num_blocks):
+        b_counts += tl.load(counts_ptr + (i_row * num_blocks + i_block) * MAX_SEGMENTS + o_segments)
+    begin = tl.sum(tl.where(o_segments < i_segment, b_counts, 0), 0)
+    stop = begin + tl.sum(tl.where(o_segments == i_segment, b_counts, 0), 0)
+    p_begin = list_begin_ptr + i_row * (MAX_SEGMENTS + 1) + i_segment
+    tl.store(p_begin, begin)
+    if i_segment == MAX_SEGMENTS - 1:
+        tl.store(p_begin + 1, stop)
+    p_full = list_full_ptr + i_row * MAX_SEGMENTS + i_segment
     if begin == stop:
+        tl.store(p_full, 0)
         return
     first_tile = i_segment * segment_tiles
     last_tile = tl.minimum(first_tile + segment_tiles, num_tiles) - 1
     p_tile = i_row * num_tiles
-    low = tl.load(low_ptr + p_tile + first_tile)
-    high = tl.load(high_ptr + p_tile + last_tile)
+    p_rows = query_index_ptr + i_row * num_queries
+    low = tl.load(p_rows + first_tile * tile_rows)
+    high = tl.load(p_rows + tl.minimum((last_tile + 1) * tile_rows, tl.cast(num_queries, tl.int32)) - 1)
     # The runs of a segment lie between the first one's begin and the last one's end; where one is unused these are 0.
     p_used = used_before_ptr + i_row * (num_tiles + 1)
     has_run = tl.load(p_used + last_tile + 1) > tl.load(p_used + first_tile)
@@ -388,4 +697,4 @@ def _fill_lists(
         tl.store(p_keys + back - masked_before, o_keys, mask=m_masked)
         front += tl.sum(m_full.to(tl.int32), 0)
         back -= tl.sum(m_masked.to(tl.int32), 0)
-    tl.store(list_full_ptr + i_row * MAX_SEGMENTS + i_segment, front - begin)
+    tl.store(p_full, front - begin)

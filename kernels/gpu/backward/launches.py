@@ -70,6 +70,7 @@ def backward(
         *shape,
         HAS_ORDER=a.row_order is not None,
         MAX_SEGMENTS=MAX_SEGMENTS,
+        LIST_STAGES=query_config.list_stages,
         **a.constants(query_config),
     )
 

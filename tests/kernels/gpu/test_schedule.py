@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +18,7 @@ from rewriter.kernels.gpu.schedule import Schedule
 from rewriter.kernels.gpu.schedule import backward_pairs
 from rewriter.kernels.gpu.schedule import build
 from rewriter.kernels.gpu.schedule import forward_keys
+from schedule_in_torch import schedule_in_torch
 
 from rewriter.testing import Case
 from rewriter.testing import live_ranges
@@ -70,6 +73,30 @@ def test_each_visible_key_is_in_the_run_or_in_the_list(
         assert set(rows.any(0).nonzero().flatten().tolist()) <= run | listed
         assert rows[:, sorted(unmasked)].all()
         assert int(s.full_end[0, 0, tile] - s.full_begin[0, 0, tile]) % block == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 120).flatmap(lambda n: st.tuples(st.just(n), live_ranges(n))),
+    st.integers(0, 2**16),
+    st.integers(1, 300),
+    st.sampled_from([1, 3, 8, 40]),
+    st.sampled_from([2, 16]),
+    st.sampled_from([1, 2, 8]),
+)
+def test_the_kernels_make_what_its_definition_says(
+    keys_and_ranges: tuple[int, object], seed: int, queries: int, tile_rows: int, block: int, capacity: int
+) -> None:
+    num_keys, ranges = keys_and_ranges
+    live = Case(seed=seed, keys=num_keys, ranges=ranges, kv_heads=2).live()  # type: ignore[arg-type]
+    index = torch.randint(-2, num_keys + 2, (2, queries), generator=torch.Generator().manual_seed(seed)).int()
+    index = index.sort(dim=1).values
+    wanted = schedule_in_torch(live.start, live.end, index, tile_rows, block, capacity)
+    made = build(live.start.to(DEVICE), live.end.to(DEVICE), index.to(DEVICE), tile_rows, block, capacity)
+    for field in fields(Schedule):
+        if field.name not in ("tile_rows", "list_keys", "list_full"):
+            own, expected = getattr(made, field.name).cpu(), getattr(wanted, field.name)
+            assert own.dtype == torch.int32 and torch.equal(own, expected.int()), field.name
 
 
 def test_a_causal_mask_has_no_lists() -> None:
