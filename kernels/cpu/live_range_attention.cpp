@@ -13,7 +13,6 @@
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
-#include <omp.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -478,7 +477,8 @@ class Forward {
   std::vector<int32_t> candidates_, keys_;
 };
 
-// A few rows, as in decoding, would leave most lanes of a panel idle: here the numbers of a key are the lanes.
+// A few rows, as in decoding, would leave most lanes of a panel idle: here the numbers of a key are the lanes. Memory is taken for
+// the keys that are alive, of which a cache may have few among many slots.
 template <typename T>
 class FewRows {
   using V = Vector<T>;
@@ -491,18 +491,19 @@ class FewRows {
   explicit FewRows(const Call& call)
       : call_(call),
         stride_(padded(call.head_dim, L)),
-        length_(padded(call.num_keys, L)),
-        scratch_(kMost * (stride_ + length_) + 256),
-        query_(scratch_.take(kMost * stride_)),
-        scores_(scratch_.take(kMost * length_)),
-        candidates_(call.num_keys + 1),
-        keys_(call.num_keys + 1) {}
+        places_(2 * call.num_keys + 64),
+        candidates_(places_.take(call.num_keys + 1)),
+        keys_(places_.take(call.num_keys + 1)) {}
 
   void run(const Summary& summary, int64_t batch, int64_t kv_head) {
     Panel<T> panel(call_, batch, kv_head);
     panel.move_to(0);
-    const int64_t candidates = summary.find(call_, batch, kv_head, panel.low, panel.high, candidates_.data());
-    const int64_t number = panel.select(candidates_.data(), candidates, keys_.data());
+    const int64_t candidates = summary.find(call_, batch, kv_head, panel.low, panel.high, candidates_);
+    const int64_t number = panel.select(candidates_, candidates, keys_);
+    length_ = padded(number, L);
+    Scratch<T> scratch(panel.count * (stride_ + length_) + 64);
+    query_ = scratch.take(panel.count * stride_);
+    scores_ = scratch.take(panel.count * length_);
     const T factor = query_factor<T>(call_);
     for (int64_t r = 0; r < panel.count; ++r) {
       const T* own = call_.query.at<T>(batch, panel.head(r), panel.row(r));
@@ -595,10 +596,10 @@ class FewRows {
   }
 
   const Call& call_;
-  int64_t stride_, length_;
-  Scratch<T> scratch_;
-  T *query_, *scores_;
-  std::vector<int32_t> candidates_, keys_;
+  int64_t stride_, length_ = 0;
+  Scratch<int32_t> places_;
+  int32_t *candidates_, *keys_;
+  T *query_ = nullptr, *scores_ = nullptr;
 };
 
 template <typename T>
@@ -834,7 +835,7 @@ class Arguments {
       : dtype(query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
     call.num_batch = query.size(0), call.num_heads = query.size(1), call.num_queries = query.size(2), call.head_dim = query.size(3);
     call.num_kv_heads = key.size(1), call.num_keys = key.size(2), call.value_dim = value.size(3);
-    call.num_threads = omp_get_max_threads();
+    call.num_threads = torch::stable::get_num_threads();
     call.scale = scale.value_or(1 / std::sqrt(static_cast<double>(call.head_dim)));
     call.softcap = softcap.value_or(0);
     call.query = read(query), call.key = read(key), call.value = read(value);
