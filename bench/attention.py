@@ -2,13 +2,14 @@
 
     python bench/attention.py
 
-fp32, 8 query and 2 KV heads of 64, batch 1, random queries, keys and values. Masks: a dynamic mask (`DynamicMask(512)`
-with random parameters, its bias and the gradients of its parameters included), the separator mask of real text (window
-256, 3 first keys), a sliding window of 256. The ideal speed-up is the number of causal pairs over the number of visible
-ones; the work ratio is pairs computed over pairs visible. Ranges are all that comes before the attention: scores and
-their gradients, and ranges. An S x S mask is the one that the original dynamic mask makes, fp32, for all query heads.
-Times are the shortest of a few rounds in which the contestants take turns. Peak memory is that of a process of its own,
-above what it held with the inputs and the gradient of the output in place.
+8 query and 2 KV heads of 64, batch 1, random queries, keys and values, fp32 or (`--dtype bfloat16`) bf16. Masks: a
+dynamic mask (`DynamicMask(512)` with random parameters, its bias and the gradients of its parameters included), the
+separator mask of real text (window 256, 3 first keys), a sliding window of 256. The ideal speed-up is the number of
+causal pairs over the number of visible ones; the work ratio is pairs computed over pairs visible. Ranges are all that
+comes before the attention: scores and their gradients, and ranges. An S x S mask is the one that the original dynamic
+mask makes, fp32, for all query heads. Times are the shortest of a few rounds in which the contestants take turns.
+Peak memory is that of a process of its own, above what it held with the inputs and the gradient of the output in
+place.
 """
 
 from __future__ import annotations
@@ -61,18 +62,26 @@ class Measured:
 
 
 def run(
-    console: Console, out: Path, lengths: list[int], dense_up_to: int, flex_up_to: int, rounds: int, threads: int
+    console: Console,
+    out: Path,
+    lengths: list[int],
+    dense_up_to: int,
+    flex_up_to: int,
+    rounds: int,
+    threads: int,
+    dtype: torch.dtype,
 ) -> None:
     torch.set_num_threads(threads)
     results: list[Measured] = []
     for length in lengths:
         few = max(1, rounds * 16384 // length)
-        results.extend(measure(length, length <= dense_up_to, length <= flex_up_to, few, threads))
+        results.extend(measure(length, length <= dense_up_to, length <= flex_up_to, few, threads, dtype))
         console.print(f"{length:,} done")
     console.print(table(results))
     machine = {
         "processor": platform.processor() or platform.machine(),
         "threads": threads,
+        "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "matmul_gflops": matmul_rate() / 1e9,
     }
@@ -81,10 +90,10 @@ def run(
     console.print(f"written: {out}", markup=False)
 
 
-def inputs(length: int, *, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     heads = (QUERY_HEADS, KV_HEADS, KV_HEADS)
-    query, key, value = (torch.randn(1, h, length, HEAD_DIM, requires_grad=grad) for h in heads)
+    query, key, value = (torch.randn(1, h, length, HEAD_DIM, dtype=dtype, requires_grad=True) for h in heads)
     return query, key, value
 
 
@@ -145,9 +154,11 @@ def separators_of_real_text(length: int) -> Tensor:
     return torch.isin(torch.tensor([ids[:length]]), torch.tensor(policy.separators))
 
 
-def measure(length: int, with_dense: bool, with_flex: bool, rounds: int, threads: int) -> list[Measured]:
-    query, key, value = inputs(length, grad=True)
-    grad = torch.randn(1, QUERY_HEADS, length, HEAD_DIM)
+def measure(
+    length: int, with_dense: bool, with_flex: bool, rounds: int, threads: int, dtype: torch.dtype
+) -> list[Measured]:
+    query, key, value = inputs(length, dtype)
+    grad = torch.randn(1, QUERY_HEADS, length, HEAD_DIM, dtype=dtype)
     masks = MASKS if with_dense else tuple(mask for mask in MASKS if mask != "separator")
     builders = {mask: mask_builder(mask, value) for mask in masks}
     visible = {mask: build() for mask, build in builders.items()}
@@ -195,7 +206,7 @@ def measure(length: int, with_dense: bool, with_flex: bool, rounds: int, threads
                 forward=forward_times[mask],
                 backward=backward_times[mask],
                 ranges=take_turns({mask: lambda m=mask: before_attention(builders[m], value)}, rounds)[mask],
-                peak_memory=peak_memory(mask, length, threads),
+                peak_memory=peak_memory(mask, length, threads, dtype),
                 dense_forward=forward_times.get("dense"),
                 dense_backward=backward_times.get("dense"),
                 against_flex=against_flex.get(mask),
@@ -249,16 +260,16 @@ def take_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     return best
 
 
-def peak_memory(mask: str, length: int, threads: int) -> float:
+def peak_memory(mask: str, length: int, threads: int, dtype: torch.dtype) -> float:
     """MiB that forward and backward need at their peak, in a process of their own."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_peak_memory, (mask, length, threads))
+        return pool.apply(_peak_memory, (mask, length, threads, dtype))
 
 
-def _peak_memory(mask: str, length: int, threads: int) -> float:
+def _peak_memory(mask: str, length: int, threads: int, dtype: torch.dtype) -> float:
     torch.set_num_threads(threads)
-    query, key, value = inputs(length, grad=True)
+    query, key, value = inputs(length, dtype)
     build = mask_builder(mask, value)
     small = LiveRanges.sliding_window(256, 16)  # starts thread pools and matrix libraries
     live_range_attention(*(t[:, :, :256] for t in (query, key, value)), small).sum().backward()
@@ -327,9 +338,10 @@ def main(
     flex_up_to: Annotated[int, typer.Option(help="Longest length for FlexAttention's block masks.")] = 16384,
     rounds: Annotated[int, typer.Option(help="Rounds of timing.")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    dtype: Annotated[str, typer.Option(help="Of query, key and value: float32 or bfloat16.")] = "float32",
 ) -> None:
     sizes = [int(part) for part in lengths.split(",")]
-    run(Console(width=190), out, sizes, dense_up_to, flex_up_to, rounds, threads)
+    run(Console(width=190), out, sizes, dense_up_to, flex_up_to, rounds, threads, getattr(torch, dtype))
 
 
 if __name__ == "__main__":

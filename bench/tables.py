@@ -75,6 +75,17 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]], *, text_colum
 MASKS = {"dynamic": "dynamic mask", "separator": "separator mask, real text", "window": "sliding window 256"}
 
 
+def attention_cpu_bf16(read: Results) -> str:
+    """Forward and backward against dense attention, in bf16 all of them."""
+    rows = []
+    for name in MASKS:
+        for r in (r for r in read("attention-cpu-bf16")["results"] if r["mask"] == name):
+            speeds = ((r["dense_forward"], r["forward"]), (r["dense_backward"], r["backward"]))
+            cells = (f"{dense / own:.1f}x ({dense / own / r['ideal']:.0%})" for dense, own in speeds)
+            rows.append((_cpu_mask(name), f"{r['length']:,}", f"{r['ideal']:.1f}x", *cells))
+    return markdown(("mask", "length", "ideal", "forward, of the ideal", "backward, of the ideal"), rows)
+
+
 def attention_cpu(read: Results) -> str:
     header = ("mask", "length", "forward against dense, of the ideal", "forward against FlexAttention")
     header += ("backward against dense", "work ratio", "ranges, of all time")
@@ -252,6 +263,19 @@ def never_slower(read: Results) -> str:
         rows.append((model, mode, batch, f"{int(length):,}", *(f"{fastest / own[name]:.2f}x" for name in policies)))
     header = ("model", "mode", "rows", "tokens", *(f"`{name}`" if "(" in name else name for name in policies))
     return markdown(header, rows, text_columns=2)
+
+
+def memory(read: Results) -> str:
+    """`bench/memory.py`: MiB, and relative to the original's."""
+    results = read("memory")["results"]
+    base = results["original"]["peaks"]
+    rows = []
+    for name, own in results.items():
+        cells = (
+            f"{mebibytes:,.0f} MiB ({mebibytes / base[length]:.2f}x)" for length, mebibytes in own["peaks"].items()
+        )
+        rows.append((f"`{name}`" if "(" in name else name, f"{own['compiled']:.0f} MiB", *cells))
+    return markdown(("", "held after compiling", *(f"{int(length):,}" for length in base)), rows)
 
 
 def compile_time(read: Results) -> str:
@@ -528,12 +552,14 @@ def _equal(differences: Iterable[float]) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "summary": summary,
     "attention-cpu": attention_cpu,
+    "attention-cpu-bf16": attention_cpu_bf16,
     "gpu-kernels": gpu_kernels,
     "work-ratio": work_ratio,
     "grouping": grouping,
     "real-model": real_model,
     "crossover": crossover,
     "never-slower": never_slower,
+    "memory": memory,
     "compile-time": compile_time,
     "generate": generate,
     "prefill": prefill,

@@ -196,6 +196,11 @@ def without_input_gradients(model: nn.Module) -> Iterator[None]:
             module._forward_hooks.update(hooks)
 
 
+def any_input_gradients(model: nn.Module) -> bool:
+    """Whether there are hooks that `without_input_gradients` takes off."""
+    return any(_requires_gradients(hook) for module in _with_hooks(model) for hook in module._forward_hooks.values())
+
+
 def _with_hooks(model: nn.Module) -> list[nn.Module]:
     """Parts of a model that have forward hooks. Each call asks, and `modules()` takes a microsecond a module."""
     found, rest, seen = [], [model], {id(model)}

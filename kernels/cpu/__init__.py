@@ -1,1 +1,1 @@
-"""Live-range attention on the CPU: the kernel in C++ (`native`), and the same by PyTorch's operators (`attention`, `schedule`)."""
+"""Live-range attention on the CPU: in C++ (`native`), or, without a compiler, in PyTorch's operators (`attention`)."""

@@ -313,13 +313,6 @@ def compute_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
-def in_compute_dtype(tensor: Tensor) -> Tensor:
-    """In fp32 (fp64 for fp64), and dense in its last dimension: torch's fused kernel has an `exp` for 16-bit inputs that
-    is good to 1e-4 only."""
-    tensor = tensor.to(compute_dtype(tensor))
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _add_rows(total: Tensor, visit: Visit, block: Block, part: Tensor) -> None:
     """Adds `[C, N, ...]` to the block's keys of `[B, Hkv, K, ...]`; the keys of a block are distinct."""
     target = total[visit.batch, visit.heads]

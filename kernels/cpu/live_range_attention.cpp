@@ -1,4 +1,5 @@
-// Live-range attention on the CPU, forward and backward, for one element type (float or double).
+// Live-range attention on the CPU, forward and backward, computed in float or double. Rows of queries, outputs and their gradients
+// may be of 16 bits.
 //
 // A panel is `kLanes` neighbouring rows of (query row, query head of one KV head): its rows are the lanes of vectors. Logits
 // are kept transposed, [keys, lanes]:
@@ -13,10 +14,11 @@
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
-#include <omp.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -32,16 +34,30 @@
 
 namespace {
 
+using torch::headeronly::ScalarType;
+
 // A tensor with a dense last dimension; strides are in elements, 0 along what is shared.
 struct Strided {
   void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
+  ScalarType type = ScalarType::Float;
 
   template <typename T>
   T* at(int64_t b, int64_t h, int64_t r = 0) const {
     return static_cast<T*>(data) + b * batch + h * head + r * row;
   }
   explicit operator bool() const { return data != nullptr; }
+
+  // Calls `body` with a row, of the tensor's own type, which is T or has 16 bits.
+  template <typename T, typename Body>
+  void with_row(int64_t b, int64_t h, int64_t r, Body body) const {
+    if (type == ScalarType::BFloat16)
+      body(at<c10::BFloat16>(b, h, r));
+    else if (type == ScalarType::Half)
+      body(at<c10::Half>(b, h, r));
+    else
+      body(at<T>(b, h, r));
+  }
 };
 
 // One call of the operator.
@@ -302,8 +318,10 @@ struct Panel {
       T* target = rows + lane * stride;
       int64_t filled = 0;
       if (lane < count) {
-        const T* own = source.at<T>(batch, head(lane), row(lane));
-        for (; filled < dim; ++filled) target[filled] = own[filled] * factor;
+        source.with_row<T>(batch, head(lane), row(lane), [&](const auto* own) {
+          for (int64_t d = 0; d < dim; ++d) target[d] = static_cast<T>(own[d]) * factor;
+        });
+        filled = dim;
       }
       std::fill(target + filled, target + stride, T(0));
     }
@@ -315,8 +333,9 @@ struct Panel {
     const int64_t stride = padded(dim, lanes);
     at::vec::transpose_mxn<T>(columns, lanes, rows, stride, dim, lanes);
     for (int64_t lane = 0; lane < count; ++lane) {
-      T* own = target.at<T>(batch, head(lane), row(lane));
-      for (int64_t d = 0; d < dim; ++d) own[d] = rows[lane * stride + d] * factors[lane];
+      target.with_row<T>(batch, head(lane), row(lane), [&](auto* own) {
+        for (int64_t d = 0; d < dim; ++d) own[d] = rows[lane * stride + d] * factors[lane];
+      });
     }
   }
 
@@ -478,7 +497,8 @@ class Forward {
   std::vector<int32_t> candidates_, keys_;
 };
 
-// A few rows, as in decoding, would leave most lanes of a panel idle: here the numbers of a key are the lanes.
+// A few rows, as in decoding, would leave most lanes of a panel idle: here the numbers of a key are the lanes. Memory is taken for
+// the keys that are alive, of which a cache may have few among many slots.
 template <typename T>
 class FewRows {
   using V = Vector<T>;
@@ -491,22 +511,25 @@ class FewRows {
   explicit FewRows(const Call& call)
       : call_(call),
         stride_(padded(call.head_dim, L)),
-        length_(padded(call.num_keys, L)),
-        scratch_(kMost * (stride_ + length_) + 256),
-        query_(scratch_.take(kMost * stride_)),
-        scores_(scratch_.take(kMost * length_)),
-        candidates_(call.num_keys + 1),
-        keys_(call.num_keys + 1) {}
+        places_(2 * call.num_keys + 64),
+        candidates_(places_.take(call.num_keys + 1)),
+        keys_(places_.take(call.num_keys + 1)) {}
 
   void run(const Summary& summary, int64_t batch, int64_t kv_head) {
     Panel<T> panel(call_, batch, kv_head);
     panel.move_to(0);
-    const int64_t candidates = summary.find(call_, batch, kv_head, panel.low, panel.high, candidates_.data());
-    const int64_t number = panel.select(candidates_.data(), candidates, keys_.data());
+    const int64_t candidates = summary.find(call_, batch, kv_head, panel.low, panel.high, candidates_);
+    const int64_t number = panel.select(candidates_, candidates, keys_);
+    length_ = padded(number, L);
+    Scratch<T> scratch(panel.count * (stride_ + length_ + call_.value_dim) + 128);
+    query_ = scratch.take(panel.count * stride_);
+    scores_ = scratch.take(panel.count * length_);
+    output_ = scratch.take(panel.count * call_.value_dim);
     const T factor = query_factor<T>(call_);
     for (int64_t r = 0; r < panel.count; ++r) {
-      const T* own = call_.query.at<T>(batch, panel.head(r), panel.row(r));
-      for (int64_t d = 0; d < stride_; ++d) query_[r * stride_ + d] = d < call_.head_dim ? own[d] * factor : T(0);
+      call_.query.with_row<T>(batch, panel.head(r), panel.row(r), [&](const auto* own) {
+        for (int64_t d = 0; d < stride_; ++d) query_[r * stride_ + d] = d < call_.head_dim ? static_cast<T>(own[d]) * factor : T(0);
+      });
     }
     in_tiles<4>(0, panel.count, [&](auto height, int64_t r) {
       constexpr int R = decltype(height)::value;
@@ -523,9 +546,13 @@ class FewRows {
     in_tiles<4>(0, panel.count, [&](auto height, int64_t r) {
       constexpr int R = decltype(height)::value;
       T* rows[R];
-      for (int i = 0; i < R; ++i) rows[i] = call_.output.at<T>(batch, panel.head(r + i), panel.row(r + i));
+      for (int i = 0; i < R; ++i) rows[i] = output_ + (r + i) * call_.value_dim;
       weighted_rows<R>(call_.value.at<T>(batch, kv_head), number, scores_ + r * length_, factors + r, rows);
     });
+    for (int64_t r = 0; r < panel.count; ++r)
+      call_.output.with_row<T>(batch, panel.head(r), panel.row(r), [&](auto* own) {
+        for (int64_t d = 0; d < call_.value_dim; ++d) own[d] = output_[r * call_.value_dim + d];
+      });
   }
 
  private:
@@ -595,10 +622,10 @@ class FewRows {
   }
 
   const Call& call_;
-  int64_t stride_, length_;
-  Scratch<T> scratch_;
-  T *query_, *scores_;
-  std::vector<int32_t> candidates_, keys_;
+  int64_t stride_, length_ = 0;
+  Scratch<int32_t> places_;
+  int32_t *candidates_, *keys_;
+  T *query_ = nullptr, *scores_ = nullptr, *output_ = nullptr;
 };
 
 template <typename T>
@@ -732,8 +759,10 @@ class Backward {
       if (lse_[lane] == -std::numeric_limits<T>::infinity()) {
         lse_[lane] = T(0);
       } else if (lane < panel.count) {
-        const T *output = call_.output.at<T>(panel.batch, head, row), *grad = grad_rows_ + lane * value_stride_;
-        for (int64_t d = 0; d < call_.value_dim; ++d) delta_[lane] += output[d] * grad[d];
+        const T* grad = grad_rows_ + lane * value_stride_;
+        call_.output.with_row<T>(panel.batch, head, row, [&](const auto* output) {
+          for (int64_t d = 0; d < call_.value_dim; ++d) delta_[lane] += static_cast<T>(output[d]) * grad[d];
+        });
         delta_[lane] -= call_.grad_lse.at<T>(panel.batch, head)[row];
       }
       if (lane < panel.count) call_.delta.at<T>(panel.batch, head)[row] = delta_[lane];
@@ -821,7 +850,6 @@ void backward(const Call& call) {
 
 // ---- The operators ----------------------------------------------------------------------------------------------------
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
@@ -834,10 +862,10 @@ class Arguments {
       : dtype(query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
     call.num_batch = query.size(0), call.num_heads = query.size(1), call.num_queries = query.size(2), call.head_dim = query.size(3);
     call.num_kv_heads = key.size(1), call.num_keys = key.size(2), call.value_dim = value.size(3);
-    call.num_threads = omp_get_max_threads();
+    call.num_threads = torch::stable::get_num_threads();
     call.scale = scale.value_or(1 / std::sqrt(static_cast<double>(call.head_dim)));
     call.softcap = softcap.value_or(0);
-    call.query = read(query), call.key = read(key), call.value = read(value);
+    call.query = read_rows(query), call.key = read(key), call.value = read(value);
     call.start = read(start), call.end = read(end);
     call.query_index = read_index(query_index, call.num_keys - call.num_queries, call.num_queries);
     call.key_index = read_index(key_index, 0, call.num_keys);
@@ -848,19 +876,31 @@ class Arguments {
 
   // `[B|1, H|1, (rows,) numbers]`.
   Strided read(const Tensor& tensor) {
-    Tensor own = is_number(tensor) && tensor.scalar_type() != dtype ? torch::stable::to(tensor, dtype) : tensor;
+    return read_rows(is_number(tensor) && tensor.scalar_type() != dtype ? torch::stable::to(tensor, dtype) : tensor);
+  }
+
+  // The same, in 16 bits where it has them.
+  Strided read_rows(const Tensor& tensor) {
+    Tensor own = tensor;
     if (own.stride(own.dim() - 1) != 1 && own.size(own.dim() - 1) != 1) own = torch::stable::contiguous(own);
     kept_.push_back(own);
     return strided(own);
   }
 
-  Tensor make(std::initializer_list<int64_t> sizes, bool zeros = false) const {
-    const std::vector<int64_t> own(sizes);
-    return zeros ? torch::stable::new_zeros(kept_.front(), own, dtype) : torch::stable::new_empty(kept_.front(), own, dtype);
+  Tensor make(std::initializer_list<int64_t> sizes) const { return torch::stable::new_empty(kept_.front(), std::vector<int64_t>(sizes), dtype); }
+
+  Tensor make_zeros(std::initializer_list<int64_t> sizes) const {
+    return torch::stable::new_zeros(kept_.front(), std::vector<int64_t>(sizes), dtype);
+  }
+
+  // Of the query's type.
+  Tensor make_rows(std::initializer_list<int64_t> sizes) const {
+    return torch::stable::new_empty(kept_.front(), std::vector<int64_t>(sizes));
   }
 
   static Strided strided(const Tensor& tensor) {
     Strided result{tensor.data_ptr()};
+    result.type = tensor.scalar_type();
     int64_t* strides[] = {&result.batch, &result.head, &result.row};
     for (int64_t i = 0; i < tensor.dim() - 1; ++i) *strides[i] = tensor.size(i) == 1 ? 0 : tensor.stride(i);
     return result;
@@ -913,17 +953,17 @@ std::tuple<Tensor, Tensor> attention(
     MaybeTensor bias, MaybeTensor sinks, MaybeTensor slopes, std::optional<double> scale, std::optional<double> softcap) {
   Arguments a(query, key, value, start, end, query_index, key_index, bias, sinks, slopes, scale, softcap);
   // Heads innermost: what follows an attention is their concatenation, which then copies nothing.
-  Tensor output = torch::stable::transpose(a.make({query.size(0), query.size(2), query.size(1), value.size(3)}), 1, 2);
+  Tensor output = torch::stable::transpose(a.make_rows({query.size(0), query.size(2), query.size(1), value.size(3)}), 1, 2);
   Tensor lse = a.make({query.size(0), query.size(1), query.size(2)});
   a.call.output = Arguments::strided(output), a.call.lse = Arguments::strided(lse);
   if (lse.numel() > 0) a.dtype == ScalarType::Double ? forward<double>(a.call) : forward<float>(a.call);
-  return {in_type_of(output, query), lse};
+  return {output, lse};
 }
 
 // The gradient of a bias [B, Hkv, K], summed over the dimensions in which the bias has one.
 template <typename T>
 Tensor sum_to(const Tensor& grad, const Tensor& bias, const Arguments& a) {
-  Tensor total = a.make({bias.size(0), bias.size(1), bias.size(2)}, /*zeros=*/true);
+  Tensor total = a.make_zeros({bias.size(0), bias.size(1), bias.size(2)});
   const Strided from = Arguments::strided(grad), to = Arguments::strided(total);
   for (int64_t b = 0; b < a.call.num_batch; ++b)
     for (int64_t h = 0; h < a.call.num_kv_heads; ++h) {
@@ -958,12 +998,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     std::optional<double> scale, std::optional<double> softcap) {
   Arguments a(query, key, value, start, end, query_index, key_index, bias, sinks, slopes, scale, softcap);
   Call& call = a.call;
-  call.output = a.read(output), call.lse = a.read(lse), call.grad_output = a.read(grad_output), call.grad_lse = a.read(grad_lse);
+  call.output = a.read_rows(output), call.grad_output = a.read_rows(grad_output);
+  call.lse = a.read(lse), call.grad_lse = a.read(grad_lse);
   Tensor delta = a.make({call.num_batch, call.num_heads, call.num_queries});
-  Tensor grad_query = a.make({call.num_batch, call.num_heads, call.num_queries, call.head_dim});
-  Tensor grad_key = a.make({call.num_batch, call.num_kv_heads, call.num_keys, call.head_dim}, /*zeros=*/true);
-  Tensor grad_value = a.make({call.num_batch, call.num_kv_heads, call.num_keys, call.value_dim}, /*zeros=*/true);
-  Tensor grad_bias = bias ? a.make({call.num_batch, call.num_kv_heads, call.num_keys}, /*zeros=*/true) : a.make({0});
+  Tensor grad_query = a.make_rows({call.num_batch, call.num_heads, call.num_queries, call.head_dim});
+  Tensor grad_key = a.make_zeros({call.num_batch, call.num_kv_heads, call.num_keys, call.head_dim});
+  Tensor grad_value = a.make_zeros({call.num_batch, call.num_kv_heads, call.num_keys, call.value_dim});
+  Tensor grad_bias = bias ? a.make_zeros({call.num_batch, call.num_kv_heads, call.num_keys}) : a.make({0});
   call.delta = Arguments::strided(delta), call.grad_query = Arguments::strided(grad_query);
   call.grad_key = Arguments::strided(grad_key), call.grad_value = Arguments::strided(grad_value);
   if (bias) call.grad_bias = Arguments::strided(grad_bias);
@@ -971,7 +1012,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (delta.numel() > 0) is_double ? backward<double>(call) : backward<float>(call);
   Tensor grad_sinks = !sinks ? a.make({0}) : is_double ? grad_of_sinks<double>(a) : grad_of_sinks<float>(a);
   if (bias) grad_bias = is_double ? sum_to<double>(grad_bias, *bias, a) : sum_to<float>(grad_bias, *bias, a);
-  return {in_type_of(grad_query, query), in_type_of(grad_key, key), in_type_of(grad_value, value),
+  return {grad_query, in_type_of(grad_key, key), in_type_of(grad_value, value),
           bias ? in_type_of(grad_bias, *bias) : grad_bias, sinks ? in_type_of(grad_sinks, *sinks) : grad_sinks};
 }
 

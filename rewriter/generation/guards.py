@@ -15,6 +15,7 @@ from rewriter.errors import CacheError
 from rewriter.generation.model_facts import logits_of
 from rewriter.passes import CachedRewritten
 from rewriter.passes import NotCacheable
+from rewriter.tracing import any_input_gradients
 from rewriter.tracing import guarded
 from rewriter.tracing import traced_call
 from rewriter.tracing import without_input_gradients
@@ -59,6 +60,7 @@ class CapturedCall:
             return captured
 
         self._call = traced_call(model, backend, logits_of)
+        self._may_have_hooks = any_input_gradients(model)
         self.present: list[Tensor] = []
         try:
             with torch.no_grad():
@@ -78,9 +80,17 @@ class CapturedCall:
 
         What Dynamo guards is all that the graph depends on: modules, hooks, modes, types, and each number that was read.
         """
+        if not self._may_have_hooks and self._holds():
+            return True
+        # To look for hooks takes as long as the guards, so it is done only where there are some.
+        with without_input_gradients(self._model):
+            holds = self._holds()
+        self._may_have_hooks = self._may_have_hooks or (holds and any_input_gradients(self._model))
+        return holds
+
+    def _holds(self) -> bool:
         try:
-            with without_input_gradients(self._model):
-                self._call(self._parameters(), **self._arguments)
+            self._call(self._parameters(), **self._arguments)
         except _GuardsHold as held:
             self.present = held.tensors
             return True

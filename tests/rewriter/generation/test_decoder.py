@@ -647,3 +647,29 @@ def test_models_that_number_tokens_in_their_own_way_need_position_ids() -> None:
     positions = torch.arange(2, 11).expand(2, -1)
     actual = fast(input_ids=ids, position_ids=positions, past_key_values=fast.new_cache()).logits
     torch.testing.assert_close(actual, fast(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_hooks_that_let_gradients_pass_may_come_between_tokens(tiny_model: Callable[..., nn.Module]) -> None:
+    """The decoder looks for them only once it has met some; other hooks are never ignored."""
+    model = tiny_model("llama", "sdpa")
+    fast = ready(model, SlidingWindow(5, sinks=1))
+    ids = torch.randint(0, 60, (2, 12))
+    expected = fast(input_ids=ids, use_cache=False).logits
+    cache = fast.new_cache()
+
+    def step(place: int) -> Tensor:
+        return fast(input_ids=ids[:, place : place + 1], past_key_values=cache).logits[:, 0]
+
+    torch.testing.assert_close(step(0), expected[:, 0], rtol=1e-4, atol=1e-4)
+    decoder = fast.decoder
+    model.enable_input_require_grads()
+    for place in (1, 2, 3):
+        torch.testing.assert_close(step(place), expected[:, place], rtol=1e-4, atol=1e-4)
+    assert fast.decoder is decoder
+    model.disable_input_require_grads()
+    torch.testing.assert_close(step(4), expected[:, 4], rtol=1e-4, atol=1e-4)
+    assert fast.decoder is decoder
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(CacheError, match="before the model was changed"):
+        step(5)
