@@ -26,7 +26,8 @@ from rewriter.kernels.gpu.launch import UNSPECIALIZED
 from rewriter.kernels.gpu.launch import launch
 from torch import Tensor
 
-MAX_SEGMENTS = 64
+MAX_SEGMENTS = 8 if INTERPRETED else 64
+"""Segments of a row at most. Triton's interpreter runs a program for each, one after the other."""
 
 FORWARD_CAPACITY = 8
 """Room for indices is cheap: 32 bytes per key and KV head."""
