@@ -26,6 +26,7 @@ from rewriter.kernels.gpu.tiles import load_rows
 from rewriter.kernels.gpu.tiles import masked_block
 from rewriter.kernels.gpu.tiles import masked_blocks
 from rewriter.kernels.gpu.tiles import packed_rows
+from rewriter.kernels.gpu.tiles import visible
 from torch import Tensor
 
 
@@ -76,6 +77,7 @@ def forward(arguments: KernelInputs) -> tuple[Tensor, Tensor]:
         HAS_ORDER=a.row_order is not None,
         HAS_SINKS=a.sinks is not None,
         MAX_SEGMENTS=MAX_SEGMENTS,
+        LIST_STAGES=a.list_stages(config),
         **a.constants(config),
     )
     return output, lse
@@ -136,8 +138,8 @@ def attend(
     if MASKED:
         b_start = tl.load(start_ptr + o_keys, mask=m_keys, other=0)
         b_end = tl.load(end_ptr + o_keys, mask=m_keys, other=0)
-        m_visible = (b_start[None, :] <= b_query_index[:, None]) & (b_query_index[:, None] < b_end[None, :])
-        m_visible &= m_keys[None, :]
+        # A key that is none begins and ends at 0.
+        m_visible = visible(b_query_index[:, None], b_start[None, :], b_end[None, :])
         logits = tl.where(m_visible, logits, float("-inf"))
     new_max = tl.maximum(b_max, tl.max(logits, 1))
     # A row that has seen no key yet has a maximum of -inf, which must not be subtracted from -inf.
@@ -208,6 +210,7 @@ def _forward(
     HAS_ORDER: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     MAX_SEGMENTS: tl.constexpr,
+    LIST_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -265,7 +268,7 @@ def _forward(
             start_ptr, end_ptr, b_slopes, b_query_index, stride_key, stride_value, head_dim, value_dim, scale, softcap,
             False, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, BLOCK_D, BLOCK_DV, EVEN, PRECISION,
         )  # fmt: skip
-    for first in range(list_begin, masked_begin, BLOCK_N):
+    for first in tl.range(list_begin, masked_begin, BLOCK_N, num_stages=LIST_STAGES):
         o_keys = tl.load(list_keys_ptr + first + o_block)
         b_acc, b_max, b_sum = attend(
             b_query, b_acc, b_max, b_sum, o_keys, o_keys < num_keys, key_ptr, value_ptr, bias_ptr, key_index_ptr,

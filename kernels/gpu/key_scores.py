@@ -19,6 +19,7 @@ from rewriter.kernels.gpu.tiles import dot
 from rewriter.kernels.gpu.tiles import in_fp32
 from rewriter.kernels.gpu.tiles import load_rows
 from rewriter.kernels.gpu.tiles import packed_rows
+from rewriter.kernels.gpu.tiles import visible
 from torch import Tensor
 
 
@@ -154,7 +155,7 @@ def _key_scores(
                 HAS_ALIBI,
                 HAS_SOFTCAP,
             )
-            m_visible = (b_start[:, None] <= b_query_index[None, :]) & (b_query_index[None, :] < b_end[:, None])
+            m_visible = visible(b_query_index[None, :], b_start[:, None], b_end[:, None])
             b_sum += tl.sum(tl.where(m_visible, tl.exp2(logits - b_lse[None, :]), 0.0), 1)
         if GROUP == "per_query_head":
             p_scores = scores_ptr + ((i_batch * tl.num_programs(1) + i_kv_head) * group + i_chunk) * num_keys

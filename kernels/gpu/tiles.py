@@ -86,6 +86,16 @@ def masked_block(
 
 
 @triton.jit
+def visible(b_query_index, b_start, b_end):
+    """Whether `start <= index < end`, by one comparison an element: of `index - start` with the range's length, unsigned.
+
+    Where the index is before the start, the difference wraps round to more than any length: `end - index` is below `2 ** 32`.
+    """
+    b_length = tl.where(b_end > b_start, b_end - b_start, 0)
+    return (b_query_index - b_start).to(tl.uint32, bitcast=True) < b_length.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def tanh(x):
     """From the exponential, and near 0, where its difference with 1 cancels, from the Taylor series."""
     magnitude = tl.abs(x)

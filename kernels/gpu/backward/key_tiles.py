@@ -7,6 +7,7 @@ import triton.language as tl
 from rewriter.kernels.gpu.tiles import add_dot
 from rewriter.kernels.gpu.tiles import base2_logits
 from rewriter.kernels.gpu.tiles import dot
+from rewriter.kernels.gpu.tiles import visible
 
 
 @triton.jit
@@ -113,8 +114,9 @@ def add_key_gradients(
         run_end = tl.load(run_end_ptr + i_tile)
         m_in_run = (o_keys >= run_begin) & (o_keys < run_end)
         m_own = m_keys & (~m_in_run if LISTED else m_in_run)
-        m_visible = (b_start[:, None] <= b_query_index[None, :]) & (b_query_index[None, :] < b_end[:, None])
-        weights = tl.where(m_visible & m_own[:, None], weights, 0.0)
+        b_own_end = tl.where(m_own, b_end, b_start)  # what is another's ends where it begins
+        m_visible = visible(b_query_index[None, :], b_start[:, None], b_own_end[:, None])
+        weights = tl.where(m_visible, weights, 0.0)
     b_grad_value = add_dot(b_grad_value, weights.to(b_grad.dtype), b_grad, PRECISION)  # [BN, DV]
     grad_weights = dot(b_value, tl.trans(b_grad), PRECISION)  # [BN, BM]
     grad_logits = weights * (grad_weights - b_delta[None, :])

@@ -14,6 +14,7 @@ from rewriter.kernels.gpu.tiles import load_rows
 from rewriter.kernels.gpu.tiles import masked_block
 from rewriter.kernels.gpu.tiles import masked_blocks
 from rewriter.kernels.gpu.tiles import packed_rows
+from rewriter.kernels.gpu.tiles import visible
 
 
 @triton.jit
@@ -73,8 +74,8 @@ def _add_query_gradient(
     if MASKED:
         b_start = tl.load(start_ptr + o_keys, mask=m_keys, other=0)
         b_end = tl.load(end_ptr + o_keys, mask=m_keys, other=0)
-        m_visible = (b_start[None, :] <= b_query_index[:, None]) & (b_query_index[:, None] < b_end[None, :])
-        m_visible &= m_keys[None, :]
+        # A key that is none begins and ends at 0.
+        m_visible = visible(b_query_index[:, None], b_start[None, :], b_end[None, :])
         weights = tl.where(m_visible, weights, 0.0)
     b_value = load_rows(value_ptr, o_keys, m_keys, tl.arange(0, BLOCK_DV), stride_value, value_dim, MASKED, EVEN)
     grad_weights = dot(b_grad, tl.trans(b_value), PRECISION)  # [BM, BN]
@@ -153,6 +154,7 @@ def _query_gradient(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     MAX_SEGMENTS: tl.constexpr,
+    LIST_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -230,7 +232,7 @@ def _query_gradient(
             key_index_ptr, start_ptr, end_ptr, b_slopes, b_query_index, stride_key, stride_value, head_dim, value_dim,
             scale, softcap, False, HAS_BIAS, HAS_ALIBI, HAS_SOFTCAP, BLOCK_D, BLOCK_DV, EVEN, PRECISION,
         )  # fmt: skip
-    for first in tl.range(list_begin, masked_begin, BLOCK_N, disable_licm=IS_FP32):
+    for first in tl.range(list_begin, masked_begin, BLOCK_N, num_stages=LIST_STAGES, disable_licm=IS_FP32):
         o_keys = tl.load(list_keys_ptr + first + o_block)
         b_acc = _add_query_gradient(
             b_query, b_grad, b_acc, b_lse, b_delta, o_keys, o_keys < num_keys, key_ptr, value_ptr, bias_ptr,
