@@ -34,9 +34,6 @@ class Work:
     pairs: int
     width: int
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.blocks + other.blocks, self.pairs + other.pairs, self.width)
-
 
 def fused_work(rows: int, keys: int, heads: int, width: int, *, is_causal: bool = False) -> Work:
     """Of torch's fused kernel on a CPU.

@@ -225,38 +225,20 @@ def _backward_fake(
     return _present(query, grads)
 
 
-def _backward_cpu(
-    grad_output: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    *rest: Any,
-) -> Gradients:
+def _backward_cpu(*inputs: Any) -> Gradients:
     """As `_forward_cpu`."""
-    inputs = (grad_output, grad_lse, query, key, value, output, lse, *rest)
     if native.load():
         return torch.ops.rewriter.live_range_attention_backward_cpu(*inputs)
     return backward_in_torch(*inputs)
 
 
-def backward_in_torch(
-    grad_output: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    *rest: Any,
-) -> Gradients:
+def backward_in_torch(*inputs: Any) -> Gradients:
     """The gradients, as `forward_in_torch`."""
+    grad_output, grad_lse, query, key, value, output, lse, *rest = inputs
     a = AttentionArguments(query, key, value, *rest)
-    inputs = (grad_output, grad_lse, query, key, value, output, lse, a.start, a.end, a.sinks, cpu.Logits.of(a))
+    given = (grad_output, grad_lse, query, key, value, output, lse, a.start, a.end, a.sinks)
     with _in_its_own_precision(query):
-        return _present(query, cpu.backward(*inputs))
+        return _present(query, cpu.backward(*given, cpu.Logits.of(a)))
 
 
 def _present(query: Tensor, grads: tuple[Tensor | None, ...]) -> Gradients:

@@ -59,10 +59,10 @@ def optimize(
         policy: which keys live how long; `Exact()` when left out, which loses nothing.
         backend: "inductor" generates code, "eager" runs the rewritten graph as it is.
         strict: raise when any attention site is refused.
-        kernel: what computes the sites of a call without a cache. "auto" takes torch's `scaled_dot_product_attention` where a
-            mask is proven to be exactly causal, or to hide nothing, and the policy drops nothing, and live-range attention
-            elsewhere; "live_range" takes that everywhere; "dense" torch's everywhere, with a mask of `[Q, K]` where one is
-            needed. The results are the same; `fast.report` names the kernel of each site.
+        kernel: what computes the sites of a call without a cache. "auto" takes, on a GPU, torch's `scaled_dot_product_attention`
+            where a mask is proven to be exactly causal, or to hide nothing, and the policy drops nothing, and live-range
+            attention elsewhere, and on a CPU; "live_range" takes that everywhere; "dense" torch's everywhere, with a mask of
+            `[Q, K]` where one is needed. The results are the same; `fast.report` names the kernel of each site.
         example_inputs: keyword arguments (a mapping) or positional ones to capture the model with now; otherwise it is
             captured at its first call. A policy with parameters needs to know the sites now: what is left out is then
             the model's own `dummy_inputs`, which the models of transformers have.

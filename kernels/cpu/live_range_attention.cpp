@@ -391,17 +391,41 @@ T query_factor(const Call& call) {
   return static_cast<T>(call.softcap ? call.scale / call.softcap : call.scale);
 }
 
-// The keys of the panels [first, last): those that a row of any of them may see.
+// The panels of a batch row and KV head, in parts of up to `kPanels` that look for their keys together.
 template <typename T>
-int64_t find_candidates(const Summary& summary, Panel<T>& panel, int64_t first, int64_t last, int32_t* keys) {
-  int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
-  for (int64_t p = first; p < last; ++p) {
-    panel.move_to(p);
-    low = std::min(low, panel.low);
-    high = std::max(high, panel.high);
+struct Parts {
+  int64_t panels, number;
+
+  explicit Parts(const Call& call)
+      : panels(padded(call.num_queries * (call.num_heads / call.num_kv_heads), kLanes<T>) / kLanes<T>),
+        number(padded(panels, kPanels) / kPanels) {}
+};
+
+// Goes over the panels of a part, each with the keys that some row of it sees.
+class LiveKeys {
+ public:
+  explicit LiveKeys(const Call& call) : candidates_(call.num_keys + 1), keys_(call.num_keys + 1) {}
+
+  // Calls `body(panel, keys, number of keys)`.
+  template <typename T, typename Body>
+  void for_each_panel(const Summary& summary, Panel<T> panel, const Parts<T>& parts, int64_t part, Body body) {
+    const int64_t first = part * kPanels, last = std::min(first + kPanels, parts.panels);
+    int32_t low = std::numeric_limits<int32_t>::max(), high = std::numeric_limits<int32_t>::min();
+    for (int64_t p = first; p < last; ++p) {
+      panel.move_to(p);
+      low = std::min(low, panel.low);
+      high = std::max(high, panel.high);
+    }
+    const int64_t number = summary.find(panel.call, panel.batch, panel.kv_head, low, high, candidates_.data());
+    for (int64_t p = first; p < last; ++p) {
+      panel.move_to(p);
+      body(panel, keys_.data(), panel.select(candidates_.data(), number, keys_.data()));
+    }
   }
-  return summary.find(panel.call, panel.batch, panel.kv_head, low, high, keys);
-}
+
+ private:
+  std::vector<int32_t> candidates_, keys_;
+};
 
 // ---- Forward ----------------------------------------------------------------------------------------------------------
 
@@ -423,21 +447,9 @@ class Forward {
         slopes_(scratch_.take(lanes)),
         factors_(scratch_.take(lanes)),
         maximum_(scratch_.take(lanes)),
-        total_(scratch_.take(lanes)),
-        candidates_(call.num_keys + 1),
-        keys_(call.num_keys + 1) {}
+        total_(scratch_.take(lanes)) {}
 
-  void run(const Summary& summary, int64_t batch, int64_t kv_head, int64_t first, int64_t last) {
-    Panel<T> panel(call_, batch, kv_head);
-    const int64_t number = find_candidates(summary, panel, first, last, candidates_.data());
-    for (int64_t p = first; p < last; ++p) {
-      panel.move_to(p);
-      run_panel(panel, panel.select(candidates_.data(), number, keys_.data()));
-    }
-  }
-
- private:
-  void run_panel(const Panel<T>& panel, int64_t num_keys) {
+  void run(const Panel<T>& panel, const int32_t* all_keys, int64_t num_keys) {
     const T* key = call_.key.at<T>(panel.batch, panel.kv_head);
     const T* value = call_.value.at<T>(panel.batch, panel.kv_head);
     panel.load(call_.query, call_.head_dim, stride_, query_factor<T>(call_), rows_, query_);
@@ -448,7 +460,7 @@ class Forward {
     std::fill(total_, total_ + lanes, T(0));
     for (int64_t n = 0; n < num_keys; n += kBlock) {
       const int64_t number = std::min(kBlock, num_keys - n);
-      const int32_t* keys = keys_.data() + n;
+      const int32_t* keys = all_keys + n;
       key_products(key, call_.key.row, keys, number, call_.head_dim, query_, scores_);
       panel.finish_logits(keys, number, slopes_, scores_, nullptr);
       weigh(number, n > 0);
@@ -457,6 +469,7 @@ class Forward {
     finish(panel);
   }
 
+ private:
   // Logits [n, lanes] to exp(logit - maximum), in place, and totals; what was summed before is brought to the new maximum.
   void weigh(int64_t number, bool has_sums) {
     for (int v = 0; v < kVectors; ++v) {
@@ -494,7 +507,6 @@ class Forward {
   int64_t stride_;
   Scratch<T> scratch_;
   T *rows_, *query_, *output_, *scores_, *slopes_, *factors_, *maximum_, *total_;
-  std::vector<int32_t> candidates_, keys_;
 };
 
 // A few rows, as in decoding, would leave most lanes of a panel idle: here the numbers of a key are the lanes. Memory is taken for
@@ -631,9 +643,7 @@ class FewRows {
 template <typename T>
 void forward(const Call& call) {
   const Summary summary(call);
-  const int64_t rows = call.num_queries * (call.num_heads / call.num_kv_heads);
-  const int64_t panels = padded(rows, kLanes<T>) / kLanes<T>, parts = padded(panels, kPanels) / kPanels;
-  const int64_t heads = call.num_batch * call.num_kv_heads;
+  const int64_t heads = call.num_batch * call.num_kv_heads, rows = call.num_queries * (call.num_heads / call.num_kv_heads);
   if (rows <= FewRows<T>::kMost) {
     // To wake a thread takes longer than this many products.
     const bool is_short = heads * rows * call.num_keys * (call.head_dim + call.value_dim) < kAlone;
@@ -645,14 +655,18 @@ void forward(const Call& call) {
     }
     return;
   }
-#pragma omp parallel num_threads(std::min(call.num_threads, heads * parts))
+  const Parts<T> parts(call);
+#pragma omp parallel num_threads(std::min(call.num_threads, heads * parts.number))
   {
     Forward<T> own(call);
+    LiveKeys live(call);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < heads * parts; ++i) {
+    for (int64_t i = 0; i < heads * parts.number; ++i) {
       // Late rows first: under a causal mask they see the most keys.
-      const int64_t part = parts - 1 - i / heads, batch = i % heads / call.num_kv_heads, kv_head = i % call.num_kv_heads;
-      own.run(summary, batch, kv_head, part * kPanels, std::min((part + 1) * kPanels, panels));
+      const int64_t part = parts.number - 1 - i / heads, head = i % heads;
+      live.for_each_panel(
+          summary, Panel<T>(call, head / call.num_kv_heads, head % call.num_kv_heads), parts, part,
+          [&](const Panel<T>& panel, const int32_t* keys, int64_t number) { own.run(panel, keys, number); });
     }
   }
 }
@@ -728,23 +742,11 @@ class Backward {
         slopes_(scratch_.take(lanes)),
         factors_(scratch_.take(lanes)),
         lse_(scratch_.take(lanes)),
-        delta_(scratch_.take(lanes)),
-        candidates_(call.num_keys + 1),
-        keys_(call.num_keys + 1) {
+        delta_(scratch_.take(lanes)) {
     std::fill(factors_, factors_ + lanes, query_factor<T>(call));
   }
 
-  void run(const Summary& summary, int64_t batch, int64_t kv_head, int64_t first, int64_t last, T* grad_key, T* grad_value, T* grad_bias) {
-    Panel<T> panel(call_, batch, kv_head);
-    const int64_t number = find_candidates(summary, panel, first, last, candidates_.data());
-    for (int64_t p = first; p < last; ++p) {
-      panel.move_to(p);
-      run_panel(panel, panel.select(candidates_.data(), number, keys_.data()), grad_key, grad_value, grad_bias);
-    }
-  }
-
- private:
-  void run_panel(const Panel<T>& panel, int64_t num_keys, T* grad_key, T* grad_value, T* grad_bias) {
+  void run(const Panel<T>& panel, const int32_t* all_keys, int64_t num_keys, T* grad_key, T* grad_value, T* grad_bias) {
     const T* key = call_.key.at<T>(panel.batch, panel.kv_head);
     const T* value = call_.value.at<T>(panel.batch, panel.kv_head);
     panel.load(call_.query, call_.head_dim, stride_, query_factor<T>(call_), query_rows_, query_);
@@ -770,7 +772,7 @@ class Backward {
     std::fill(grad_query_, grad_query_ + call_.head_dim * lanes, T(0));
     for (int64_t n = 0; n < num_keys; n += kBlock) {
       const int64_t number = std::min(kBlock, num_keys - n);
-      const int32_t* keys = keys_.data() + n;
+      const int32_t* keys = all_keys + n;
       key_products(key, call_.key.row, keys, number, call_.head_dim, query_, weights_);
       panel.finish_logits(keys, number, slopes_, weights_, tanh_);
       key_products(value, call_.value.row, keys, number, call_.value_dim, grad_, grad_scores_);
@@ -782,6 +784,7 @@ class Backward {
     panel.store(grad_query_, call_.head_dim, factors_, call_.grad_query, rows_);
   }
 
+ private:
   // Logits to weights, and the weights' gradients to those of the products of query and key, in place.
   void differentiate(int64_t number, const int32_t* keys, T* grad_bias) {
     for (int64_t n = 0; n < number; ++n) {
@@ -807,7 +810,6 @@ class Backward {
   Scratch<T> scratch_;
   T *query_rows_, *query_, *grad_query_, *rows_, *grad_rows_, *grad_, *weights_, *grad_scores_, *tanh_;
   T *slopes_, *factors_, *lse_, *delta_;
-  std::vector<int32_t> candidates_, keys_;
 };
 
 // Into how many parts the query rows of a batch row and KV head are split: the fewest that keep all threads at work.
@@ -825,22 +827,25 @@ int64_t num_splits(int64_t heads, int64_t parts, int64_t threads) {
 template <typename T>
 void backward(const Call& call) {
   const Summary summary(call);
-  const int64_t rows = call.num_queries * (call.num_heads / call.num_kv_heads);
-  const int64_t panels = padded(rows, kLanes<T>) / kLanes<T>, parts = padded(panels, kPanels) / kPanels;
-  const int64_t heads = call.num_batch * call.num_kv_heads, splits = num_splits(heads, parts, call.num_threads);
+  const Parts<T> parts(call);
+  const int64_t heads = call.num_batch * call.num_kv_heads, splits = num_splits(heads, parts.number, call.num_threads);
   const Totals<T> grad_key(call, splits, call.grad_key, call.head_dim);
   const Totals<T> grad_value(call, splits, call.grad_value, call.value_dim);
   const Totals<T> grad_bias(call, splits, call.grad_bias, 1);
 #pragma omp parallel num_threads(std::min(call.num_threads, heads * splits))
   {
     Backward<T> own(call);
+    LiveKeys live(call);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < heads * splits; ++i) {
       const int64_t head = i / splits, split = i % splits;
       // In turns, so that each split has early rows and late ones.
-      for (int64_t part = split; part < parts; part += splits)
-        own.run(summary, head / call.num_kv_heads, head % call.num_kv_heads, part * kPanels, std::min((part + 1) * kPanels, panels),
-                grad_key.at(split, head), grad_value.at(split, head), grad_bias.at(split, head));
+      for (int64_t part = split; part < parts.number; part += splits)
+        live.for_each_panel(
+            summary, Panel<T>(call, head / call.num_kv_heads, head % call.num_kv_heads), parts, part,
+            [&](const Panel<T>& panel, const int32_t* keys, int64_t number) {
+              own.run(panel, keys, number, grad_key.at(split, head), grad_value.at(split, head), grad_bias.at(split, head));
+            });
     }
   }
   grad_key.add_up();

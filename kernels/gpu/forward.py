@@ -77,7 +77,7 @@ def forward(arguments: KernelInputs) -> tuple[Tensor, Tensor]:
         HAS_ORDER=a.row_order is not None,
         HAS_SINKS=a.sinks is not None,
         MAX_SEGMENTS=MAX_SEGMENTS,
-        LIST_STAGES=config.list_stages,
+        LIST_STAGES=a.list_stages(config),
         **a.constants(config),
     )
     return output, lse

@@ -116,6 +116,15 @@ class KernelInputs:
             architecture(self.query.device), kernel, self.query.element_size(), max(self.head_dim, self.value_dim)
         )
 
+    def list_stages(self, config: LaunchConfig) -> int:
+        """Stages of a loop over listed keys, whose rows are loaded by indices that are loaded before them.
+
+        On NVIDIA's GPUs Triton gives each of two loads in a row half of the stages (`(num_stages - 1) // 2` of latency), so that
+        with a loop's own number nothing is on its way while a block is computed. Elsewhere more of them take more shared memory.
+        """
+        is_nvidia = architecture(self.query.device).startswith("sm")
+        return 2 * config.num_stages - 1 if is_nvidia else config.num_stages
+
     def tile_shape(self, block_m: int) -> tuple[int, int, int]:
         """Query rows and heads of a tile, and the chunks of heads that a group takes."""
         heads = min(self.group, block_m)

@@ -43,15 +43,6 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
 
-    @property
-    def list_stages(self) -> int:
-        """Stages of a loop over listed keys, whose rows are loaded by indices that are loaded before them.
-
-        Triton gives each of two loads in a row half of the stages (`(num_stages - 1) // 2` of latency), so that with a loop's own
-        number nothing is on its way while a block is computed.
-        """
-        return 2 * self.num_stages - 1
-
 
 Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
 """Architecture, kernel, bits of an element, head dim: block_m, block_n, num_warps, num_stages."""

@@ -26,8 +26,8 @@ from rewriter.kernels.gpu.launch import UNSPECIALIZED
 from rewriter.kernels.gpu.launch import launch
 from torch import Tensor
 
-MAX_SEGMENTS = 8 if INTERPRETED else 64
-"""Segments of a row at most. Triton's interpreter runs a program for each, one after the other."""
+MAX_SEGMENTS = 64
+"""Segments of a row at most."""
 
 FORWARD_CAPACITY = 8
 """Room for indices is cheap: 32 bytes per key and KV head."""
@@ -38,10 +38,13 @@ BACKWARD_CAPACITY = 2
 DOUBLINGS = MAX_SEGMENTS.bit_length()
 """Lengths of a segment that are tried: the shortest, and twice the one before until all tiles are one."""
 
-BLOCK = 32 if INTERPRETED else 1024
+BLOCK = 128 if INTERPRETED else 1024
 """Keys of a program that makes the schedule. Triton's interpreter scans them one by one."""
 
-TILE_BLOCK = 64
+CHUNKS, TILE_BLOCK = (MAX_SEGMENTS, 8) if INTERPRETED else (1, 64)
+"""Chunks of a program that looks for the runs' borders, and of each so many tiles at once. The interpreter runs the programs one
+after the other."""
+
 NEVER = tl.constexpr(2**31 - 1)
 
 SCHEDULE_KERNELS = (
@@ -165,7 +168,7 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
     launch(_scan_deaths, by_keys)(
         *(of_keys[name] for name in ("leaves_run", "full_last")), deaths, num_keys, num_tiles, BLOCK=BLOCK, **options
     )
-    launch(_borders_of_runs, (num_rows, MAX_SEGMENTS))(
+    launch(_borders_of_runs, (num_rows, MAX_SEGMENTS // CHUNKS))(
         *(of_keys[name] for name in ("enters_run", "leaves_run", "full_first", "full_last")),
         *of_tiles.values(),
         used,
@@ -174,6 +177,7 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
         tile_rows,
         block,
         BLOCK=TILE_BLOCK,
+        CHUNKS=CHUNKS,
         MAX_SEGMENTS=MAX_SEGMENTS,
         **options,
     )
@@ -188,6 +192,7 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
         num_tiles,
         num_blocks,
         BLOCK=BLOCK,
+        CHUNKS=CHUNKS,
         MAX_SEGMENTS=MAX_SEGMENTS,
         DOUBLINGS=DOUBLINGS,
         **options,
@@ -203,7 +208,7 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
         BLOCK=BLOCK,
         MAX_SEGMENTS=MAX_SEGMENTS,
         DOUBLINGS=DOUBLINGS,
-        GROUP=4,
+        GROUP=MAX_SEGMENTS if INTERPRETED else 4,
         **options,
     )
     launch(_fill_lists, (num_rows, MAX_SEGMENTS))(
@@ -450,57 +455,63 @@ def _borders_of_runs(
     tile_rows,
     block,
     BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     MAX_SEGMENTS: tl.constexpr,
 ):
-    """The run of each tile of a chunk, the shortest segment that there can be, and whether the chunk's runs are used.
+    """The run of each tile of some chunks, the shortest segments that there can be, and whether a chunk's runs are used.
 
     A mask without holes has runs of at least a tile's rows; shorter ones are what scattered keys leave at the diagonal, not worth
     their partly filled blocks.
     """
     i_row = tl.program_id(0).to(tl.int64)
-    i_chunk = tl.program_id(1)
+    o_chunks = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
     chunk = (tl.cast(num_tiles, tl.int32) + MAX_SEGMENTS - 1) // MAX_SEGMENTS
-    first = i_chunk * chunk
-    last = tl.minimum(first + chunk, num_tiles)
+    b_first = o_chunks * chunk
+    b_last = tl.minimum(b_first + chunk, num_tiles)
     enters_run_ptr += i_row * num_keys
     leaves_run_ptr += i_row * num_keys
     full_first_ptr += i_row * num_keys
     full_last_ptr += i_row * num_keys
-    length = tl.zeros([], tl.int64)
-    for o_first in range(first, last, BLOCK):
-        o_tiles = o_first + tl.arange(0, BLOCK)
-        m_tiles = o_tiles < last
-        b_end = _keys_until(enters_run_ptr, o_tiles, m_tiles, num_keys)
-        b_begin = _keys_until(leaves_run_ptr, o_tiles, m_tiles, num_keys)
-        length += tl.sum(tl.where(m_tiles, b_end - b_begin, 0).to(tl.int64), 0)
-    used = (length > 0) & (2 * length >= (last - first).to(tl.int64) * tile_rows)
-    tl.store(used_ptr + i_row * MAX_SEGMENTS + i_chunk, used.to(tl.int32))
-    for o_first in range(first, last, BLOCK):
-        o_tiles = o_first + tl.arange(0, BLOCK)
-        m_tiles = o_tiles < last
+    b_length = tl.zeros([CHUNKS], tl.int64)
+    for first in range(0, chunk, BLOCK):
+        o_tiles = b_first[:, None] + first + tl.arange(0, BLOCK)[None, :]
+        m_tiles = o_tiles < b_last[:, None]
+        b_run_end = _keys_until(enters_run_ptr, o_tiles, m_tiles, num_keys)
+        b_run_begin = _keys_until(leaves_run_ptr, o_tiles, m_tiles, num_keys)
+        b_length += tl.sum(tl.where(m_tiles, b_run_end - b_run_begin, 0).to(tl.int64), 1)
+    b_rows = tl.maximum(b_last - b_first, 0).to(tl.int64) * tile_rows
+    m_used = (b_length > 0) & (2 * b_length >= b_rows)
+    tl.store(used_ptr + i_row * MAX_SEGMENTS + o_chunks, m_used.to(tl.int32))
+    for first in range(0, chunk, BLOCK):
+        o_tiles = b_first[:, None] + first + tl.arange(0, BLOCK)[None, :]
+        m_tiles = o_tiles < b_last[:, None]
         b_run_end = _keys_until(enters_run_ptr, o_tiles, m_tiles, num_keys)
         b_run_begin = _keys_until(leaves_run_ptr, o_tiles, m_tiles, num_keys)
         b_full_end = _keys_until(full_first_ptr, o_tiles, m_tiles, num_keys)
         b_full_begin = _keys_until(full_last_ptr, o_tiles, m_tiles, num_keys)
         b_whole = tl.maximum(b_full_end - b_full_begin, 0) // block * block
-        b_full_begin = tl.where(used, tl.where(b_whole > 0, b_full_begin, b_run_end), 0)
+        b_full_begin = tl.where(b_whole > 0, b_full_begin, b_run_end)
         p_tiles = i_row * num_tiles + o_tiles
-        tl.store(run_begin_ptr + p_tiles, tl.where(used, b_run_begin, 0), mask=m_tiles)
-        tl.store(run_end_ptr + p_tiles, tl.where(used, b_run_end, 0), mask=m_tiles)
-        tl.store(full_begin_ptr + p_tiles, b_full_begin, mask=m_tiles)
-        tl.store(full_end_ptr + p_tiles, tl.where(used, b_full_begin + b_whole, 0), mask=m_tiles)
+        tl.store(run_begin_ptr + p_tiles, tl.where(m_used[:, None], b_run_begin, 0), mask=m_tiles)
+        tl.store(run_end_ptr + p_tiles, tl.where(m_used[:, None], b_run_end, 0), mask=m_tiles)
+        tl.store(full_begin_ptr + p_tiles, tl.where(m_used[:, None], b_full_begin, 0), mask=m_tiles)
+        tl.store(full_end_ptr + p_tiles, tl.where(m_used[:, None], b_full_begin + b_whole, 0), mask=m_tiles)
 
 
 @triton.jit
-def _next(b_tile, b_known, has_flag, begin, end):
+def _next(b_tile, b_known, m_flag, b_begin, b_end):
     """The first tile at or after each one that lies in a chunk with the flag, if that is before the one known."""
-    return tl.where(has_flag & (end > b_tile), tl.minimum(b_known, tl.maximum(b_tile, begin)), b_known)
+    m_chunk = m_flag[None, :] & (b_end[None, :] > b_tile[:, None])
+    b_next = tl.where(m_chunk, tl.maximum(b_tile[:, None], b_begin[None, :]), b_known[:, None])
+    return tl.minimum(b_known, tl.min(b_next, 1))
 
 
 @triton.jit
-def _previous_end(b_tile, b_known, has_flag, begin, end):
+def _previous_end(b_tile, b_known, m_flag, b_begin, b_end):
     """One more than the last tile before each one that lies in a chunk with the flag, if that is after the one known."""
-    return tl.where(has_flag & (begin < b_tile), tl.maximum(b_known, tl.minimum(b_tile, end)), b_known)
+    m_chunk = m_flag[None, :] & (b_begin[None, :] < b_tile[:, None])
+    b_previous = tl.where(m_chunk, tl.minimum(b_tile[:, None], b_end[None, :]), b_known[:, None])
+    return tl.maximum(b_known, tl.max(b_previous, 1))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -520,6 +531,7 @@ def _outside_of_runs(
     num_tiles,
     num_blocks,
     BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     MAX_SEGMENTS: tl.constexpr,
     DOUBLINGS: tl.constexpr,
 ):
@@ -529,11 +541,12 @@ def _outside_of_runs(
     i_block = tl.program_id(1)
     tiles = tl.cast(num_tiles, tl.int32)
     chunk = (tiles + MAX_SEGMENTS - 1) // MAX_SEGMENTS
+    num_chunks = (tiles + chunk - 1) // chunk
     used_ptr += i_row * MAX_SEGMENTS
     if i_block >= num_blocks:
         o_tiles = (i_block - num_blocks) * BLOCK + tl.arange(0, BLOCK)
         b_used_before = tl.zeros([BLOCK], tl.int32)
-        for i_chunk in range(MAX_SEGMENTS):
+        for i_chunk in range(num_chunks):
             b_within = tl.minimum(tl.minimum(o_tiles, tiles), (i_chunk + 1) * chunk) - i_chunk * chunk
             b_used_before += tl.maximum(b_within, 0) * tl.load(used_ptr + i_chunk)
         tl.store(used_before_ptr + i_row * (num_tiles + 1) + o_tiles, b_used_before, mask=o_tiles <= num_tiles)
@@ -550,14 +563,15 @@ def _outside_of_runs(
     b_next_unused = b_run_first
     b_run_last = tl.zeros([BLOCK], tl.int32)
     b_unused_end = b_run_last
-    for i_chunk in range(MAX_SEGMENTS):
-        begin = tl.minimum(i_chunk * chunk, tiles)
-        end = tl.minimum(begin + chunk, tiles)
-        is_used = tl.load(used_ptr + i_chunk) != 0
-        b_run_first = _next(b_enters, b_run_first, is_used, begin, end)
-        b_run_last = _previous_end(b_leaves, b_run_last, is_used, begin, end)
-        b_next_unused = _next(b_first, b_next_unused, ~is_used, begin, end)
-        b_unused_end = _previous_end(b_last, b_unused_end, ~is_used, begin, end)
+    for first in range(0, num_chunks, CHUNKS):
+        o_chunks = first + tl.arange(0, CHUNKS)
+        b_chunk_begin = tl.minimum(o_chunks * chunk, tiles)
+        b_chunk_end = tl.minimum(b_chunk_begin + chunk, tiles)
+        m_used = tl.load(used_ptr + o_chunks) != 0
+        b_run_first = _next(b_enters, b_run_first, m_used, b_chunk_begin, b_chunk_end)
+        b_run_last = _previous_end(b_leaves, b_run_last, m_used, b_chunk_begin, b_chunk_end)
+        b_next_unused = _next(b_first, b_next_unused, ~m_used, b_chunk_begin, b_chunk_end)
+        b_unused_end = _previous_end(b_last, b_unused_end, ~m_used, b_chunk_begin, b_chunk_end)
     tl.store(run_first_ptr + p_keys, b_run_first, mask=m_keys)
     tl.store(run_last_ptr + p_keys, b_run_last, mask=m_keys)
     b_begin = tl.where(b_first < b_enters, b_first, tl.minimum(b_next_unused, tl.maximum(b_leaves, b_first)))
@@ -651,19 +665,21 @@ def _fill_lists(
     i_segment = tl.program_id(1)
     i_row = tl.program_id(0).to(tl.int64)
     segment_tiles = tl.load(segment_tiles_ptr + i_row)
+    if (i_segment > 0) & (i_segment * segment_tiles >= num_tiles):
+        return
     o_segments = tl.arange(0, MAX_SEGMENTS)
     b_counts = tl.zeros([MAX_SEGMENTS], tl.int32)
     for i_block in range(num_blocks):
         b_counts += tl.load(counts_ptr + (i_row * num_blocks + i_block) * MAX_SEGMENTS + o_segments)
     begin = tl.sum(tl.where(o_segments < i_segment, b_counts, 0), 0)
     stop = begin + tl.sum(tl.where(o_segments == i_segment, b_counts, 0), 0)
-    p_begin = list_begin_ptr + i_row * (MAX_SEGMENTS + 1) + i_segment
-    tl.store(p_begin, begin)
-    if i_segment == MAX_SEGMENTS - 1:
-        tl.store(p_begin + 1, stop)
-    p_full = list_full_ptr + i_row * MAX_SEGMENTS + i_segment
+    p_begin = list_begin_ptr + i_row * (MAX_SEGMENTS + 1)
+    p_full = list_full_ptr + i_row * MAX_SEGMENTS
+    if i_segment == 0:
+        tl.store(p_begin, 0)
+        tl.store(p_begin + 1 + o_segments, tl.cumsum(b_counts, 0))
+        tl.store(p_full + o_segments, 0, mask=b_counts == 0)
     if begin == stop:
-        tl.store(p_full, 0)
         return
     first_tile = i_segment * segment_tiles
     last_tile = tl.minimum(first_tile + segment_tiles, num_tiles) - 1
@@ -698,4 +714,4 @@ def _fill_lists(
         tl.store(p_keys + back - masked_before, o_keys, mask=m_masked)
         front += tl.sum(m_full.to(tl.int32), 0)
         back -= tl.sum(m_masked.to(tl.int32), 0)
-    tl.store(p_full, front - begin)
+    tl.store(p_full + i_segment, front - begin)

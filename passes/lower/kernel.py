@@ -63,7 +63,7 @@ def choose_kernel(choice: str, policy: Policy, site: AttentionSite, proof: MaskP
 def _is_slow_in_torch(site: AttentionSite) -> bool:
     """Whether torch's kernel, causal or without a mask, is slower than live-range attention: on CPUs.
 
-    Measured with and without AVX-512's 16-bit products. AMX's, which torch's kernel has for 16-bit inputs, were not.
+    Measured on one of AMD's, which has AVX-512's 16-bit products. AMX, which torch's kernel uses for 16-bit inputs, was not.
     """
     assert site.query is not None
     value = site.query.meta["val"]

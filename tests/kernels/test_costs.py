@@ -14,6 +14,7 @@ from rewriter.kernels.costs import FEW_ROWS
 from rewriter.kernels.costs import costs
 from rewriter.kernels.costs import fused_work
 from rewriter.kernels.costs import live_range_work
+from rewriter.kernels.cpu import native
 
 
 @settings(max_examples=60)
@@ -49,6 +50,10 @@ def test_pairs_are_those_of_the_panels(
         patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
         work = live_range_work(LiveRanges(start, end), queries, 2 * query_heads, 2 * kv_heads, 16)
     assert (work.blocks, work.pairs, work.width) == (panels, pairs, 16)
+
+
+def test_few_rows_are_as_many_as_the_kernel_says() -> None:
+    assert f"kMost = {FEW_ROWS};" in native.SOURCE.read_text(encoding="utf-8")
 
 
 def test_little_more_is_computed_than_is_visible() -> None:

@@ -70,7 +70,7 @@ def backward(
         *shape,
         HAS_ORDER=a.row_order is not None,
         MAX_SEGMENTS=MAX_SEGMENTS,
-        LIST_STAGES=query_config.list_stages,
+        LIST_STAGES=a.list_stages(query_config),
         **a.constants(query_config),
     )
 

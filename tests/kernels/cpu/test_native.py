@@ -52,8 +52,8 @@ def narrow() -> Attention:
 
 
 @functools.cache
-def without_vectors() -> Attention:
-    """A row at a time in panels alone, as where no few rows are treated apart."""
+def panels() -> Attention:
+    """Panels alone: no few rows are treated apart."""
     return native_variant("rewriter_panels", ("kMost = 8", "kMost = 0"), *SMALL)
 
 
@@ -73,7 +73,7 @@ def small_tiles() -> Attention:
 KERNELS: dict[str, Callable[[], Attention]] = {
     "small": small,
     "narrow": narrow,
-    "panels": without_vectors,
+    "panels": panels,
     "torch": in_torch,
     "torch, small": small_tiles,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from rewriter.kernels import LiveRanges
@@ -10,6 +12,7 @@ from rewriter.kernels.dispatch import INTERPRETED
 from rewriter.kernels.gpu.backward import backward
 from rewriter.kernels.gpu.compiled import compile_launch
 from rewriter.kernels.gpu.compiled import launches
+from rewriter.kernels.gpu.compiled import standing_in
 from rewriter.kernels.gpu.decode import decode
 from rewriter.kernels.gpu.forward import forward
 from rewriter.kernels.gpu.kernel_inputs import KernelInputs
@@ -47,6 +50,18 @@ def test_little_spills_and_all_fits(architecture: str, bits: int, head_dim: int)
         assert all("cp.async" in compiled[kernel].instructions for kernel in ("_forward", "_query_gradient"))
     if bits == 16:
         assert TARGETS[architecture].matrix_unit in compiled["_forward"].instructions
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward_query"])
+def test_listed_keys_are_loaded_while_others_are_computed(kernel: str) -> None:
+    """On sm_90, whose entries have three stages: a block is waited for while the loads of later ones are on their way."""
+    launch = launches("sm90", (kernel,), torch.bfloat16, 128)[0]
+    with standing_in("sm90"):
+        text = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.constants).asm["ttgir"]
+    # Of each loop of whole blocks, of the run and of the list, the loads that may still be on their way.
+    loops = [part for part in text.split("scf.for")[1:] if "warp_group_dot" in part]
+    ahead = [max(map(int, re.findall(r"async_wait [^\n]*num = (\d+)", part)), default=0) for part in loops]
+    assert len(ahead) == 3 and min(ahead[:2]) >= 2, ahead
 
 
 def test_a_tile_that_is_too_large_spills() -> None:
