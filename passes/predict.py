@@ -272,8 +272,7 @@ def _chosen_sizes(plan: PlannedSite, length: int | None) -> dict[sympy.Symbol, i
         value = node.meta.get("val")
         for size in value.shape if isinstance(value, Tensor) else (value,):
             if isinstance(size, torch.SymInt):
-                for symbol in size.node.expr.free_symbols:
-                    symbols.setdefault(symbol, int(size.node.shape_env.backed_var_to_val.get(symbol, 1)))
+                symbols.update(_traced(size))
     if length is None:
         return symbols
     rows, keys = (_symbols_of(node) for node in (plan.site.query, plan.site.key))
@@ -288,7 +287,13 @@ def _traced_keys(plan: PlannedSite) -> int:
     """Keys of a site in the call that was traced."""
     assert plan.site.key is not None
     size = shape(plan.site.key)[-2]
-    return int(size.node.expr.subs(_chosen_sizes(plan, None))) if isinstance(size, torch.SymInt) else int(size)
+    return int(size.node.expr.subs(_traced(size))) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _traced(size: torch.SymInt) -> dict[sympy.Symbol, int]:
+    """What the symbols of a size were in the call that was traced; 1 where that is decided by data."""
+    known = size.node.shape_env.backed_var_to_val
+    return {symbol: int(known.get(symbol, 1)) for symbol in size.node.expr.free_symbols}
 
 
 def _symbols_of(node: Node) -> set[sympy.Symbol]:

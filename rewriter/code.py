@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -41,6 +42,58 @@ def generate_code(module: GraphModule, example_inputs: Sequence[Any]) -> Callabl
             log.info("layers are compiled one by one: %s: %s", type(error).__name__, error)
     whole: Any = compile_fx(module, list(example_inputs))
     return whole
+
+
+class CodeOfSizes:
+    """A graph whose code is made for each set of sizes that it is called with, and called directly.
+
+    `torch.compile` would read the graph as Python first, which takes longer than all passes, and ask its guards at each call.
+    Most inputs are weights and a cache, the same tensors as at the last call: they are compared by identity, and only the others
+    are looked at. That the weights are still of the same sizes and types is for the caller to know.
+
+    Args:
+        module: takes tensors, which it may write to, and has no gradients.
+    """
+
+    def __init__(self, module: GraphModule) -> None:
+        self.module = module
+        self._code: dict[Any, Callable[..., Any]] = {}
+        self._last: list[Callable[[], Tensor | None]] = []
+        self._kinds: list[Any] = []
+        self._first: tuple[int, ...] = ()  # of each input, the first one that is the same tensor
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        if len(self._last) != len(tensors):
+            self._last, self._kinds, self._first = [_none] * len(tensors), [None] * len(tensors), (0,) * len(tensors)
+        changed = [n for n, (tensor, last) in enumerate(zip(tensors, self._last, strict=True)) if last() is not tensor]
+        for n in changed:
+            self._last[n], self._kinds[n] = weakref.ref(tensors[n]), _kind(tensors[n])
+        ids = list(map(id, tensors))
+        if len(set(ids)) != len(set(self._first)) or any(self._first.count(self._first[n]) > 1 for n in changed):
+            self._first = tuple(map(ids.index, ids))
+        modes = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.is_inference_mode_enabled())
+        key = (*self._kinds, self._first, modes)
+        if key not in self._code:
+            self._code[key] = self._compiled(tensors)
+        return self._code[key](*tensors)
+
+    def _compiled(self, tensors: Sequence[Tensor]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor keeps no code where there is no context with such a one
+        with torch._guards.tracing(torch._guards.TracingContext(mode)):
+            code: Any = compile_fx(self.module, [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors])
+        return code
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return (type(tensor), tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device)
+
+
+def _none() -> None:
+    """In the place of a reference to a tensor."""
 
 
 @contextmanager

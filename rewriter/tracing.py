@@ -30,6 +30,10 @@ from rewriter.passes import Explained
 from rewriter.passes import analyse
 from rewriter.passes import explain
 from rewriter.passes.policy import Policy
+from rewriter.repeated_layers import layers_of
+from rewriter.repeated_layers import traced_once
+
+log = logging.getLogger(__name__)
 
 
 class NotCaptured(RewriteError):
@@ -58,6 +62,7 @@ def traced_call(
     compiled: Any = torch.compile(with_own_code(call), backend=_held_weakly(backend), dynamic=True, fullgraph=True)
     compiled.backend = backend  # lives as long as what it compiles for
     compiled.model = model
+    compiled.layers = layers_of(model)
     return compiled
 
 
@@ -250,7 +255,7 @@ def guarded(
             "ignore_logging_functions": _logging(),
         }
         with many_kinds_of_calls(), torch._dynamo.config.patch(**options), without_input_gradients(call.model):  # type: ignore[attr-defined]
-            return call(policy_parameters, *args, **kwargs)
+            return _with_repeated_layers(call, policy_parameters, args, kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if isinstance(error.inner_exception, CaptureError):
             raise RewriteError(str(error.inner_exception)) from None
@@ -275,6 +280,22 @@ _CANNOT_CAPTURE = (
     torch._dynamo.exc.TorchRuntimeError,
     GuardOnDataDependentSymNode,
 )
+
+
+def _with_repeated_layers(call: Any, policy_parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """The call, whose layers are traced once; where that fails, they are traced one by one from now on."""
+    if call.layers:
+        try:
+            with traced_once(call.layers):
+                return call(policy_parameters, *args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, (RewriteError, PolicyError)):
+                raise
+            log.info("layers are traced one by one: %s", error.inner_exception)
+        except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode) as error:
+            log.info("layers are traced one by one: %s", error)
+        call.layers = frozenset()
+    return call(policy_parameters, *args, **kwargs)
 
 
 def _raise_the_models_own_error(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

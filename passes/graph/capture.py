@@ -125,9 +125,32 @@ class _Inlined(torch.fx.Interpreter):
             return super().run_node(n)
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if n.target is torch.ops.higher_order.invoke_subgraph:
+                return self._layer(n, args)
             if any(is_traceable_wrapper_subclass(value) for value in pytree.tree_leaves((args, kwargs))):
                 return _kept_call(n, args, kwargs, lambda: getattr(self, n.op)(n.target, args, kwargs))
             return self.repeated(n, args, kwargs, lambda: getattr(self, n.op)(n.target, args, kwargs))
+
+    def _layer(self, node: Node, args: tuple[Any, ...]) -> Any:
+        """A call of a body that several layers share: its nodes, where this layer stands in the model."""
+        mode = get_proxy_mode()
+        assert mode is not None
+        graph = mode.tracer.graph
+        body, _, *inputs = args
+        with disable_proxy_modes_tracing():
+            node.meta["example_value"] = pytree.tree_map_only(Tensor, _as_result, node.meta["example_value"])
+        last = next(iter(reversed(graph.nodes)))
+        result = self.repeated(node, args, {}, lambda: _Inlined(gather_vmap(body), self.repeated).run(*inputs))
+        *outer, (path, _) = node.meta["nn_module_stack"].values()
+        for own in itertools.takewhile(lambda n: n is not last, reversed(graph.nodes)):
+            stack = own.meta.get("nn_module_stack", {})
+            if len(stack) > len(outer):
+                there = list(stack.values())[len(outer)][0]
+                own.meta["nn_module_stack"] = {
+                    key: (path + name.removeprefix(there) if name.startswith(there) else name, kind)
+                    for key, (name, kind) in stack.items()
+                }
+        return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.higher_order.autograd_function_apply and torch.is_grad_enabled():
@@ -140,6 +163,11 @@ class _Inlined(torch.fx.Interpreter):
             node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=number)
         _, named = TagActivationCheckpoint.divide_kwargs(kwargs)
         return _Inlined(region, self.repeated).run(*inputs, *named.values())
+
+
+def _as_result(example: Tensor) -> Tensor:
+    """A fake tensor that may be written to, as results may be where gradients are on, and leaves may not."""
+    return example.clone() if example.requires_grad and example.is_leaf else example
 
 
 def _kept_call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 _TRACED = ("tensor_meta", "original_aten")
 """What tracing notes of a node; the rest of its `meta` says where the call stands."""
+_WITHIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node")
+"""What is also a node's own where the call is one of a layer's body."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class RepeatedCalls:
             call = _described(node, args, kwargs, mode.tracer)
             known = None if call is None else self._recordings.get(call.signature)
             if call is not None and known is not None:
-                results = _copy(known, node.meta.get("example_value"), call, mode.tracer)
+                noted = _TRACED + _WITHIN if _is_layer(node) else _TRACED
+                results = _copy(known, node.meta.get("example_value"), call, noted, mode.tracer)
                 if results is not None:
                     return pytree.tree_unflatten(results, known.spec)
         if call is None or call.signature in self._recordings:
@@ -92,7 +96,10 @@ class RepeatedCalls:
         before = next(iter(reversed(mode.tracer.graph.nodes)))
         result = trace()
         with torch._C.DisableTorchFunction():
-            self._recordings[call.signature] = _record(before, call, result, mode.tracer)
+            recording = _record(before, call, result, mode.tracer)
+            if recording is not None and _is_layer(node) and any("recompute" in n.meta for n in recording.nodes):
+                recording = None  # each checkpoint has a number of its own
+            self._recordings[call.signature] = recording
         return result
 
 
@@ -136,8 +143,11 @@ def _record(before: Node, call: _Call, result: Any, tracer: Any) -> _Recording |
     return _Recording(call.inputs, tuple(nodes), tuple(results), tuple(map(_signature, leaves)), spec)
 
 
-def _copy(known: _Recording, example: Any, call: _Call, tracer: Any) -> list[Tensor] | None:
-    """The results of a call like a recorded one; None where Dynamo's example of them is not like the recorded ones."""
+def _copy(known: _Recording, example: Any, call: _Call, noted: Sequence[str], tracer: Any) -> list[Tensor] | None:
+    """The results of a call like a recorded one; None where Dynamo's example of them is not like the recorded ones.
+
+    `noted` names what copies have of the nodes' `meta`.
+    """
     leaves = pytree.tree_leaves(example)
     if tuple(map(_signature, leaves)) != known.signatures:
         return None
@@ -148,7 +158,7 @@ def _copy(known: _Recording, example: Any, call: _Call, tracer: Any) -> list[Ten
     for old in known.nodes:
         args, kwargs = torch.fx.map_arg((old.args, dict(old.kwargs)), lambda n: copies.get(n, n))
         copies[old] = tracer.create_node("call_function", old.target, args, kwargs, name=old.name)
-        copies[old].meta.update({name: old.meta[name] for name in _TRACED if name in old.meta})
+        copies[old].meta.update({name: old.meta[name] for name in noted if name in old.meta})
         # Its own: a trace that is given the values of two nodes tells them apart by their identity.
         copies[old].meta["val"] = pytree.tree_map_only(FakeTensor, snapshot_fake, old.meta["val"])
     results = []
@@ -185,6 +195,11 @@ def _state() -> tuple[Any, ...]:
     devices = ("cpu", "cuda")
     autocast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast
+
+
+def _is_layer(node: Node) -> bool:
+    """Whether a call in Dynamo's graph is one of a body that several layers share."""
+    return node.target is torch.ops.higher_order.invoke_subgraph
 
 
 def _is_size(node: Node) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch import nn
 from torch.fx import GraphModule
 
+from rewriter.code import CodeOfSizes
 from rewriter.errors import CacheError
 from rewriter.errors import PolicyError
 from rewriter.generation.cache import LiveRangeCache
@@ -109,9 +110,9 @@ class Decoder:
         self.decode: Callable[..., Any] = self.graphs.decode
         self.own: dict[str, Callable[..., Any]] = dict(self.graphs.own)
         if backend == "inductor":
-            self.prefill = _compiled(self.graphs.prefill, dynamic=True)
-            self.decode = _compiled(self.graphs.decode, dynamic=False)
-            self.own = {name: _compiled(graph, dynamic=True) for name, graph in self.graphs.own.items()}
+            self.prefill = _compiled(self.graphs.prefill)
+            self.decode = CodeOfSizes(self.graphs.decode)
+            self.own = {name: _compiled(graph) for name, graph in self.graphs.own.items()}
 
     @property
     def is_current(self) -> bool:
@@ -297,11 +298,11 @@ def _falls(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
     return bool(falls.any())
 
 
-def _compiled(module: GraphModule, *, dynamic: bool) -> Callable[..., Any]:
+def _compiled(module: GraphModule) -> Callable[..., Any]:
     def call(*tensors: Tensor) -> Any:
         return module(*tensors)
 
-    return torch.compile(with_own_code(call), dynamic=dynamic, fullgraph=True)
+    return torch.compile(with_own_code(call), dynamic=True, fullgraph=True)
 
 
 def _of_static_sizes(buffer: Tensor) -> Tensor:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch import nn
 from torch._inductor.graph import GraphLowering
 from torch.fx import GraphModule
 
 import rewriter
 from rewriter import SlidingWindow
+from rewriter.code import CodeOfSizes
 from rewriter.code import kept_in
 
 IDS = torch.randint(0, 60, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -119,3 +123,60 @@ def test_folders_of_calls_that_overlap(tmp_path: Path, monkeypatch: pytest.Monke
         assert os.environ[name] == str(tmp_path / "b")
         second.__exit__(None, None, None)
         assert os.environ.get(name) == before
+
+
+def writing_graph() -> GraphModule:
+    """`cache += x`, and what is then in the cache times a weight, plus a second weight."""
+
+    def step(x: Tensor, cache: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor]:
+        cache.add_(x)
+        return (cache * first + second,)
+
+    return torch.fx.symbolic_trace(step)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of inputs that code was made for."""
+    numbers: list[int] = []
+    inner = CodeOfSizes._compiled
+
+    def compiled(self: CodeOfSizes, tensors: tuple[Tensor, ...]) -> Any:
+        numbers.append(len(tensors))
+        return inner(self, tensors)
+
+    monkeypatch.setattr(CodeOfSizes, "_compiled", compiled)
+    return numbers
+
+
+@torch.no_grad()
+def test_code_of_a_graph_is_made_for_each_set_of_sizes(made: list[int]) -> None:
+    code = CodeOfSizes(writing_graph())
+    for size in (3, 3, 5, 3, 5):
+        cache, first, second = torch.zeros(size), torch.randn(size), torch.randn(size)
+        for step in range(1, 4):
+            (result,) = code(torch.ones(size), cache, first, second)
+            torch.testing.assert_close(cache, torch.full((size,), float(step)))
+            torch.testing.assert_close(result, step * first + second)
+    assert len(made) == 2
+
+
+@torch.no_grad()
+def test_inputs_that_become_one_tensor_or_two_are_others(made: list[int]) -> None:
+    code = CodeOfSizes(writing_graph())
+    x, one, other = (torch.randn(4) for _ in range(3))
+    for first, second in ((one, one), (one, other), (other, other), (other, one), (x, x), (one, x)):
+        cache = torch.zeros(4)
+        torch.testing.assert_close(code(x, cache, first, second)[0], x * first + second)
+    assert len(made) == 4  # of them one, two, and those with x among them
+
+
+@torch.no_grad()
+def test_code_of_a_graph_keeps_no_tensor_alive() -> None:
+    code = CodeOfSizes(writing_graph())
+    cache = torch.zeros(4)
+    known = weakref.ref(cache)
+    code(torch.ones(4), cache, torch.ones(4), torch.ones(4))
+    del cache
+    gc.collect()
+    assert known() is None
