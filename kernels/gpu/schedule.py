@@ -48,15 +48,13 @@ after the other."""
 NEVER = tl.constexpr(2**31 - 1)
 
 SCHEDULE_KERNELS = (
-    *(
-        "_births_and_deaths",
-        "_scan_births",
-        "_scan_deaths",
-        "_borders_of_runs",
-        "_outside_of_runs",
-        "_segments",
-        "_fill_lists",
-    ),
+    "_births_and_deaths",
+    "_scan_births",
+    "_scan_deaths",
+    "_borders_of_runs",
+    "_outside_of_runs",
+    "_segments",
+    "_fill_lists",
 )
 """Launched by `build`, in this order."""
 
