@@ -376,6 +376,35 @@ def export(read: Results) -> str:
     return markdown((*header, "ONNX forward, of the eager prefill"), table)
 
 
+def engines(read: Results) -> str:
+    header = (
+        "model, policy",
+        "layers",
+        "engine",
+        "activation memory",
+        "parsed and built in",
+        "off the model, relative",
+    )
+    table = [
+        (
+            f"{name}, `{r['policy']}`",
+            f"{r['layers']:,}",
+            _mib(r["num_bytes"]),
+            _mib(r["activation_bytes"]),
+            f"{r['build_seconds']:.1f} s",
+            f"{r['relative']:.0e}",
+        )
+        for name, r in read("engines")["models"].items()
+    ]
+    return markdown(header, table)
+
+
+def engine_memory(read: Results) -> str:
+    rows = read("engines")["memory"]
+    table = [("activation memory", *(_mib(r["activation_bytes"]) for r in rows.values()))]
+    return markdown(("most tokens, of one row", *(f"{int(most):,}" for most in rows)), table)
+
+
 DYNAMIC = {
     "full attention": "full attention",
     "sliding window": "sliding window {}",
@@ -564,6 +593,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "generate": generate,
     "prefill": prefill,
     "export": export,
+    "engines": engines,
+    "engine-memory": engine_memory,
     "recall": recall,
     "text-quality": text_quality,
     "first-bias": first_bias,

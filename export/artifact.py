@@ -51,6 +51,7 @@ class ExportReport:
         no_decode: why there is no decode step; "" where there is one.
         compared: of each comparison with the optimized model: sizes, largest difference, and relative difference.
         notes: what the target needs to be told.
+        engine: the engine beside the artifact, an `Engine` of `targets/tensorrt_engine.py`; None where there is none.
     """
 
     target: str
@@ -68,6 +69,7 @@ class ExportReport:
     no_decode: str = ""
     compared: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    engine: dict[str, Any] | None = None
     format: int = FORMAT
 
     @property

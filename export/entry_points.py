@@ -28,6 +28,7 @@ from torch import nn
 from torch.export import Dim
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.fx import Interpreter
 
 from rewriter.chunked.lowering import RESULTS
 from rewriter.errors import CacheError
@@ -125,7 +126,7 @@ class Program(nn.Module):
     def forward(self, *tensors: Tensor) -> Any:
         given = dict(zip(self.arguments, tensors, strict=False))
         flat = [given[name] if is_argument else getattr(self, name) for is_argument, name in self.sources]
-        return self.finish(self.graph(*flat, *tensors[len(self.arguments) :]), given)
+        return self.finish(_run(self.graph, *flat, *tensors[len(self.arguments) :]), given)
 
 
 def entry_points(
@@ -226,7 +227,8 @@ def _forward(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> EntryPoint
     for name, shape in shapes.items():
         dims: list[int | str] = []
         for place, size in enumerate(shape):
-            if isinstance(size, torch.SymInt):
+            # A size that the model allows one value of, channels of an image say, is a symbol that stands for a number.
+            if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:
                 known = ("batch", "tokens")[place] if place < 2 else f"size{place}"
                 own = names.setdefault(str(size), known if known not in names.values() else f"{known}_of_{name}")
                 ranges[own] = (1, MOST_ROWS) if own.startswith("batch") else (2, _most_tokens(optimized.model))
@@ -353,7 +355,15 @@ class _Tensors(nn.Module):
         self.module = module
 
     def forward(self, *tensors: Tensor) -> Any:
-        return self.module(*tensors)
+        return _run(self.module, *tensors)
+
+
+def _run(module: nn.Module, *tensors: Tensor) -> Any:
+    """Calls a module; a graph node by node, so that a trace of it has the lines of the model that its nodes came from."""
+    if isinstance(module, GraphModule):
+        with torch.fx.traceback.preserve_node_meta():
+            return Interpreter(module).run(*tensors)
+    return module(*tensors)
 
 
 def _dynamic_shapes(inputs: Sequence[Input], ranges: Mapping[str, tuple[int, int]]) -> tuple[dict[int, Any], ...]:

@@ -75,23 +75,30 @@ def tensorrt(
     kwargs: Mapping[str, Any] | None = None,
     path: str | Path = "model.trt.onnx",
     *,
-    precision: str = "fp16",
+    capabilities: Sequence[str] | None = None,
+    profile: Mapping[str, tuple[int, int, int]] | None = None,
 ) -> ExportReport:
-    """Writes what TensorRT runs, and compares it with the model where that is possible without TensorRT.
+    """Writes an ONNX file of standard operators, builds TensorRT's engine of it, and compares the file with the model.
 
-    The file's own runtime here is ONNX Runtime: it says whether the file is right, not whether TensorRT builds it.
+    The engine is built where TensorRT-RTX (`pip install 'rewriter[tensorrt]'`, no GPU needed) or TensorRT is installed; it
+    computes in the types of the model, so load the model in fp16 or bf16 for such an engine. The comparison runs the file in ONNX
+    Runtime, which has no bf16 kernels: there it is the parser alone that has seen it.
 
     Args:
-        args, kwargs: of one call of the model, with at least two rows of two tokens.
-        path: file to write; beside it a report, the compared cases, and `<path>.sh` with the `trtexec` command.
-        precision: "fp32", "fp16" or "bf16", of the engine.
+        args, kwargs: of one call of the model, with at least two rows of two tokens; batch and length may then be others.
+        path: file to write; beside it a report, the compared cases, the engine (`.engine`) and the command that builds it
+            (`<path>.sh`).
+        capabilities: compute capabilities that the engine is for, such as `("8.6", "12.0")`; this machine's GPU when left out,
+            and without one those of 8.0, 8.6, 9.0 and 10.0 that the installed TensorRT compiles for.
+        profile: the least, best and most sizes that the engine takes, such as `{"batch": (1, 1, 8), "tokens": (2, 512, 4096)}`;
+            up to 8 rows of any length when left out. Its activation memory is that of the most.
 
     Raises:
-        ExportError: a package is missing, the policy has no form in standard operators, an operator is not on the parser's
-            list, or the file gives other results than the model.
+        ExportError: a package is missing, the policy has no form in standard operators, the parser refuses an operator, no engine
+            can be built (nothing is left written then), or the file gives other results than the model.
         RewriteError, PolicyError: as `optimize`.
     """
-    return _export("tensorrt", optimized, args, kwargs, path, precision=precision)
+    return _export("tensorrt", optimized, args, kwargs, path, capabilities=capabilities, profile=profile)
 
 
 def _export(

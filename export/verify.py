@@ -65,6 +65,7 @@ def new_report(optimized: OptimizedModel, target: str, path: Path, written: Writ
     )
     report.kernels, report.functions = written.kernels, written.functions
     report.notes += written.notes
+    report.engine = written.engine
     return report
 
 

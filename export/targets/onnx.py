@@ -87,15 +87,21 @@ def package_versions() -> dict[str, str]:
     return {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
 
 
-def write_file(point: EntryPoint, path: Path, opset: int) -> None:
-    """Writes a program; it is checked by ONNX's own checker."""
+def write_file(
+    point: EntryPoint, path: Path, opset: int, others: Mapping[Any, Callable[..., Any]] | None = None
+) -> None:
+    """Writes a program; it is checked by ONNX's own checker.
+
+    Args:
+        others: operators besides this package's that are written in other words.
+    """
     from onnx import checker
     from onnx import helper
     from onnx import save_model
     from rewriter.export.targets.onnx_functions import FUNCTIONS
 
     module: Any = point.program.module()
-    replace_operators(module, SYMBOLIC)
+    replace_operators(module, {**SYMBOLIC, **(others or {})})
     own = point.retraced(module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -153,7 +159,9 @@ def session(path: Path, report: ExportReport) -> Callable[..., Sequence[Tensor]]
     except ImportError:
         raise ArtifactError("ONNX Runtime is not installed: pip install 'rewriter[export]'") from None
     try:
-        running = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        # The runtime has few kernels in 16 bits for CPUs.
+        file = in_full_precision(path) if report.dtype in ("bfloat16", "float16") else str(path)
+        running = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     except Exception as error:  # whatever the runtime raises
         raise ArtifactError(f"{path} cannot be loaded: {error}") from error
     names = [i.name for i in report.inputs("forward")]
@@ -164,6 +172,34 @@ def session(path: Path, report: ExportReport) -> Callable[..., Sequence[Tensor]]
         return [torch.from_numpy(array) for array in running.run(None, given)]
 
     return call
+
+
+def in_full_precision(path: Path) -> bytes:
+    """A file's model with fp32 in the place of all 16-bit types."""
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    narrow, full = (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16), onnx.TensorProto.FLOAT
+
+    def widen(tensor: Any) -> None:
+        if tensor.data_type in narrow:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+
+    model = onnx.load(str(path))
+    for tensor in model.graph.initializer:
+        widen(tensor)
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        if value.type.tensor_type.elem_type in narrow:
+            value.type.tensor_type.elem_type = full
+    for node in (*model.graph.node, *(n for function in model.functions for n in function.node)):
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in narrow:
+                attribute.i = full
+            elif attribute.type == onnx.AttributeProto.TENSOR:
+                widen(attribute.t)
+    whole: bytes = model.SerializeToString()
+    return whole
 
 
 def _live_range_attention(

@@ -1,136 +1,70 @@
-"""TensorRT: an engine where torch-tensorrt is installed, else an ONNX file that TensorRT's parser takes, and how to build it.
+"""TensorRT: an ONNX file of standard operators, the engine that TensorRT makes of it, and the command that does the same.
 
-TensorRT's libraries are not on the package index, and need an NVIDIA GPU. With torch-tensorrt the operators that it does not
-know stay calls of this package's Triton kernels, in PyTorch, between the engines. Without it, the functions of the ONNX file
-are dissolved into standard operators, all of which must be on the parser's list, and a `trtexec` command is written that
-builds the engine for the sizes of the export.
+The operators of this package are dissolved into standard ones, dense: memory grows with the square of the length. With
+torch-tensorrt they stay calls of this package's Triton kernels, in PyTorch, between engines.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
-from rewriter.export.entry_points import EntryPoint
+import torch
 from rewriter.export.entry_points import entry_points
 from rewriter.export.targets.onnx import OPSET
 from rewriter.export.targets.onnx import check_policy
 from rewriter.export.targets.onnx import need_packages
 from rewriter.export.targets.onnx import package_versions
 from rewriter.export.targets.onnx import write_file
+from rewriter.export.targets.tensorrt_engine import Bounds
+from rewriter.export.targets.tensorrt_engine import build
+from rewriter.export.targets.tensorrt_engine import installed
+from rewriter.export.targets.tensorrt_engine import profile_of
 from rewriter.export.targets.written import Written
+from torch import Tensor
 
 from rewriter.errors import ExportError
 
 if TYPE_CHECKING:
     from rewriter.optimized_model import OptimizedModel
 
-PARSED = frozenset(
-    [
-        "Abs",
-        "Add",
-        "And",
-        "Cast",
-        "CastLike",
-        "Ceil",
-        "Clip",
-        "Concat",
-        "Constant",
-        "ConstantOfShape",
-        "Cos",
-        "CumSum",
-        "Div",
-        "Einsum",
-        "Equal",
-        "Erf",
-        "Exp",
-        "Expand",
-        "Flatten",
-        "Floor",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Gelu",
-        "Gemm",
-        "Greater",
-        "GreaterOrEqual",
-        "Identity",
-        "IsInf",
-        "IsNaN",
-        "LayerNormalization",
-        "Less",
-        "LessOrEqual",
-        "Log",
-        "MatMul",
-        "Max",
-        "Mean",
-        "Min",
-        "Mod",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Pad",
-        "Pow",
-        "Range",
-        "Reciprocal",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceProd",
-        "ReduceSum",
-        "Relu",
-        "Reshape",
-        "ScatterElements",
-        "ScatterND",
-        "Shape",
-        "Sigmoid",
-        "Sign",
-        "Sin",
-        "Size",
-        "Slice",
-        "Softmax",
-        "Softplus",
-        "Split",
-        "Sqrt",
-        "Squeeze",
-        "Sub",
-        "Tanh",
-        "Tile",
-        "TopK",
-        "Transpose",
-        "Trilu",
-        "Unsqueeze",
-        "Where",
-        "Xor",
-    ]
-)
-"""Standard operators that the parser of TensorRT 10 takes (onnx-tensorrt, docs/operators.md), as far as our files use any."""
 
-
-def write(optimized: OptimizedModel, kwargs: Mapping[str, Any], path: Path, *, precision: str) -> Written:
-    """Writes what TensorRT's parser takes, and the command that builds an engine; see `rewriter.export.tensorrt`."""
-    if precision not in ("fp32", "fp16", "bf16"):
-        raise ExportError(f"precision must be fp32, fp16 or bf16, got {precision!r}")
+def write(
+    optimized: OptimizedModel,
+    kwargs: Mapping[str, Any],
+    path: Path,
+    *,
+    capabilities: Sequence[str] | None,
+    profile: Mapping[str, Bounds] | None,
+) -> Written:
+    """Writes what TensorRT's parser takes, and the engine where TensorRT is installed; see `rewriter.export.tensorrt`."""
     need_packages()
     check_policy(optimized)
     points, _, _ = entry_points(optimized, kwargs, None, cached=False)
-    write_file(points[0], path, OPSET)
-    _dissolve_functions(path)
-    unknown = sorted(set(operators(path)) - PARSED)
-    if unknown:
-        path.unlink()
-        raise ExportError(f"TensorRT's parser does not take {', '.join(unknown)}; nothing was written")
-    command = trtexec(points[0], path, precision)
-    path.with_name(path.name + ".sh").write_text("#!/bin/sh\n" + command + "\n")
-    notes = [
-        command,
-        f"precision {precision}; not built here: TensorRT needs an NVIDIA GPU. The comparison ran this file in ONNX Runtime",
-    ]
+    shapes = profile_of(points[0], profile)
+    write_file(points[0], path, OPSET, {torch.ops.aten.scaled_dot_product_attention.default: _in_products})
+    _as_standard_operators(path)
+    script = path.with_name(path.name + ".sh")
+    script.write_text("#!/bin/sh\n" + command(path, shapes) + "\n")
+    trt = installed()
+    notes, engine, versions = [command(path, shapes)], None, package_versions()
+    if trt is None:
+        notes.append("TensorRT is not installed, so no parser has seen the file: pip install 'rewriter[tensorrt]'")
+    else:
+        try:
+            engine = build(trt, path, path.with_suffix(".engine"), shapes, capabilities)
+        except BaseException:
+            path.unlink()
+            script.unlink()
+            raise
+        versions[trt.__name__] = trt.__version__
+        notes.append("the engine was built, and not run: that needs a GPU. The comparison ran the file in ONNX Runtime")
     why = "an engine is the model's own call"
-    return Written(points, no_decode=why, versions=package_versions(), notes=notes)
+    return Written(points, no_decode=why, versions=versions, notes=notes, engine=engine and engine.to_dict())
 
 
 def compile_engine(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> Any:
@@ -161,47 +95,50 @@ def compile_engine(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> Any:
     )
 
 
-def trtexec(point: EntryPoint, path: Path, precision: str) -> str:
-    """The command that builds an engine, with a profile from the smallest to the largest sizes of the export."""
-
-    def shapes(pick: str) -> str:
-        parts = []
-        for given in point.inputs:
-            sizes = []
-            for dim in given.dims:
-                if isinstance(dim, int):
-                    sizes.append(dim)
-                    continue
-                low, high = point.ranges[dim]
-                batch = dim.startswith("batch")
-                best = min(8 if batch else 512, high)
-                sizes.append({"min": low, "opt": best, "max": min(high, 64) if batch else high}[pick])
-            parts.append(f"{given.name}:{'x'.join(map(str, sizes))}")
-        return ",".join(parts)
-
-    flags = [f"--{pick}Shapes={shapes(pick)}" for pick in ("min", "opt", "max")]
-    kind = [] if precision == "fp32" else [f"--{precision}"]
-    return " ".join(
-        ["trtexec", f"--onnx={path.name}", f"--saveEngine={path.with_suffix('.engine').name}", *flags, *kind]
-    )
-
-
-def operators(path: Path) -> dict[str, int]:
-    """The operators of a file, with their number."""
-    import onnx
-
-    counts: dict[str, int] = {}
-    for node in onnx.load(str(path)).graph.node:
-        name = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
-        counts[name] = counts.get(name, 0) + 1
-    return counts
+def _in_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch's attention as products and a softmax: TensorRT-RTX parses ONNX's `Attention`, and builds it for few shapes."""
+    if enable_gqa:
+        group = query.size(-3) // key.size(-3)
+        key, value = key.repeat_interleave(group, dim=-3), value.repeat_interleave(group, dim=-3)
+    logits = (query @ key.transpose(-1, -2)).float() * (query.size(-1) ** -0.5 if scale is None else scale)
+    if is_causal:
+        rows, keys = (torch.arange(t.size(-2), device=query.device) for t in (query, key))
+        attn_mask = keys <= rows[:, None]
+    if attn_mask is not None:
+        logits = logits.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
+    return logits.softmax(dim=-1).to(value.dtype) @ value
 
 
-def _dissolve_functions(path: Path) -> None:
+def command(path: Path, profile: Mapping[str, Sequence[Sequence[int]]]) -> str:
+    """How to build the engine by hand. Its types are those of the file."""
+
+    def shapes(place: int) -> str:
+        return ",".join(f"{name}:{'x'.join(map(str, sizes[place]))}" for name, sizes in profile.items())
+
+    flags = [f"--{name}Shapes={shapes(place)}" for place, name in enumerate(("min", "opt", "max"))]
+    files = [f"--onnx={path.name}", f"--saveEngine={path.with_suffix('.engine').name}"]
+    return " ".join(["trtexec", *files, *flags, "--stronglyTyped"])
+
+
+def _as_standard_operators(path: Path) -> None:
+    """Puts the bodies of functions in the place of their calls, and computes what is constant: axes, sizes, pieces of a split."""
     import onnx
     from onnx import checker
     from onnx import inliner
+    from onnxscript import optimizer
 
     model = inliner.inline_local_functions(onnx.load(str(path)))
+    optimizer.fold_constants(model)
+    optimizer.remove_unused_nodes(model)
     onnx.save_model(model, str(path))
     checker.check_model(str(path), full_check=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from typing import TYPE_CHECKING
+from typing import Any
 
 from rewriter.export.entry_points import EntryPoint
 
@@ -23,6 +24,7 @@ class Written:
     versions: of packages besides torch.
     kernels, functions: the operators of this package in it, by name, as kernels and as standard operators.
     notes: for the report.
+    engine: what TensorRT built; None where it did not.
     """
 
     points: Sequence[EntryPoint]
@@ -33,3 +35,4 @@ class Written:
     kernels: dict[str, int] = field(default_factory=dict)
     functions: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    engine: dict[str, Any] | None = None

@@ -59,6 +59,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "attention-cpu-bf16": lambda s: _first(s).update(forward=2 * _first(s)["forward"]),
     "compile": lambda s: s["layers"][-1].update(capture=1 + s["layers"][-1]["capture"]),
     "crossover-cpu": lambda s: s["forward"][0].update(seconds=9.0),
+    "engines": lambda s: (s["models"]["GPT-2"].update(layers=1), s["memory"]["1024"].update(activation_bytes=1)),
     "export": lambda s: s["rows"][0]["load_seconds"].__setitem__(0, 9.0),
     "generate": lambda s: s["rows"][-1].update(cache_bytes=1),
     "kernels-h200": lambda s: _first(s)["forward"].update(forward=9.0),

@@ -258,26 +258,10 @@ def test_onnx_runtime_gives_what_the_model_gives(
         artifact(input_ids=torch.ones(1, 65, dtype=torch.long), attention_mask=torch.ones(1, 65, dtype=torch.long))
 
 
-def test_tensorrt_gets_a_file_of_known_operators(
-    tiny_model: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fast = prepared(tiny_model("llama", "sdpa", layers=1), SlidingWindow(5, sinks=1))
-    path = tmp_path / "model.onnx"
-    report = export.tensorrt(fast, kwargs=call(), path=path)
-    assert report.agrees and not report.functions
-    assert set(tensorrt_engine.operators(path)) <= tensorrt_engine.PARSED
-    command = (tmp_path / "model.onnx.sh").read_text()
-    assert "--minShapes=input_ids:1x2,attention_mask:1x2" in command and "--maxShapes=input_ids:64x64" in command
-    monkeypatch.setattr(tensorrt_engine, "PARSED", tensorrt_engine.PARSED - {"MatMul"})
-    other = tmp_path / "other.onnx"
-    with pytest.raises(export.ExportError, match="parser does not take MatMul"):
-        export.tensorrt(fast, kwargs=call(), path=other)
-    assert not other.exists()
-    with pytest.raises(export.ExportError, match="precision must be"):
-        export.tensorrt(fast, kwargs=call(), path=other, precision="int4")
+def test_torch_tensorrt_that_is_missing_is_an_error(tiny_model: Callable[..., nn.Module]) -> None:
     if not _has_torch_tensorrt():
         with pytest.raises(export.ExportError, match="torch-tensorrt is not installed"):
-            tensorrt_engine.compile_engine(fast, call())
+            tensorrt_engine.compile_engine(prepared(tiny_model("llama", "sdpa", layers=1), Exact()), call())
 
 
 def _has_torch_tensorrt() -> bool:

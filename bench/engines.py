@@ -1,0 +1,170 @@
+"""What does TensorRT's own parser and builder make of exported models, and how much memory would the engines need?
+
+Models of several kinds are exported by `rewriter.export.tensorrt`, which parses the file and builds the engine (needs the extra
+`tensorrt`, and no GPU); the file is compared with the model in ONNX Runtime. Then one small Llama, for engines of one row and up
+to so many tokens: its activation memory, as the builder says it.
+
+    python bench/engines.py --out bench/results/engines.json
+
+What is in `--out` already is not built again.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+from typing import Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import rewriter
+from rewriter import DynamicMask
+from rewriter import Exact
+from rewriter import SeparatorMask
+from rewriter import SlidingWindow
+from rewriter import export
+from rewriter.demo.models import load_bundled
+from rewriter.demo.models import load_smollm2
+
+TOKENS = (1024, 4096, 16384)
+"""Most tokens of the engines whose memory is asked for."""
+
+MOST = 2048
+"""Tokens of the engines of causal models, of one row."""
+
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
+
+
+def text() -> dict[str, Any]:
+    ids = torch.randint(5, 500, (2, 16), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def decoder(name: str, **others: Any) -> Callable[[], Any]:
+    """A small causal model of transformers, by the first part of its class's name."""
+
+    def build() -> Any:
+        sizes = {"vocab_size": 512, "num_key_value_heads": 2, "max_position_embeddings": 2048, **SIZES, **others}
+        implementation = {"attn_implementation": "eager"} if name.startswith("Gemma2") else {}
+        config = getattr(transformers, f"{name}Config")(**sizes, **implementation)
+        return getattr(transformers, f"{name}ForCausalLM")(config)
+
+    return build
+
+
+def gpt2() -> Any:
+    sizes = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+
+
+def bert() -> Any:
+    return transformers.BertModel(transformers.BertConfig(vocab_size=512, **SIZES), add_pooling_layer=False)
+
+
+def vit() -> Any:
+    config = transformers.ViTConfig(image_size=32, patch_size=4, **SIZES)
+    return transformers.ViTModel(config, add_pooling_layer=False)
+
+
+def whisper() -> Any:
+    config = transformers.WhisperConfig(
+        d_model=64,
+        encoder_layers=2,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        num_mel_bins=16,
+        max_source_positions=50,
+    )
+    return transformers.models.whisper.modeling_whisper.WhisperEncoder(config)
+
+
+def models() -> dict[str, tuple[Callable[[], Any], rewriter.Policy, dict[str, Any]]]:
+    """Of each how it is made, the policy, and a call."""
+    causal = {**text(), "use_cache": False}
+    images = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    sound = {"input_features": torch.randn(2, 16, 100)}
+    separators = SeparatorMask.from_tokenizer(load_bundled()[1], window=256)
+    return {
+        "bundled": (lambda: load_bundled()[0], separators, causal),
+        "Llama": (decoder("Llama"), SlidingWindow(256, sinks=4), causal),
+        "Qwen3": (decoder("Qwen3", head_dim=16), DynamicMask(192, local=64), causal),
+        "Gemma2": (decoder("Gemma2", head_dim=16, sliding_window=256), Exact(), causal),
+        "GPT-2": (gpt2, Exact(), causal),
+        "BERT": (bert, Exact(), text()),
+        "ViT": (vit, Exact(), images),
+        "Whisper's encoder": (whisper, Exact(), sound),
+        "Llama, bf16": (lambda: decoder("Llama")().to(torch.bfloat16), SlidingWindow(256, sinks=4), causal),
+        "SmolLM2-135M": (lambda: load_smollm2()[0], SlidingWindow(512, sinks=4), causal),
+    }
+
+
+def measure(
+    build: Callable[[], Any], policy: rewriter.Policy, kwargs: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    """What was built, or the reason why nothing was."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    fast = rewriter.optimize(build().eval(), policy, backend="eager", progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.trt.onnx"
+        try:
+            report = export.tensorrt(fast, kwargs=kwargs, path=path, **options)
+        except export.ExportError as error:
+            return {"policy": str(policy), "refused": str(error)[:500]}
+    if report.engine is None:
+        raise typer.BadParameter("no TensorRT is installed: pip install 'rewriter[tensorrt]'")
+    largest = max(c["relative"] for c in report.compared)
+    return {"policy": str(policy), "file_bytes": report.num_bytes, "relative": largest, **report.engine}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> Table:
+    result = Table(title="Engines", title_justify="left")
+    for name in ("model", "policy", "layers", "engine", "activations", "parsed and built", "off the model"):
+        result.add_column(name)
+    for name, row in rows.items():
+        if "refused" in row:
+            result.add_row(name, row["policy"], row["refused"], *[""] * 4)
+            continue
+        sizes = (f"{row[part] / 2**20:,.1f} MiB" for part in ("num_bytes", "activation_bytes"))
+        result.add_row(
+            name, row["policy"], str(row["layers"]), *sizes, f"{row['build_seconds']:.1f} s", f"{row['relative']:.0e}"
+        )
+    return result
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="File of the results.")] = Path("bench/results/engines.json"),
+    only: Annotated[str | None, typer.Option(help="One model.")] = None,
+) -> None:
+    stored = json.loads(out.read_text()) if out.exists() else {"torch": torch.__version__, "models": {}, "memory": {}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        out.write_text(json.dumps(stored, indent=1) + "\n")
+
+    for name, (build, policy, kwargs) in models().items():
+        if name not in stored["models"] and only in (None, name):
+            most = {"profile": {"batch": (1, 1, 1), "tokens": (2, 512, MOST)}} if "use_cache" in kwargs else {}
+            stored["models"][name] = measure(build, policy, kwargs, **most)
+            save()
+    for most in TOKENS if only is None else ():
+        if str(most) not in stored["memory"]:
+            build = decoder("Llama", max_position_embeddings=most)
+            profile = {"batch": (1, 1, 1), "tokens": (2, most, most)}
+            stored["memory"][str(most)] = measure(
+                build, SlidingWindow(256, sinks=4), {**text(), "use_cache": False}, profile=profile
+            )
+            save()
+    Console(width=170).print(table(stored["models"]))
+    Console(width=170).print(table({f"Llama, 1 row of {most} tokens": row for most, row in stored["memory"].items()}))
+
+
+if __name__ == "__main__":
+    typer.run(main)
