@@ -212,7 +212,7 @@ def source_line(trace: str) -> str:
 def _logger(trt: Any, said: list[str]) -> Any:
     """Keeps what TensorRT says; nothing is printed."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
