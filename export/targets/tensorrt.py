@@ -64,7 +64,9 @@ def write(
         versions[trt.__name__] = trt.__version__
         notes.append("the engine was built, and not run: that needs a GPU. The comparison ran the file in ONNX Runtime")
     why = "an engine is the model's own call"
-    return Written(points, no_decode=why, versions=versions, notes=notes, engine=None if engine is None else engine.to_dict())
+    return Written(
+        points, no_decode=why, versions=versions, notes=notes, engine=None if engine is None else engine.to_dict()
+    )
 
 
 def compile_engine(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> Any:
