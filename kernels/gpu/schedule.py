@@ -542,10 +542,11 @@ def _outside_of_runs(
     num_chunks = (tiles + chunk - 1) // chunk
     used_ptr += i_row * MAX_SEGMENTS
     if i_block >= num_blocks:
-        o_tiles = (i_block - num_blocks) * BLOCK + tl.arange(0, BLOCK)
+        o_tiles = tl.cast(i_block - num_blocks, tl.int32) * BLOCK + tl.arange(0, BLOCK)
         b_used_before = tl.zeros([BLOCK], tl.int32)
         for i_chunk in range(num_chunks):
-            b_within = tl.minimum(tl.minimum(o_tiles, tiles), (i_chunk + 1) * chunk) - i_chunk * chunk
+            begin = tl.cast(i_chunk * chunk, tl.int32)
+            b_within = tl.minimum(tl.minimum(o_tiles, tiles), begin + chunk) - begin
             b_used_before += tl.maximum(b_within, 0) * tl.load(used_ptr + i_chunk)
         tl.store(used_before_ptr + i_row * (num_tiles + 1) + o_tiles, b_used_before, mask=o_tiles <= num_tiles)
         return
@@ -562,7 +563,7 @@ def _outside_of_runs(
     b_run_last = tl.zeros([BLOCK], tl.int32)
     b_unused_end = b_run_last
     for first in range(0, num_chunks, CHUNKS):
-        o_chunks = first + tl.arange(0, CHUNKS)
+        o_chunks = tl.cast(first, tl.int32) + tl.arange(0, CHUNKS)
         b_chunk_begin = tl.minimum(o_chunks * chunk, tiles)
         b_chunk_end = tl.minimum(b_chunk_begin + chunk, tiles)
         m_used = tl.load(used_ptr + o_chunks) != 0
