@@ -42,9 +42,19 @@ class Artifact:
     def __call__(self, **arguments: Tensor) -> Tensor:
         """The model's own call: its logits, or its first result.
 
+        An artifact with a cache reads the whole text into an empty one; it takes `input_ids`, and `attention_mask` and
+        `position_ids` as `run` does.
+
         Raises:
             ArtifactError: an argument is missing, unknown, or of another dtype or size than the artifact was exported for.
         """
+        if "prefill" in self._calls:
+            known = ("input_ids", "attention_mask", "position_ids")
+            if "input_ids" not in arguments or not arguments.keys() <= set(known):
+                raise ArtifactError(f"the artifact takes {', '.join(known)}; got {', '.join(arguments) or 'nothing'}")
+            ids = arguments["input_ids"]
+            rows = torch.arange(ids.size(-1), device=ids.device)
+            return self.run(self.new_cache(ids.size(0)), **arguments, logits_to_keep=rows)
         names = [i.name for i in self.report.inputs(self._need("forward"))]
         if set(arguments) != set(names):
             raise ArtifactError(f"the artifact takes {', '.join(names)}; got {', '.join(arguments) or 'nothing'}")

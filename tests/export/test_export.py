@@ -66,6 +66,24 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> tuple[rewriter.Optimize
     return fast, path, export.aot_inductor(fast, kwargs=call(), path=path, max_length=48)
 
 
+@torch.no_grad()
+def test_a_package_with_a_cache_reads_a_whole_text_in_one_call(
+    package: tuple[rewriter.OptimizedModel, Path, export.ExportReport],
+) -> None:
+    fast, path, _ = package
+    artifact = export.load(path)
+    ids = torch.randint(3, 64, (3, 21))
+    mask = (torch.arange(21) >= 2 * torch.arange(3)[:, None]).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    expected = fast(**given, use_cache=False).logits
+    torch.testing.assert_close(artifact(**given)[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        artifact(input_ids=ids), fast(input_ids=ids, use_cache=False).logits, rtol=1e-4, atol=1e-4
+    )
+    assert artifact(input_ids=ids[:, :1]).shape == (3, 1, 64)
+
+
 def test_a_package_agrees_with_the_model(package: tuple[Any, Path, export.ExportReport]) -> None:
     _, path, report = package
     assert report.agrees and [c["sizes"] for c in report.compared] == [[3, 37], [1, 48]]
@@ -187,7 +205,11 @@ def test_calls_are_checked(package: tuple[Any, Path, export.ExportReport]) -> No
             "attention_mask must have sizes",
             lambda: artifact.run(artifact.new_cache(2), ids, torch.ones(2, 5, dtype=torch.long)),
         ),
-        ("has no forward, it has prefill, decode", lambda: artifact(input_ids=ids)),
+        (
+            "takes input_ids, attention_mask, position_ids; got input_ids, labels",
+            lambda: artifact(input_ids=ids, labels=ids),
+        ),
+        ("takes input_ids, attention_mask, position_ids; got nothing", lambda: artifact()),
     ]
     for message, act in cases:
         with pytest.raises(export.ArtifactError, match=message):
