@@ -1,7 +1,7 @@
 """ONNX: an optimized model as a file that any runtime runs.
 
 The operators are model-local functions of standard operators in the domain `rewriter`: a runtime that has kernels for
-`rewriter::LiveRangeAttention` may replace them, any other runs the bodies, which are the dense definition. Masks are
+`rewriter::LiveRangeAttention` may replace them, any other runs the bodies, which go over tiles of rows and all keys. Masks are
 explicit, because `is_causal` means different things to different runtimes. The Triton kernels do not travel in such a file.
 """
 
@@ -43,7 +43,10 @@ def write(optimized: OptimizedModel, kwargs: Mapping[str, Any], path: Path, *, o
     check_policy(optimized)
     points, _, _ = entry_points(optimized, kwargs, None, cached=False)
     write_file(points[0], path, opset)
-    notes = [f"opset {opset}; the functions' bodies are dense: memory grows with the square of the length"]
+    notes = [
+        f"opset {opset}; the functions' bodies compute all pairs, in tiles of rows: time grows with the square of the length, "
+        "memory does not"
+    ]
     why = "an ONNX file is the model's own call"
     return Written(points, no_decode=why, versions=package_versions(), functions=local_functions(path), notes=notes)
 

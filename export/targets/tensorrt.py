@@ -1,6 +1,6 @@
 """TensorRT: an ONNX file of standard operators, the engine that TensorRT makes of it, and the command that does the same.
 
-The operators of this package are dissolved into standard ones, dense: memory grows with the square of the length. With
+The operators of this package are dissolved into standard ones, which compute all pairs in tiles of rows. With
 torch-tensorrt they stay calls of this package's Triton kernels, in PyTorch, between engines.
 """
 
