@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,9 +162,9 @@ def session(path: Path, report: ExportReport) -> Callable[..., Sequence[Tensor]]
         import onnxruntime
     except ImportError:
         raise ArtifactError("ONNX Runtime is not installed: pip install 'rewriter[export]'") from None
+    narrow = report.dtype in ("bfloat16", "float16")  # of which the runtime has few kernels for CPUs
     try:
-        # The runtime has few kernels in 16 bits for CPUs.
-        file = in_full_precision(path) if report.dtype in ("bfloat16", "float16") else str(path)
+        file = in_full_precision(path) if narrow else str(path)
         running = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     except Exception as error:  # whatever the runtime raises
         raise ArtifactError(f"{path} cannot be loaded: {error}") from error
@@ -171,8 +172,11 @@ def session(path: Path, report: ExportReport) -> Callable[..., Sequence[Tensor]]
     known = {i.name for i in running.get_inputs()}
 
     def call(*tensors: Tensor) -> list[Tensor]:
-        given = {n: t.detach().cpu().contiguous().numpy() for n, t in zip(names, tensors, strict=True) if n in known}
-        return [torch.from_numpy(array) for array in running.run(None, given)]
+        own = [t.float() if narrow and t.is_floating_point() else t for t in tensors]
+        given = {n: t.detach().cpu().contiguous().numpy() for n, t in zip(names, own, strict=True) if n in known}
+        results = [torch.from_numpy(array) for array in running.run(None, given)]
+        dtype = getattr(torch, report.dtype)
+        return [t.to(dtype) if narrow and t.is_floating_point() else t for t in results]
 
     return call
 
@@ -189,18 +193,26 @@ def in_full_precision(path: Path) -> bytes:
         if tensor.data_type in narrow:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
 
+    def widen_graph(nodes: Iterable[Any], graph: Any = None) -> None:
+        if graph is not None:
+            for tensor in graph.initializer:
+                widen(tensor)
+            for value in (*graph.input, *graph.output, *graph.value_info):
+                if value.type.tensor_type.elem_type in narrow:
+                    value.type.tensor_type.elem_type = full
+        for node in nodes:
+            for attribute in node.attribute:
+                if node.op_type == "Cast" and attribute.name == "to" and attribute.i in narrow:
+                    attribute.i = full
+                elif attribute.type == onnx.AttributeProto.TENSOR:
+                    widen(attribute.t)
+                elif attribute.type == onnx.AttributeProto.GRAPH:
+                    widen_graph(attribute.g.node, attribute.g)
+
     model = onnx.load(str(path))
-    for tensor in model.graph.initializer:
-        widen(tensor)
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        if value.type.tensor_type.elem_type in narrow:
-            value.type.tensor_type.elem_type = full
-    for node in (*model.graph.node, *(n for function in model.functions for n in function.node)):
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in narrow:
-                attribute.i = full
-            elif attribute.type == onnx.AttributeProto.TENSOR:
-                widen(attribute.t)
+    widen_graph(model.graph.node, model.graph)
+    for function in model.functions:
+        widen_graph(function.node)
     whole: bytes = model.SerializeToString()
     return whole
 

@@ -116,9 +116,8 @@ def RunningTopKEnd(score, segment, keep: int) -> INT32:
     axis = op.Constant(value_ints=[2])
     padded = op.Pad(rank, more, lowest, axis)
     ranks = op.Transpose(op.Reshape(padded, op.Concat(batch, heads, rest, tile, axis=0)), perm=[2, 0, 1, 3])
-    shared = op.Concat(
-        op.Shape(segment, start=0, end=2), keys, axis=0
-    )  # one segment for all keys may be given as one number
+    # One segment for all keys may be given as one number.
+    shared = op.Concat(op.Shape(segment, start=0, end=2), keys, axis=0)
     padded_segment = op.Pad(op.Expand(segment, shared), more, op.Constant(value=ZERO), axis)
     by_tile = op.Concat(op.Shape(segment, start=0, end=2), rest, tile, axis=0)
     segments = op.Transpose(op.Reshape(padded_segment, by_tile), perm=[2, 0, 1, 3])

@@ -92,6 +92,7 @@ def test_an_engine_has_the_models_types(
     weights = [t.data_type for t in onnx.load(str(path)).graph.initializer if len(t.dims) == 2]
     own = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16}[dtype]
     assert len(weights) >= 8 and set(weights) == {own}
+    assert export.load(path)(**{n: t for n, t in call().items() if n != "use_cache"}).dtype == dtype
 
 
 @needs_builder
@@ -125,6 +126,25 @@ def test_a_profile_bounds_the_engine(tiny_model: Callable[..., nn.Module], tmp_p
         with pytest.raises(export.ExportError, match=message):
             export.tensorrt(fast, kwargs=call(), path=tmp_path / "wrong.onnx", profile=wrong)
     assert not list(tmp_path.glob("wrong*"))
+
+
+@needs_builder
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_have_the_sizes_that_the_model_allows(dtype: torch.dtype, tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.ViTConfig(image_size=16, patch_size=4, **sizes)
+    model = transformers.ViTModel(config, add_pooling_layer=False).to(dtype).eval()
+    fast = rewriter.optimize(model, Exact(), backend="eager", strict=True)
+    images = torch.randn(2, 3, 16, 16, dtype=dtype)
+    report = export.tensorrt(fast, kwargs={"pixel_values": images}, path=tmp_path / "model.onnx")
+    assert report.agrees and report.engine is not None and report.dtype == str(dtype).removeprefix("torch.")
+    assert report.engine["profile"]["pixel_values"] == ((1, 3, 16, 16), (1, 3, 16, 16), (8, 3, 16, 16))
+    artifact = export.load(tmp_path / "model.onnx")
+    assert artifact(pixel_values=images).shape == (2, 17, 32)
+    with pytest.raises(export.ArtifactError, match=r"pixel_values must have sizes \['batch', 3, 16, 16\]"):
+        artifact(pixel_values=torch.randn(2, 3, 16, 20, dtype=dtype))
 
 
 class Determinant(nn.Module):
