@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from rewriter.passes.graph.repeated_calls import tracing_state
+
 FEWEST_LAYERS = 4
 """Of one class in a list, before it is worth it."""
 
@@ -49,12 +51,12 @@ def traced_once(layers: frozenset[int]) -> Iterator[None]:
     if not layers or not _teach_dynamo():
         yield
         return
-    before = _present.layers, _present.guards
-    _present.layers, _present.guards = layers, {}
+    before = _present.layers, _present.guards, _present.state
+    _present.layers, _present.guards, _present.state = layers, {}, None
     try:
         yield
     finally:
-        _present.layers, _present.guards = before
+        _present.layers, _present.guards, _present.state = before
 
 
 class _Present(threading.local):
@@ -63,11 +65,13 @@ class _Present(threading.local):
     Attributes:
         layers: those that are regions now.
         guards: of each region that was repeated, by its identity, the region and the guards that read its layer.
+        state: that the first of the layers was traced in.
     """
 
     def __init__(self) -> None:
         self.layers: frozenset[int] = frozenset()
         self.guards: dict[int, tuple[Any, list[Any]]] = {}
+        self.state: tuple[Any, ...] | None = None
 
 
 _present = _Present()
@@ -95,6 +99,11 @@ def _teach_dynamo() -> bool:
 
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         if id(self.value) not in _present.layers or self.source is None:
+            return inner(self, tx, args, kwargs)
+        _present.state = _present.state or tracing_state()
+        if (
+            _present.state != tracing_state()
+        ):  # autocast or gradients are on for some layers alone, and torch does not ask
             return inner(self, tx, args, kwargs)
         layers, _present.layers = _present.layers, frozenset()  # what is inside of a layer is part of it
         try:

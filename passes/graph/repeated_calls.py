@@ -111,7 +111,7 @@ def _described(node: Node, args: Any, kwargs: Any, tracer: Any) -> _Call | None:
     if None in inputs:
         return None
     same = tuple(inputs.index(own) for own in inputs)  # which arguments are one tensor
-    signature = (node.op, node.target, spec, _state(), tuple(map(_signature, leaves)), same)
+    signature = (node.op, node.target, spec, tracing_state(), tuple(map(_signature, leaves)), same)
     try:
         hash(signature)
     except TypeError:
@@ -190,7 +190,7 @@ def _number(value: Any) -> Any:
     return value.node.expr if isinstance(value, _SYMBOLIC) else value
 
 
-def _state() -> tuple[Any, ...]:
+def tracing_state() -> tuple[Any, ...]:
     """What a trace depends on besides its arguments."""
     devices = ("cpu", "cuda")
     autocast = tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices)
