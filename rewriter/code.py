@@ -19,6 +19,7 @@ from torch.fx import Graph
 from torch.fx import GraphModule
 
 from rewriter.passes.graph.regions import share_layers
+from rewriter.passes.graph.repeated_calls import tracing_state
 
 log = logging.getLogger(__name__)
 
@@ -61,21 +62,28 @@ class CodeOfSizes:
         self._last: list[Callable[[], Tensor | None]] = []
         self._kinds: list[Any] = []
         self._first: tuple[int, ...] = ()  # of each input, the first one that is the same tensor
+        self._state: tuple[Any, ...] = ()
+        self._present: Callable[..., Any] | None = None  # the code of the last call
 
     def __call__(self, *tensors: Tensor) -> Any:
         if len(self._last) != len(tensors):
             self._last, self._kinds, self._first = [_none] * len(tensors), [None] * len(tensors), (0,) * len(tensors)
         changed = [n for n, (tensor, last) in enumerate(zip(tensors, self._last, strict=True)) if last() is not tensor]
         for n in changed:
-            self._last[n], self._kinds[n] = weakref.ref(tensors[n]), _kind(tensors[n])
+            self._last[n], kind = weakref.ref(tensors[n]), _kind(tensors[n])
+            if kind != self._kinds[n]:
+                self._kinds[n], self._present = kind, None
         ids = list(map(id, tensors))
         if len(set(ids)) != len(set(self._first)) or any(self._first.count(self._first[n]) > 1 for n in changed):
-            self._first = tuple(map(ids.index, ids))
-        modes = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.is_inference_mode_enabled())
-        key = (*self._kinds, self._first, modes)
-        if key not in self._code:
-            self._code[key] = self._compiled(tensors)
-        return self._code[key](*tensors)
+            self._first, self._present = tuple(map(ids.index, ids)), None
+        if self._state != tracing_state():
+            self._state, self._present = tracing_state(), None
+        if self._present is None:  # only now: hundreds of sizes are slow to hash
+            key = (*self._kinds, self._first, self._state)
+            if key not in self._code:
+                self._code[key] = self._compiled(tensors)
+            self._present = self._code[key]
+        return self._present(*tensors)
 
     def _compiled(self, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
