@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 from typing import Any
@@ -25,12 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 import rewriter
-from rewriter import DynamicMask
+from export import models as exported_models
 from rewriter import Exact
-from rewriter import SeparatorMask
 from rewriter import SlidingWindow
 from rewriter import export
-from rewriter.demo.models import load_bundled
 from rewriter.demo.models import load_smollm2
 
 TOKENS = (1024, 4096, 16384)
@@ -47,21 +46,9 @@ def text() -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def decoder(name: str, **others: Any) -> Callable[[], Any]:
-    """A small causal model of transformers, by the first part of its class's name."""
-
-    def build() -> Any:
-        sizes = {"vocab_size": 512, "num_key_value_heads": 2, "max_position_embeddings": 2048, **SIZES, **others}
-        implementation = {"attn_implementation": "eager"} if name.startswith("Gemma2") else {}
-        config = getattr(transformers, f"{name}Config")(**sizes, **implementation)
-        return getattr(transformers, f"{name}ForCausalLM")(config)
-
-    return build
-
-
-def gpt2() -> Any:
-    sizes = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+def llama(most_tokens: int = MOST) -> Any:
+    sizes = {"vocab_size": 512, "num_key_value_heads": 2, "max_position_embeddings": most_tokens, **SIZES}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
 
 
 def bert() -> Any:
@@ -90,17 +77,13 @@ def models() -> dict[str, tuple[Callable[[], Any], rewriter.Policy, dict[str, An
     causal = {**text(), "use_cache": False}
     images = {"pixel_values": torch.randn(2, 3, 32, 32)}
     sound = {"input_features": torch.randn(2, 16, 100)}
-    separators = SeparatorMask.from_tokenizer(load_bundled()[1], window=256)
+    with_a_cache = {name: (build, policy, causal) for name, (build, policy) in exported_models().items()}
     return {
-        "bundled": (lambda: load_bundled()[0], separators, causal),
-        "Llama": (decoder("Llama"), SlidingWindow(256, sinks=4), causal),
-        "Qwen3": (decoder("Qwen3", head_dim=16), DynamicMask(192, local=64), causal),
-        "Gemma2": (decoder("Gemma2", head_dim=16, sliding_window=256), Exact(), causal),
-        "GPT-2": (gpt2, Exact(), causal),
+        **with_a_cache,
         "BERT": (bert, Exact(), text()),
         "ViT": (vit, Exact(), images),
         "Whisper's encoder": (whisper, Exact(), sound),
-        "Llama, bf16": (lambda: decoder("Llama")().to(torch.bfloat16), SlidingWindow(256, sinks=4), causal),
+        "Llama, bf16": (lambda: llama().to(torch.bfloat16), SlidingWindow(256, sinks=4), causal),
         "SmolLM2-135M": (lambda: load_smollm2()[0], SlidingWindow(512, sinks=4), causal),
     }
 
@@ -156,10 +139,9 @@ def main(
             save()
     for most in TOKENS if only is None else ():
         if str(most) not in stored["memory"]:
-            build = decoder("Llama", max_position_embeddings=most)
             profile = {"batch": (1, 1, 1), "tokens": (2, most, most)}
             stored["memory"][str(most)] = measure(
-                build, SlidingWindow(256, sinks=4), {**text(), "use_cache": False}, profile=profile
+                partial(llama, most), SlidingWindow(256, sinks=4), {**text(), "use_cache": False}, profile=profile
             )
             save()
     Console(width=170).print(table(stored["models"]))

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from rewriter.passes.graph.repeated_calls import calls_layer
 from rewriter.passes.graph.repeated_calls import tracing_state
 
 FEWEST_LAYERS = 4
@@ -126,7 +127,7 @@ def _teach_dynamo() -> bool:
                 install_guard(*(guard for guard in guards if not _is_known(tx, guard)))
         finally:
             _present.layers = layers
-        _say_where(self, next(n for n in reversed(tx.output.current_tracer.graph.nodes) if _is_region(n)))
+        _say_where(self, next(n for n in reversed(tx.output.current_tracer.graph.nodes) if calls_layer(n)))
         return result
 
     UnspecializedNNModuleVariable.call_function = call_function  # type: ignore[method-assign]
@@ -137,10 +138,6 @@ _TAKEN_FROM_TORCH = (
     *("InvokeSubgraphHigherOrderVariable", "InputTag", "build_input_fingerprint", "find_reuse_match", "get_fn_code"),
     *("has_reuse_entries", "stamp_out_subgraph"),
 )
-
-
-def _is_region(node: Node) -> bool:
-    return node.target is torch.ops.higher_order.invoke_subgraph
 
 
 def _has_written(tx: Any) -> bool:

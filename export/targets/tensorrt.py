@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -65,7 +66,7 @@ def write(
         notes.append("the engine was built, and not run: that needs a GPU. The comparison ran the file in ONNX Runtime")
     why = "an engine is the model's own call"
     return Written(
-        points, no_decode=why, versions=versions, notes=notes, engine=None if engine is None else engine.to_dict()
+        points, no_decode=why, versions=versions, notes=notes, engine=None if engine is None else asdict(engine)
     )
 
 

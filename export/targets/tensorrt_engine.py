@@ -10,13 +10,13 @@ import importlib
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import asdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rewriter.export.entry_points import EntryPoint
+from rewriter.passes.graph.origin import line_of
 
 from rewriter.errors import ExportError
 
@@ -50,9 +50,6 @@ class Engine:
     activation_bytes: int
     build_seconds: float
     profile: dict[str, tuple[tuple[int, ...], ...]]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def installed() -> Any | None:
@@ -194,19 +191,10 @@ def _refusal(parser: Any, file: Path) -> str:
         where = ""
         if 0 <= error.node() < len(nodes):
             node = nodes[error.node()]
-            line = source_line({p.key: p.value for p in node.metadata_props}.get("pkg.torch.onnx.stack_trace", ""))
+            line = line_of({p.key: p.value for p in node.metadata_props}.get("pkg.torch.onnx.stack_trace", ""))
             where = f"{node.op_type} (node {node.name}{', ' + line if line else ''}): "
         reasons.append(where + error.desc())
     return f"TensorRT's parser does not take the model: {'; '.join(reasons) or 'it does not say why'}"
-
-
-def source_line(trace: str) -> str:
-    """`file:line` of the innermost frame of a stack trace that is a file's; "" where there is none."""
-    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "') and "<" not in line]
-    if not frames:
-        return ""
-    path, rest = frames[-1].split('"')[1], frames[-1].split("line ")[1]
-    return f"{path.rsplit('/', 1)[-1]}:{rest.split(',')[0]}"
 
 
 def _logger(trt: Any, said: list[str]) -> Any:

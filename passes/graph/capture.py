@@ -22,6 +22,7 @@ from rewriter.passes.graph.inputs import GraphInput
 from rewriter.passes.graph.inputs import set_source
 from rewriter.passes.graph.nodes import may_attend
 from rewriter.passes.graph.repeated_calls import RepeatedCalls
+from rewriter.passes.graph.repeated_calls import calls_layer
 from rewriter.passes.graph.vmap import gather_vmap
 from torch import Tensor
 from torch._higher_order_ops.wrap import TagActivationCheckpoint
@@ -125,7 +126,7 @@ class _Inlined(torch.fx.Interpreter):
             return super().run_node(n)
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            if n.target is torch.ops.higher_order.invoke_subgraph:
+            if calls_layer(n):
                 return self._layer(n, args)
             if any(is_traceable_wrapper_subclass(value) for value in pytree.tree_leaves((args, kwargs))):
                 return _kept_call(n, args, kwargs, lambda: getattr(self, n.op)(n.target, args, kwargs))

@@ -15,9 +15,12 @@ def describe(node: Node) -> str:
 
 def source_line(node: Node) -> str:
     """`file:line` of the innermost frame that made a node, without its folder."""
-    frames = [
-        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")
-    ]
+    return line_of(node.meta.get("stack_trace") or "")
+
+
+def line_of(trace: str) -> str:
+    """`file:line` of the innermost frame of a stack trace that is a file's, without its folder; "" where there is none."""
+    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith('File "') and "<" not in line]
     if not frames:
         return ""
     path, line = frames[-1].split('"')[1], frames[-1].split("line ")[1].split(",")[0]

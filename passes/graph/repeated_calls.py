@@ -87,7 +87,7 @@ class RepeatedCalls:
             call = _described(node, args, kwargs, mode.tracer)
             known = None if call is None else self._recordings.get(call.signature)
             if call is not None and known is not None:
-                noted = _TRACED + _WITHIN if _is_layer(node) else _TRACED
+                noted = _TRACED + _WITHIN if calls_layer(node) else _TRACED
                 results = _copy(known, node.meta.get("example_value"), call, noted, mode.tracer)
                 if results is not None:
                     return pytree.tree_unflatten(results, known.spec)
@@ -97,7 +97,7 @@ class RepeatedCalls:
         result = trace()
         with torch._C.DisableTorchFunction():
             recording = _record(before, call, result, mode.tracer)
-            if recording is not None and _is_layer(node) and any("recompute" in n.meta for n in recording.nodes):
+            if recording is not None and calls_layer(node) and any("recompute" in n.meta for n in recording.nodes):
                 recording = None  # each checkpoint has a number of its own
             self._recordings[call.signature] = recording
         return result
@@ -197,7 +197,7 @@ def tracing_state() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast
 
 
-def _is_layer(node: Node) -> bool:
+def calls_layer(node: Node) -> bool:
     """Whether a call in Dynamo's graph is one of a body that several layers share."""
     return node.target is torch.ops.higher_order.invoke_subgraph
 

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from exported_models import SEPARATORS
+from exported_models import call
+from exported_models import prepared
 from rewriter.export.artifact import cases_path
 from rewriter.export.artifact import report_path
 from rewriter.export.targets import tensorrt as tensorrt_engine
@@ -31,23 +34,6 @@ from rewriter import export
 from rewriter.cli import app
 
 RUNNER = Path(export.__file__).parent / "runner"
-SEPARATORS = tuple(range(3, 20))
-
-
-def call() -> dict[str, Any]:
-    ids = torch.randint(3, 64, (2, 9))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-
-
-def prepared(model: nn.Module, policy: rewriter.Policy) -> rewriter.OptimizedModel:
-    """Weights large enough that every key matters; dynamic masks whose scores differ."""
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(6)
-    fast = rewriter.optimize(model.eval(), policy, backend="eager", strict=True)
-    for parameters in fast.policy_parameters.values():
-        nn.init.uniform_(parameters["A"], -1, 1)
-    return fast
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from exported_models import SEPARATORS
+from exported_models import call
+from exported_models import prepared
 from rewriter.export.artifact import report_path
 from rewriter.export.targets import tensorrt as exporter
 from rewriter.export.targets import tensorrt_engine
-from rewriter.export.targets.tensorrt_engine import source_line
+from rewriter.passes.graph.origin import line_of
 from torch import Tensor
 from torch import nn
 
@@ -27,22 +29,6 @@ needs_builder = pytest.mark.skipif(
     tensorrt_engine.installed() is None, reason="needs the extra tensorrt: pip install 'rewriter[tensorrt]'"
 )
 BUILDS_FOR_OTHERS = hasattr(tensorrt_engine.installed(), "ComputeCapability")
-
-SEPARATORS = tuple(range(3, 20))
-
-
-def call() -> dict[str, Any]:
-    ids = torch.randint(3, 64, (2, 9))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-
-
-def prepared(model: nn.Module, policy: rewriter.Policy) -> rewriter.OptimizedModel:
-    """Weights large enough that every key matters."""
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(6)
-    return rewriter.optimize(model.eval(), policy, backend="eager", strict=True)
-
 
 CASES = [
     ("llama", Exact()),
@@ -193,4 +179,4 @@ def test_a_file_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
 
 def test_the_line_of_a_stack_trace_is_that_of_a_file() -> None:
     trace = 'File "/a/b/model.py", line 12, in forward\n    return x\n  File "<eval_with_key>.3", line 4, in forward\n    y = x'
-    assert source_line(trace) == "model.py:12" and source_line("") == ""
+    assert line_of(trace) == "model.py:12" and line_of("") == ""
