@@ -7,17 +7,26 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import StatelessSymbolicContext
 
+from rewriter.passes.graph.regions import FEWEST
 from rewriter.passes.graph.regions import share_layers
 from rewriter.passes.graph.repeated_calls import tracing_state
 
@@ -30,19 +39,47 @@ def generate_code(module: GraphModule, example_inputs: Sequence[Any]) -> Callabl
     Layers share their code where there are no gradients; where the compiler cannot take subgraphs, the graph is compiled as it
     is.
     """
-    from torch._inductor.compile_fx import compile_fx
 
     learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
-    shared = module if learns else _copy(module)
-    if not learns:
-        try:
-            if share_layers(shared):
-                compiled: Any = compile_fx(shared, list(example_inputs))
-                return compiled
-        except Exception as error:
-            log.info("layers are compiled one by one: %s: %s", type(error).__name__, error)
-    whole: Any = compile_fx(module, list(example_inputs))
-    return whole
+    return _compiled_whole(module, example_inputs) if learns else _compiled_by_layer(module, example_inputs)
+
+
+def _compiled_by_layer(
+    module: GraphModule, example_inputs: Sequence[Any], *, fewest: int = FEWEST
+) -> Callable[..., Any]:
+    """`fewest` and more layers that are alike share their code; where the compiler cannot take that, each has its own. Without
+    gradients."""
+    shared = _copy(module)
+    try:
+        if share_layers(shared, example_inputs, fewest=fewest):
+            return _compiled_whole(shared, example_inputs)
+    except Exception as error:
+        log.info("layers are compiled one by one: %s: %s", type(error).__name__, error)
+    return _compiled_whole(module, example_inputs)
+
+
+def _compiled_whole(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Any = compile_fx(module, list(example_inputs))
+    return compiled
+
+
+@dataclass(frozen=True)
+class _Code:
+    """Code, and for which sizes it is: where the guards hold, as text for `ShapeEnv.evaluate_guards_expression`, or None."""
+
+    call: Callable[..., Any]
+    shape_env: ShapeEnv
+    guards: str | None
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        return self.guards is None or self.shape_env.evaluate_guards_expression(self.guards, tensors)
+
+
+_FEWEST_OF_A_STEP = 8
+"""Layers that share their code in a graph of fixed sizes, which is that of one token: a call of a layer costs some 30 us there,
+4 % of a step of a model of four small layers (`bench/never_slower.py --only "llama decode"`)."""
 
 
 class CodeOfSizes:
@@ -54,11 +91,13 @@ class CodeOfSizes:
 
     Args:
         module: takes tensors, which it may write to, and has no gradients.
+        any_size: of inputs, by their place, the dimensions that may be of any size in one code for all, but for sizes of 0 and 1,
+            which have code of their own.
     """
 
-    def __init__(self, module: GraphModule) -> None:
-        self.module = module
-        self._code: dict[Any, Callable[..., Any]] = {}
+    def __init__(self, module: GraphModule, any_size: Mapping[int, Collection[int]] = MappingProxyType({})) -> None:
+        self.module, self.any_size = module, any_size
+        self._code: dict[Any, list[_Code]] = {}
         self._last: list[Callable[[], Tensor | None]] = []
         self._kinds: list[Any] = []
         self._first: tuple[int, ...] = ()  # of each input, the first one that is the same tensor
@@ -79,25 +118,44 @@ class CodeOfSizes:
         if self._state != tracing_state():
             self._state, self._present = tracing_state(), None
         if self._present is None:  # only now: hundreds of sizes are slow to hash
-            key = (*self._kinds, self._first, self._state)
-            if key not in self._code:
-                self._code[key] = self._compiled(tensors)
-            self._present = self._code[key]
+            kinds = (_kind_of_any_size(k, self.any_size.get(n, ())) for n, k in enumerate(self._kinds))
+            known = self._code.setdefault((*kinds, self._first, self._state), [])
+            fitting = next((code for code in known if code.fits(tensors)), None)
+            if fitting is None:
+                fitting = self._compiled(tensors)
+                known.append(fitting)
+            self._present = fitting.call
         return self._present(*tensors)
 
-    def _compiled(self, tensors: Sequence[Tensor]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
+    def _compiled(self, tensors: Sequence[Tensor]) -> _Code:
         mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor keeps no code where there is no context with such a one
+        assert mode.shape_env is not None
         with torch._guards.tracing(torch._guards.TracingContext(mode)):
-            code: Any = compile_fx(self.module, [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors])
-        return code
+            inputs = [
+                mode.from_tensor(tensor, symbolic_context=_symbols_for(tensor, self.any_size.get(n, ())))
+                for n, tensor in enumerate(tensors)
+            ]
+            with torch._inductor.config.patch(size_asserts=False):  # which are looked at here, once for all
+                call = _compiled_by_layer(self.module, inputs, fewest=FEWEST if self.any_size else _FEWEST_OF_A_STEP)
+        return _Code(call, mode.shape_env, mode.shape_env.produce_guards_expression(inputs))
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
     return (type(tensor), tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device)
+
+
+def _kind_of_any_size(kind: tuple[Any, ...], dimensions: Collection[int]) -> tuple[Any, ...]:
+    """Of a tensor's kind, what decides between codes for any size of these dimensions."""
+    if not dimensions:
+        return kind
+    of_type, sizes, _, *rest = kind
+    return (of_type, tuple(None if n in dimensions and size > 1 else size for n, size in enumerate(sizes)), *rest)
+
+
+def _symbols_for(tensor: Tensor, dimensions: Collection[int]) -> StatelessSymbolicContext:
+    """These dimensions are symbols, the same one where they are of the same size, and the others numbers."""
+    kinds = [DimDynamic.DUCK if n in dimensions else DimDynamic.STATIC for n in range(tensor.dim())]
+    return StatelessSymbolicContext(dynamic_sizes=kinds)
 
 
 def _none() -> None:

@@ -33,6 +33,7 @@ from rewriter.generation.model_facts import returns_dict
 from rewriter.generation.model_facts import signature_of
 from rewriter.generation.model_facts import takes_more_than_text
 from rewriter.generation.model_facts import takes_use_cache
+from rewriter.kernels.cpu import native
 from rewriter.passes import Analysed
 from rewriter.passes import WillNotPay
 from rewriter.passes import rewrite
@@ -219,6 +220,7 @@ class OptimizedModel(ModelWrapper):
         self._has_run[0] = True
         given = named_arguments(self.model, args, kwargs)
         with self._progress.watch(given), kept_in(self.cache):
+            self._prepare_kernel()
             return self._run_as_asked(args, kwargs, given)
 
     def _run_as_asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
@@ -334,6 +336,7 @@ class OptimizedModel(ModelWrapper):
                 "step with past_key_values=fast.new_cache(...)"
             )
         with self._progress.watch({"input_ids": inputs, **options}), kept_in(self.cache):
+            self._prepare_kernel()
             return self._generate(inputs, query_ids, chunk_batch, past_key_values, prefill_chunk, options)
 
     def _generate(
@@ -412,6 +415,7 @@ class OptimizedModel(ModelWrapper):
         from rewriter.chunked.reading import read
 
         with kept_in(self.cache):
+            self._prepare_kernel()
             return read(self.policy, lambda: self.decoder, context_ids, query_ids, attention_mask, chunk_batch, options)
 
     def answer(self, context: str, query: str, *, tokenizer: Any, chunk_batch: int = 4, **options: Any) -> str:
@@ -577,6 +581,12 @@ class OptimizedModel(ModelWrapper):
     @property
     def _device(self) -> torch.device | None:
         return next((p.device for p in self.model.parameters()), None)
+
+    def _prepare_kernel(self) -> None:
+        """The CPU's kernel is compiled while the model is traced."""
+        device = self._device
+        if self.kernel != "dense" and device is not None and device.type == "cpu":
+            native.load_in_background()
 
     def _add_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Makes the policy's parameters for the sites of a call, on the model's device, in fp32."""

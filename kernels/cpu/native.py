@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 import warnings
 from pathlib import Path
 
@@ -16,9 +17,25 @@ SOURCE = Path(__file__).with_name("live_range_attention.cpp")
 _FLAGS = ("-ftree-loop-vectorize",)  # which Inductor's own code is compiled without
 
 
-@functools.cache
+_lock = threading.Lock()
+_in_background: list[threading.Thread] = []
+
+
 def load() -> bool:
     """Compiles and registers the operators; False, after a warning, where they cannot be compiled."""
+    with _lock:
+        return _loaded()
+
+
+def load_in_background() -> None:
+    """Begins `load`, which is some 6 s of a C++ compiler's, beside what else is done before the first attention is computed."""
+    if not _in_background:
+        _in_background.append(threading.Thread(target=load, daemon=True))
+        _in_background[0].start()
+
+
+@functools.cache
+def _loaded() -> bool:
     from torch._inductor.codecache import CppCodeCache  # slow to import
 
     try:

@@ -5,6 +5,9 @@ of a list (`model.layers.0`, `model.layers.1`, ...) are cut out of the graph; th
 go in, become one subgraph, called with `torch.ops.higher_order.invoke_subgraph` (what `torch.compiler.nested_compile_region`
 makes), which Inductor compiles once.
 
+What writes, such as a cache, stays where it is, and so does what reads it: a layer is cut there, and what lies between one
+layer's cut and the next one's is the subgraph.
+
 For graphs without gradients only. With them, what a subgraph keeps for its backward may be what it was given, and Inductor (of
 torch 2.13) does not know: it writes other values into that memory, and gradients are wrong. The same care is taken here of
 outputs: none may be, or become when nothing is left of an operation that does nothing, what went in.
@@ -50,31 +53,38 @@ class Region:
     signature: Any
 
 
-def share_layers(module: GraphModule) -> int:
+def share_layers(module: GraphModule, example_inputs: Sequence[Any] = (), *, fewest: int = FEWEST) -> int:
     """Makes subgraphs of layers that are alike, in place; the graph computes what it did.
+
+    Args:
+        example_inputs: of the graph, fake perhaps; where they are given, it is for inputs of their sizes only, but for sizes that
+            are symbols.
+        fewest: layers, or parts of layers where they are cut, that must be alike.
 
     Returns:
         How many layers are calls of a subgraph now; 0 where the graph was left as it was.
     """
     graph = module.graph
-    if any(_must_stay_in_place(node) for node in graph.nodes):
+    stays = _what_stays(graph)
+    if stays is None:
         return 0
     _take_sizes_from_inputs(graph)
+    _write_sizes(graph, example_inputs)
     shared, replaced = 0, dict[Node, Node]()
     done: set[str] = set()
     # Found anew after each: the layers of one list may lie within those of another.
     while (
-        found := next(((name, spans) for name, spans in _lists_of_layers(graph) if name not in done), None)
+        found := next(((name, spans) for name, spans in _lists_of_layers(graph, fewest) if name not in done), None)
     ) is not None:
         name, spans = found
         done.add(name)
-        _move_what_layers_share(graph, spans)
-        regions = [_region(span) for span in spans]
+        _move_what_layers_share(graph, spans, stays)
+        regions = [_region(part) for part in _cut(spans, stays)]
         alike: dict[Any, list[Region]] = {}
         for region in regions:
             if region is not None:
                 alike.setdefault(region.signature, []).append(region)
-        groups = [same for same in alike.values() if len(same) >= FEWEST]
+        groups = [same for same in alike.values() if len(same) >= fewest]
         subgraphs = [_subgraph(same[0]) for same in groups]  # before any of them is changed
         for subgraph, same in zip(subgraphs, groups, strict=True):
             _call_one_subgraph(module, subgraph, same, replaced)
@@ -85,11 +95,29 @@ def share_layers(module: GraphModule) -> int:
     return shared
 
 
-def _must_stay_in_place(node: Node) -> bool:
-    """What a subgraph would change the meaning of, or cannot take: writes, random numbers, submodules, weights that are more
-    than one tensor."""
-    if node.op == "call_module":
-        return True
+def _what_stays(graph: Graph) -> set[Node] | None:
+    """The submodules that a lowering has put in, which may write to inputs of the graph, and what reads memory that they may
+    have written to: their place among each other is not to change.
+
+    Returns:
+        None where there is something that a subgraph would change the meaning of, or cannot take.
+    """
+    if any(_cannot_be_shared(node) for node in graph.nodes):
+        return None
+    submodules = [node for node in graph.nodes if node.op == "call_module"]
+    may_be_written = {n for node in submodules for n in node.all_input_nodes if n.op == "placeholder"}
+    may_be_written.update(submodules)  # which may return what they have written to
+    stays = set(submodules)
+    for node in graph.nodes:
+        if any(n in may_be_written for n in node.all_input_nodes):
+            stays.add(node)
+            if not _makes_new_memory(node):
+                may_be_written.add(node)
+    return stays
+
+
+def _cannot_be_shared(node: Node) -> bool:
+    """Writes and random numbers in the graph itself, subgraphs, weights that are more than one tensor."""
     if node.op == "placeholder":
         return is_traceable_wrapper_subclass(node.meta.get("val"))
     if not isinstance(node.target, torch._ops.OpOverload):
@@ -117,6 +145,29 @@ def _take_sizes_from_inputs(graph: Graph) -> None:
     graph.eliminate_dead_code()
 
 
+def _write_sizes(graph: Graph, example_inputs: Sequence[Any]) -> None:
+    """Sizes of the inputs that are numbers, and what is computed of them: a subgraph takes no numbers."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    values: dict[Node, Any] = dict(zip(inputs, example_inputs, strict=False))
+    numbers: dict[Node, Any] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(
+            node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)
+        ):
+            continue
+        if node.target is torch.ops.aten.sym_size.int and node.args[0] in values:
+            value = values[node.args[0]].shape[node.args[1]]
+        elif node.all_input_nodes and all(n in numbers for n in node.all_input_nodes):
+            value = node.target(*torch.fx.map_arg(node.args, numbers.__getitem__), **node.kwargs)
+        else:
+            continue
+        if isinstance(value, (int, float, bool)):
+            numbers[node] = value
+    for node in graph.nodes:
+        node.args, node.kwargs = (torch.fx.map_arg(a, lambda n: numbers.get(n, n)) for a in (node.args, node.kwargs))
+    graph.eliminate_dead_code()
+
+
 _LAYER = re.compile(r"^(.*?)\.(\d+)(?:\.|$)")
 
 
@@ -128,7 +179,7 @@ def _layer_of(node: Node) -> tuple[str, int] | None:
     return (found[1], int(found[2])) if found else None
 
 
-def _lists_of_layers(graph: Graph) -> list[tuple[str, list[list[Node]]]]:
+def _lists_of_layers(graph: Graph, fewest: int) -> list[tuple[str, list[list[Node]]]]:
     """Each list of modules that run one after the other: its name, and the nodes from each module's first to the next one's."""
     places: dict[str, dict[int, list[int]]] = {}
     nodes = list(graph.nodes)
@@ -140,19 +191,19 @@ def _lists_of_layers(graph: Graph) -> list[tuple[str, list[list[Node]]]]:
     for name, of_layer in places.items():
         in_order = [of_layer[number] for number in sorted(of_layer)]
         one_after_the_other = all(a[-1] < b[0] for a, b in itertools.pairwise(in_order))
-        if len(in_order) < FEWEST or not one_after_the_other:
+        if len(in_order) < fewest or not one_after_the_other:
             continue
         ends = [own[0] for own in in_order[1:]] + [in_order[-1][-1] + 1]
         found.append((name, [nodes[own[0] : end] for own, end in zip(in_order, ends, strict=True)]))
     return found
 
 
-def _move_what_layers_share(graph: Graph, spans: list[list[Node]]) -> None:
+def _move_what_layers_share(graph: Graph, spans: list[list[Node]], stays: set[Node]) -> None:
     """Nodes that depend on no layer and are used by several go before the first one: ranges, or angles of a rotation."""
     owner = {node: number for number, span in enumerate(spans) for node in span}
     free: set[Node] = set()  # depends on nothing in the layers, but for what is free itself
     for node in owner:
-        if all(n not in owner or n in free for n in node.all_input_nodes):
+        if node not in stays and all(n not in owner or n in free for n in node.all_input_nodes):
             free.add(node)
     # What a layer hands on to the next one is free in the first layer, and is used by one other.
     wanted = [node for node in free if len({owner.get(user) for user in node.users} - {owner[node], None}) > 1]
@@ -172,8 +223,39 @@ def _move_what_layers_share(graph: Graph, spans: list[list[Node]]) -> None:
         span[:] = [node for node in span if node not in moved]
 
 
+def _cut(spans: list[list[Node]], stays: set[Node]) -> list[list[Node]]:
+    """The layers without what stays; its place is between what it needs and what needs it, and cuts a layer in two.
+
+    The second part of a layer and the first one of the next are one. Nodes are moved so that each part is together.
+    """
+    parts: list[list[Node]] = []
+    begun: list[Node] = []
+    for span in spans:
+        needs: set[Node] = set()  # something that stays, or is such a one
+        for node in span:
+            if node in stays or any(n in needs for n in node.all_input_nodes):
+                needs.add(node)
+        is_needed: set[Node] = set()  # by something that stays
+        for node in reversed(span):
+            if node in stays or any(user in is_needed for user in node.users):
+                is_needed.add(node)
+        first = [node for node in span if node not in needs]
+        between = [node for node in span if node in needs & is_needed]
+        last = [node for node in span if node in needs - is_needed]
+        for node, following in itertools.pairwise((*first, *between, *last)):
+            node.append(following)
+        if between:
+            parts.append(begun + first)
+            begun = last
+        else:
+            parts += [begun, first]
+            begun = []
+    return [*parts, begun]
+
+
 def _region(nodes: list[Node]) -> Region | None:
     """A layer with its signature; None where it cannot be a subgraph."""
+    nodes = _without_aliases(nodes)
     if not nodes:
         return None
     own = {node: place for place, node in enumerate(nodes)}
@@ -192,10 +274,29 @@ def _region(nodes: list[Node]) -> Region | None:
     outputs = tuple(node for node in nodes if any(user not in own for user in node.users))
     if not all(isinstance(node.meta.get("val"), Tensor) for node in outputs):
         return None
-    if not outputs or not all(_makes_new_memory(node) for node in outputs):
+    if not outputs:
         return None
     signature = (tuple(described), tuple(_value(n) for n in inputs), tuple(own[n] for n in outputs))
     return Region(tuple(nodes), tuple(inputs), outputs, signature)
+
+
+def _without_aliases(nodes: list[Node]) -> list[Node]:
+    """A part without the nodes at its end that may return what they are given: they are moved after it. Empty where that cannot
+    be, or nothing is left."""
+    kept = list(nodes)
+    while True:
+        own = set(kept)
+        outputs = [node for node in kept if any(user not in own for user in node.users)]
+        aliases = {node for node in outputs if not _makes_new_memory(node)}
+        if not aliases:
+            break
+        if any(user in own - aliases for node in aliases for user in node.users):
+            return []
+        kept = [node for node in kept if node not in aliases]
+    if kept:
+        for node in reversed([node for node in nodes if node not in own]):
+            kept[-1].append(node)
+    return kept
 
 
 def _frozen(value: Any, numbered: Callable[[Node], Any]) -> Any:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import nn
-from torch.fx import GraphModule
 
 from rewriter.code import CodeOfSizes
 from rewriter.errors import CacheError
@@ -37,7 +37,6 @@ from rewriter.passes import Policy
 from rewriter.passes import rewrite_for_cache
 from rewriter.passes.graph.inputs import GraphInput
 from rewriter.tracing import many_kinds_of_calls
-from rewriter.tracing import with_own_code
 
 
 class Decoder:
@@ -110,9 +109,10 @@ class Decoder:
         self.decode: Callable[..., Any] = self.graphs.decode
         self.own: dict[str, Callable[..., Any]] = dict(self.graphs.own)
         if backend == "inductor":
-            self.prefill = _compiled(self.graphs.prefill)
+            any_size = self._sizes_of_each_call(result.inputs)
+            self.prefill = CodeOfSizes(self.graphs.prefill, any_size)
             self.decode = CodeOfSizes(self.graphs.decode)
-            self.own = {name: _compiled(graph) for name, graph in self.graphs.own.items()}
+            self.own = {name: CodeOfSizes(graph, any_size) for name, graph in self.graphs.own.items()}
 
     @property
     def is_current(self) -> bool:
@@ -267,14 +267,23 @@ class Decoder:
             arguments["use_cache"] = False
         return arguments
 
+    def _sizes_of_each_call(self, inputs: Sequence[GraphInput]) -> dict[int, set[int]]:
+        """Of the graphs' inputs, the dimensions that differ from call to call: those of the tokens, and of the cache."""
+        found = {n: set(range(given.value.dim())) for n, given in enumerate(inputs) if _is_of_each_call(given)}
+        state = [s for table in self.layout.tables for s in table.state]
+        state += [s for site in self.layout.sites for s in site.state]
+        for place, tensor in enumerate(state, len(inputs)):
+            found[place] = {n for n, size in enumerate(tensor.shape) if isinstance(size, str)}
+        return found
+
     def _named_parameters(self) -> dict[str, Tensor]:
         return dict(self.policy_parameters.named_parameters(remove_duplicate=False))
 
     def _fetcher(self, place: int, given: GraphInput) -> Callable[[Mapping[str, Tensor]], Tensor]:
         """How an input of the graphs is found at each call: parameters by name, as the model may have been given others."""
+        if _is_of_each_call(given):
+            return lambda arguments: arguments[given.name]
         if given.kind == "argument":
-            if given.name in (*ARGUMENTS, "logits_to_keep"):
-                return lambda arguments: arguments[given.name]
             path, _, name = given.name.rpartition(".")
             owner: Any = self.policy_parameters.get_submodule(path)
             return lambda _: owner[name]
@@ -283,8 +292,12 @@ class Decoder:
         path, _, name = given.name.rpartition(".")
         module = self.model.get_submodule(path)
         if given.kind == "buffer":
-            return lambda _: _of_static_sizes(module._buffers[name])  # type: ignore[arg-type]
+            return lambda _: module._buffers[name]  # type: ignore[return-value]
         return lambda _: module._parameters[name]  # type: ignore[return-value]
+
+
+def _is_of_each_call(given: GraphInput) -> bool:
+    return given.kind == "argument" and given.name in (*ARGUMENTS, "logits_to_keep")
 
 
 def _falls(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
@@ -296,17 +309,3 @@ def _falls(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
         tokens = attention_mask[:, -position_ids.size(1) :].bool()
         falls = falls & tokens[:, 1:] & tokens[:, :-1]
     return bool(falls.any())
-
-
-def _compiled(module: GraphModule) -> Callable[..., Any]:
-    def call(*tensors: Tensor) -> Any:
-        return module(*tensors)
-
-    return torch.compile(with_own_code(call), dynamic=True, fullgraph=True)
-
-
-def _of_static_sizes(buffer: Tensor) -> Tensor:
-    """The same memory; a mark on the buffer itself would be a change of the model."""
-    alias = buffer.detach()
-    torch._dynamo.mark_static(alias)
-    return alias

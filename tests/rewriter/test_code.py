@@ -180,3 +180,51 @@ def test_code_of_a_graph_keeps_no_tensor_alive() -> None:
     del cache
     gc.collect()
     assert known() is None
+
+
+@torch.no_grad()
+def test_one_code_for_any_size_of_what_differs_from_call_to_call(made: list[int]) -> None:
+    """Sizes of one have code of their own, and so have inputs of one size where the code asks for that."""
+
+    def graph(x: Tensor, cache: Tensor, weight: Tensor) -> tuple[Tensor]:
+        cache[:, : x.size(1)].copy_(x)
+        return (cache * weight,)
+
+    def check(rows: int, tokens: int, slots: int, width: int = 3) -> None:
+        x, cache, weight = torch.randn(rows, tokens, width), torch.zeros(rows, slots, width), torch.randn(width)
+        expected = torch.cat((x, torch.zeros(rows, slots - tokens, width)), dim=1)
+        torch.testing.assert_close(code(x, cache, weight)[0], expected * weight)
+        torch.testing.assert_close(cache, expected)
+
+    code = CodeOfSizes(torch.fx.symbolic_trace(graph), {0: {0, 1}, 1: {0, 1}})
+    for sizes in ((2, 4, 8), (3, 4, 8), (2, 5, 9), (7, 2, 30)):
+        check(*sizes)
+    assert len(made) == 1
+    check(1, 4, 8)
+    check(1, 6, 7)
+    assert len(made) == 2
+    check(2, 4, 8, width=5)
+    assert len(made) == 3
+
+
+@torch.no_grad()
+def test_generating_compiles_one_layer_for_all(
+    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts: what a layer more adds to the graphs over a cache is what stays beside the writes, and results are the same."""
+    nodes = []
+    for layers in (10, 20):
+        torch._dynamo.reset()
+        model = tiny_model("llama", "sdpa", layers=layers).eval()
+        fast, slow = (rewriter.optimize(model, SlidingWindow(4), backend=b) for b in ("inductor", "eager"))
+        options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        with monkeypatch.context() as patch, torch._inductor.utils.fresh_inductor_cache():
+            nodes.append(graphs_compiled(patch))
+            outputs = [fast.generate(IDS, attention_mask=torch.ones_like(IDS), **options).logits]
+        outputs.append(slow.generate(IDS, attention_mask=torch.ones_like(IDS), **options).logits)
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    few, many = nodes
+    assert len(few) == len(many) == 4  # prefill, its layer, decoding, its layer
+    assert [many[place] for place in (1, 3)] == [few[place] for place in (1, 3)]
+    for graph in (0, 2):
+        assert 0 < (many[graph] - few[graph]) / 10 < 50  # weights, writes and attention; over 100 with all of it

@@ -6,6 +6,8 @@ Constants of the kernel are changed in its text, so that small inputs have sever
 from __future__ import annotations
 
 import functools
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -128,16 +130,35 @@ def test_a_dead_key_between_the_rows_of_a_panel_is_not_touched(few: bool) -> Non
     assert torch.equal(actual, expected) and bool(actual.isfinite().all())
 
 
+def test_it_is_loaded_once_by_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the background, and by the first calls of an operator, whichever comes first: registering it twice is an error."""
+    loaded: list[str] = []
+
+    def slowly(*_: object, **__: object) -> None:
+        time.sleep(0.1)
+        loaded.append(threading.current_thread().name)
+
+    native._loaded.cache_clear()
+    monkeypatch.setattr(native, "_in_background", [])
+    monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", slowly)
+    native.load_in_background()
+    native.load_in_background()
+    assert native.load() and len(loaded) == 1 and len(native._in_background) == 1
+    native._in_background[0].join()
+    assert len(loaded) == 1
+    native._loaded.cache_clear()
+
+
 def test_it_goes_on_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a warning that says what is missing."""
 
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler here")
 
-    native.load.cache_clear()
+    native._loaded.cache_clear()
     monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", fails)
     with pytest.warns(
         UserWarning, match=r"cannot be compiled \(RuntimeError: no compiler here\).*needs a C\+\+ compiler"
     ):
         assert not native.load()
-    native.load.cache_clear()
+    native._loaded.cache_clear()

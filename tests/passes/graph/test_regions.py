@@ -12,8 +12,11 @@ from rewritten import calls
 from rewritten import rewritten
 from torch import Tensor
 from torch import nn
+from torch.fx import GraphModule
 
 from rewriter import Exact
+
+aten = torch.ops.aten
 
 
 def test_too_few_layers_are_left_as_they_are(
@@ -104,3 +107,55 @@ def test_lists_that_run_in_turns_are_cut_once(
     assert shared == len(calls(module)) and 5 <= shared <= 6
     assert not [w for w in recwarn.list if "erase_node" in str(w.message)]
     torch.testing.assert_close(module(*inputs)[0], before, rtol=0, atol=0)
+
+
+class Store(nn.Module):
+    """Adds to a cache in place, and returns it."""
+
+    def forward(self, x: Tensor, cache: Tensor) -> Tensor:
+        return cache.add_(x)
+
+
+def writing_layers(count: int) -> GraphModule:
+    """Layers with a cache in common, which each reads, writes to and reads again, with work before and after that."""
+    graph = torch.fx.Graph()
+    x, cache, *weights = (graph.placeholder(name) for name in ("x", "cache", *(f"weight_{n}" for n in range(count))))
+    module = nn.Module()
+    module.store = Store()
+    for number, weight in enumerate(weights):
+        y = graph.call_function(aten.linear.default, (x, weight))
+        before = graph.call_function(aten.mul.Tensor, (cache, 2.0))  # reads what this layer's write will change
+        after = graph.call_module("store", (y, cache))
+        flipped = graph.call_function(aten.t.default, (after,))  # which a later write would change, too
+        z = graph.call_function(aten.mul.Tensor, (flipped, before))
+        z = graph.call_function(aten.tanh.default, (z,))
+        x = graph.call_function(aten.add.Tensor, (z, x))
+        for node in (y, before, after, flipped, z, z.args[0], x):
+            node.meta["nn_module_stack"] = {"": (f"layers.{number}", nn.Module)}
+    graph.output((x,))
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(4, 4)
+    return GraphModule(module, graph)
+
+
+@torch.no_grad()
+def test_layers_are_cut_where_they_write() -> None:
+    """What reads the cache stays among the writes; what is between two layers' own is shared; results and cache are the same."""
+    module, inputs = writing_layers(6), [torch.randn(4, 4) for _ in range(8)]
+    given = [t.clone() for t in inputs]
+    (expected,) = module(*given)
+    assert share_layers(module) == 5  # after the first layer's write and before the second one's, and so on
+    (actual,) = module(*inputs)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.testing.assert_close(inputs[1], given[1], rtol=0, atol=0)
+    names = [
+        getattr(node.target, "__name__", node.target) for node in module.graph.nodes if node.op.startswith("call_")
+    ]
+    middle = names[names.index("store") + 1 :]
+    between = middle[: middle.index("store")]
+    assert [name for name in between if name != "getitem"] == [
+        "t.default",
+        "mul.Tensor",
+        "invoke_subgraph",
+        "mul.Tensor",
+    ]
