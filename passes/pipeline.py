@@ -27,6 +27,7 @@ from rewriter.passes.lower.plan import apply_policy
 from rewriter.passes.lower.slots import CachedGraphs
 from rewriter.passes.lower.slots import lower_cached
 from rewriter.passes.masks.check import check_mask
+from rewriter.passes.masks.check import smallest_example
 from rewriter.passes.masks.interpret import IndexFunctions
 from rewriter.passes.masks.intervals import MaskProof
 from rewriter.passes.masks.intervals import Unproven
@@ -37,6 +38,9 @@ from rewriter.passes.predict import Prediction
 from rewriter.passes.predict import WillNotPay
 from rewriter.passes.predict import predict
 from rewriter.passes.predict import will_not_pay
+from rewriter.passes.verify.validate import Answer
+from rewriter.passes.verify.validate import Validation
+from rewriter.passes.verify.validate import validate
 from torch import Tensor
 from torch.fx import Graph
 from torch.fx import GraphModule
@@ -51,6 +55,7 @@ class Analysed:
     Attributes:
         module: the graph.
         sites: all attention sites in order, each with its proof or its reason for refusal.
+        validations: of each site, what a solver says of its proof; None where there is none.
         canonicalized: what canonicalization changed.
         constants: qualified names of the buffers that proofs have read.
         seconds: time of each pass.
@@ -59,6 +64,7 @@ class Analysed:
 
     module: GraphModule
     sites: list[PlannedSite]
+    validations: list[Validation | None]
     canonicalized: Canonicalized
     constants: list[str]
     seconds: dict[str, float]
@@ -90,10 +96,12 @@ class Explained(Analysed):
     """Attributes:
     predictions: what each site would compute and keep, by its number.
     graphs: the graph after each pass, as text; a pass that changed nothing is left out.
+    examples: of refused sites, by number, the smallest example of a key that more than one run of queries sees.
     """
 
     predictions: dict[int, Prediction]
     graphs: dict[str, str]
+    examples: dict[int, str]
 
 
 def analyse(dynamo_graph: GraphModule, example_inputs: Sequence[Any], policy: Policy) -> Analysed:
@@ -176,12 +184,17 @@ def explain(
         PolicyError: the policy cannot be applied to these inputs.
     """
     run = _Run(dynamo_graph, example_inputs, policy, kernel=kernel, keeps_texts=True)
+    examples = {
+        plan.layer: found
+        for plan in run.planned
+        if plan.proof is None and (found := smallest_example(plan.site, run.functions, run.constants)) is not None
+    }
     predictions = predict(run.planned, run.functions, run.constants, run.captured.inputs, example)
     run.done("predict", run.module)
     if lowers:
         lower(run.module, run.planned)
         run.done("lower", run.module)
-    return Explained(**run.found(), predictions=predictions, graphs=run.texts)
+    return Explained(**run.found(), predictions=predictions, graphs=run.texts, examples=examples)
 
 
 class _Run:
@@ -212,6 +225,8 @@ class _Run:
         self.functions = IndexFunctions(self.canonicalized.modified)
         self.verdicts = _analyse(sites, self.functions, self.constants)
         self.done("analyse-masks", self.module)
+        self.validations = _validated(sites, self.verdicts, self.functions, self.constants)
+        self.done("validate-masks", self.module)
         self.planned = apply_policy(self.module, sites, self.verdicts, policy, kernel)
         self.done("apply-policy", self.module)
 
@@ -233,6 +248,7 @@ class _Run:
         return {
             "module": self.module,
             "sites": self.planned,
+            "validations": self.validations,
             "canonicalized": self.canonicalized,
             "constants": list(read),
             "seconds": self.seconds,
@@ -259,6 +275,29 @@ def _analyse(sites: list[AttentionSite], functions: IndexFunctions, constants: d
                 known[same] = str(reason)
         verdicts.append(known[same])
     return verdicts
+
+
+def _validated(
+    sites: list[AttentionSite],
+    verdicts: list[MaskProof | str],
+    functions: IndexFunctions,
+    constants: dict[Any, Any],
+) -> list[Validation | None]:
+    """Of each proven site what the solver says. Where that is no, with an example that was tried, the site is refused: its
+    verdict becomes the reason."""
+    validations: list[Validation | None] = []
+    known: dict[Any, Validation] = {}
+    for number, (site, verdict) in enumerate(zip(sites, verdicts, strict=True)):
+        if isinstance(verdict, str):
+            validations.append(None)
+            continue
+        same = (id(verdict), site.is_causal, site.masks)  # one proof is shared by the sites that have the same masks
+        if same not in known:
+            known[same] = validate(site, verdict, functions, constants)
+        validations.append(known[same])
+        if known[same].answer is Answer.REFUTED:
+            verdicts[number] = known[same].reason
+    return validations
 
 
 def graph_text(graph: Graph) -> str:

@@ -21,6 +21,7 @@ from rewriter.errors import PolicyError
 from rewriter.errors import RewriteError
 from rewriter.generation.model_facts import text_config
 from rewriter.optimized_model import OptimizedModel
+from rewriter.passes import HAS_SOLVER
 from rewriter.passes import ExampleSequence
 from rewriter.passes.lower.kernel import CHOICES
 from rewriter.passes.policy import Policy
@@ -45,7 +46,7 @@ def optimize(
     policy: Policy | None = None,
     *,
     backend: str = "inductor",
-    strict: bool = False,
+    strict: bool | str = False,
     kernel: str = "auto",
     cache: str | Path | None = None,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
@@ -58,7 +59,8 @@ def optimize(
         model: any module whose forward can be captured as one graph.
         policy: which keys live how long; `Exact()` when left out, which loses nothing.
         backend: "inductor" generates code, "eager" runs the rewritten graph as it is.
-        strict: raise when any attention site is refused.
+        strict: raise when any attention site is refused; "verified" also where a solver (z3, the extra `proof`) does not show
+            that the ranges of a site are its mask at all sizes and for all data, which `fast.report` says of each site.
         kernel: what computes the sites of a call without a cache. "auto" takes, on a GPU, torch's `scaled_dot_product_attention`
             where a mask is proven to be exactly causal, or to hide nothing, and the policy drops nothing, and live-range
             attention elsewhere, and on a CPU; "live_range" takes that everywhere; "dense" torch's everywhere, with a mask of
@@ -80,7 +82,7 @@ def optimize(
     _check_model(model)
     if policy is not None and not isinstance(policy, Policy):
         raise PolicyError(f"policy must be a policy such as SlidingWindow(256), got {policy!r}")
-    _check_choices(backend, kernel)
+    _check_choices(backend, kernel, strict)
     optimized = OptimizedModel(
         model,
         policy or Exact(),
@@ -106,7 +108,7 @@ def from_pretrained(
     *,
     model_class: Any = None,
     backend: str | None = None,
-    strict: bool | None = None,
+    strict: bool | str | None = None,
     kernel: str | None = None,
     cache: str | Path | None = None,
     **options: Any,
@@ -137,7 +139,7 @@ def from_pretrained(
         kernel=settings.get("kernel", "auto") if kernel is None else kernel,
         cache=None if cache is None else Path(cache).absolute(),
     )
-    _check_choices(fast.backend, fast.kernel)
+    _check_choices(fast.backend, fast.kernel, fast.strict)
     fast._set_parameters(read_parameters(folder) if policy.adds_parameters else {}, settings["parameter_sites"])
     return fast
 
@@ -183,7 +185,11 @@ def explain(
     return report
 
 
-def _check_choices(backend: str, kernel: str) -> None:
+def _check_choices(backend: str, kernel: str, strict: bool | str = False) -> None:
+    if isinstance(strict, str) and strict != "verified":
+        raise RewriteError(f"strict must be True, False or 'verified', got {strict!r}")
+    if strict == "verified" and not HAS_SOLVER:
+        raise RewriteError("strict='verified' asks a solver, and z3 is not installed: pip install 'rewriter[proof]'")
     for name, value, choices in (("backend", backend, BACKENDS), ("kernel", kernel, CHOICES)):
         if value not in choices:
             raise RewriteError(f"{name} {value!r} is not known; choose one of {', '.join(choices)}")

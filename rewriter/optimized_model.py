@@ -35,6 +35,7 @@ from rewriter.generation.model_facts import takes_more_than_text
 from rewriter.generation.model_facts import takes_use_cache
 from rewriter.kernels.cpu import native
 from rewriter.passes import Analysed
+from rewriter.passes import Answer
 from rewriter.passes import WillNotPay
 from rewriter.passes import rewrite
 from rewriter.passes.policy import Policy
@@ -70,7 +71,7 @@ class OptimizedModel(ModelWrapper):
     # Declared, so that they are never set on the model, which may have attributes of these names.
     policy: Policy
     backend: str
-    strict: bool
+    strict: bool | str
     kernel: str
     cache: Path | None
     dump: Path | None
@@ -92,7 +93,7 @@ class OptimizedModel(ModelWrapper):
         policy: Policy,
         *,
         backend: str,
-        strict: bool,
+        strict: bool | str,
         kernel: str = "auto",
         cache: Path | None = None,
         dump: Path | None = None,
@@ -629,6 +630,17 @@ class OptimizedModel(ModelWrapper):
         if self.strict and refused:
             reasons = "; ".join(f"site {p.layer} ({p.site.module_path or '-'}): {p.reason}" for p in refused)
             raise RewriteError(f"{len(refused)} of {len(result.sites)} attention sites are refused: {reasons}")
+        if self.strict == "verified":
+            unsure = [
+                f"site {plan.layer} ({plan.site.module_path or '-'}, {plan.proof.name}): {validation.reason}"
+                for plan, validation in zip(result.sites, result.validations, strict=True)
+                if plan.proof is not None and validation is not None and validation.answer is not Answer.VERIFIED
+            ]
+            if unsure:
+                raise RewriteError(
+                    f"{len(unsure)} of {len(result.sites)} masks are not verified for all sizes, as strict='verified' asks, but "
+                    f"compared with their ranges at some: {'; '.join(unsure)}; strict=True takes these, too"
+                )
 
     def _warn_of_refusals(self, result: Analysed) -> None:
         refused = [plan for plan in result.sites if plan.reason is not None and not plan.policy.is_lossless]

@@ -123,7 +123,7 @@ def emit_bounds(
         copies: the proof's nodes in `graph`, where that is another one.
         length: int32 `[1]`, tokens before the first key; none when left out.
     """
-    data = _data_of(proof)
+    data = data_of(proof)
     before = [] if length is None else [length]
 
     def bounds(key: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -151,7 +151,7 @@ def emit_document_start(graph: Graph, proof: MaskProof, key: Node) -> tuple[Node
     return emit(graph, starts, [key, *data])
 
 
-def _data_of(proof: MaskProof) -> list[Node]:
+def data_of(proof: MaskProof) -> list[Node]:
     """The data that a proof's ranges and bias read."""
     interval = proof.interval
     expressions = (interval.start, interval.end, interval.segment, proof.bias)

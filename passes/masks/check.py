@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ import sympy
 import torch
 from rewriter.kernels.reference import per_query_head
 from rewriter.passes.attention.site import AttentionSite
+from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.masks.evaluate import bias_tensor
 from rewriter.passes.masks.evaluate import key_bounds
@@ -61,7 +63,8 @@ def check_mask(
             # add up is not known. What is read beyond its end is tried with more of it.
             for more, own in values.items():
                 try:
-                    difference = _compare(site, proof, Trial(functions, constants, own, pattern, topks))
+                    trial = Trial(functions, constants, own, pattern, topks)
+                    difference = _compare(site, trial, _ranges(site, proof, trial))
                     break
                 except Exception as error:  # whatever the model's own operators raise on these shapes
                     if more or not loose:
@@ -71,42 +74,71 @@ def check_mask(
     return None
 
 
-def _compare(site: AttentionSite, proof: MaskProof, trial: Trial) -> str | None:
-    query, key = (trial.sizes(node) for node in (site.query, site.key))  # type: ignore[arg-type]
-    num_batch, num_heads, num_queries, num_keys = query[0], key[1] if len(key) == 4 else 1, query[-2], key[-2]
-    group = query[1] // num_heads if len(query) == 4 else 1
-    grid = key_grid(num_batch, num_heads, num_keys, torch.device("cpu"))
-    index = torch.arange(num_queries)[:, None]
-    start, end = (
-        key_bounds(_scaled_down(e, trial.fewer), trial, grid) for e in (proof.interval.start, proof.interval.end)
+def difference_at(
+    site: AttentionSite,
+    proof: MaskProof,
+    functions: IndexFunctions,
+    constants: Mapping[Node, Tensor],
+    sizes: Mapping[sympy.Symbol, int],
+    data: Callable[[Node, list[int]], Tensor | None],
+    ranges: Callable[[Trial], Ranges],
+) -> str | None:
+    """Where the ranges of a proof and the model's mask differ at these sizes, of these data; None where they do not.
+
+    Args:
+        sizes: of symbols; those left out are 2.
+        data: of an input of the graph and its sizes, its values; None for any.
+        ranges: computes them.
+    """
+    nodes = _above([site.query, site.key, *(term.node for term in site.masks)])  # type: ignore[list-item]
+    given = Sizes({s: sizes.get(s, 2) for s in _symbols(nodes)})
+    trial = WholeTrial(functions, constants, given, "ones", [])
+    read = []
+    for node in nodes:
+        if node.op == "placeholder" and isinstance(node.meta["val"], Tensor) and node not in constants:
+            values = data(node, trial.sizes(node))
+            if values is not None:
+                trial.known[node] = values
+                read.append(f"{source_of(node).name or node.name} = {values.tolist()}")
+    difference = _compare(site, trial, ranges(trial))
+    if difference is None:
+        return None
+    of_query, of_key = (trial.sizes(node) for node in (site.query, site.key))  # type: ignore[arg-type]
+    at = f"{of_query[-2]} queries and {of_key[-2]} keys"
+    return f"the proven mask ({proof.name}) disagrees with the model's: {difference}, of {at}" + "".join(
+        f", {text}" for text in read
     )
+
+
+Ranges = tuple[Tensor, Tensor, Tensor | None]
+"""Start and end `[B|1, Hkv|1, K]`, and the bias of the same sizes or None."""
+
+
+def _ranges(site: AttentionSite, proof: MaskProof, trial: Trial) -> Ranges:
+    """What a proof's expressions are in a trial."""
+    key = trial.sizes(site.key)  # type: ignore[arg-type]
+    grid = key_grid(key[0], key[1] if len(key) == 4 else 1, key[-2], torch.device("cpu"))
+    interval = proof.interval
+    start, end = (key_bounds(_scaled_down(e, trial.fewer), trial, grid) for e in (interval.start, interval.end))
+    return start, end, None if proof.bias is None else bias_tensor(proof.bias, trial, grid)
+
+
+def _compare(site: AttentionSite, trial: Trial, ranges: Ranges) -> str | None:
+    query, key = (trial.sizes(node) for node in (site.query, site.key))  # type: ignore[arg-type]
+    group = query[1] // key[1] if len(query) == 4 else 1
+    index = torch.arange(query[-2])[:, None]
+    start, end, bias = ranges
     proven = (start[:, :, None, :] <= index) & (index < end[:, :, None, :])
     proven = per_query_head(proven, group)
-    heads = max([1, *(trial.sizes(term.node)[1] for term in site.masks if len(shape(term.node)) == 4)])
-    logits = torch.zeros(num_batch, heads, num_queries, num_keys, dtype=torch.float64)
-    hidden = torch.zeros_like(logits, dtype=torch.bool)
-    added = []
-    if site.is_causal:
-        hidden |= torch.arange(num_keys) > index
-    for term in site.masks:
-        mask = trial[term.node]
-        assert isinstance(mask, Tensor)
-        if len(query) == 3 and mask.dim() == 3:
-            mask = mask[:, None]
-        if term.kind == "add":
-            logits = logits + mask
-            added.append(mask.double().abs())
-        else:
-            hidden = hidden | (mask if term.kind == "drop" else ~mask)
+    hidden, logits, added = model_mask(site, trial)
     expected = logits
-    hidden = hidden | (logits <= -1e4)
-    if proof.bias is None:
+    if bias is None:
         expected = torch.zeros_like(logits)
         if bool(((logits != 0) & (logits > -1e4)).any()):
             return "an additive mask takes a value that is neither 0 nor masking"
     actual = torch.zeros_like(logits)
-    if proof.bias is not None:
-        actual = actual + per_query_head(bias_tensor(proof.bias, trial, grid), group)[:, :, None, :]
+    if bias is not None:
+        actual = actual + per_query_head(bias, group)[:, :, None, :]
     wrong = proven.expand(hidden.shape) == hidden
     if bool(wrong.any()):
         b, h, i, j = wrong.nonzero()[0].tolist()
@@ -118,6 +150,60 @@ def _compare(site: AttentionSite, proof: MaskProof, trial: Trial) -> str | None:
     if not bool(((actual - expected).abs() <= rounding)[~hidden].all()):
         return "the key bias differs"
     return None
+
+
+def model_mask(site: AttentionSite, trial: Trial) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """What a site's own masks are in a trial: hidden, bool, and what is added, fp64, both `[B, H, Q, K]`; and the absolute values
+    of what is added, by term."""
+    query, key = (trial.sizes(node) for node in (site.query, site.key))  # type: ignore[arg-type]
+    num_batch, num_queries, num_keys = query[0], query[-2], key[-2]
+    heads = max([1, *(trial.sizes(term.node)[1] for term in site.masks if len(shape(term.node)) == 4)])
+    logits = torch.zeros(num_batch, heads, num_queries, num_keys, dtype=torch.float64)
+    hidden = torch.zeros_like(logits, dtype=torch.bool)
+    added = []
+    if site.is_causal:
+        hidden |= torch.arange(num_keys) > torch.arange(num_queries)[:, None]
+    for term in site.masks:
+        mask = trial[term.node]
+        assert isinstance(mask, Tensor)
+        if len(query) == 3 and mask.dim() == 3:
+            mask = mask[:, None]
+        if term.kind == "add":
+            logits = logits + mask
+            added.append(mask.double().abs())
+        else:
+            hidden = hidden | (mask if term.kind == "drop" else ~mask)
+    return hidden | (logits <= -1e4), logits, added
+
+
+def smallest_example(site: AttentionSite, functions: IndexFunctions, constants: Mapping[Node, Tensor]) -> str | None:
+    """Why a mask is not one range of queries for each key, at the smallest sizes that show it: a key, and the runs of queries
+    that see it. None where it is one at all that are tried, or cannot be computed."""
+    if site.query is None or site.key is None or not site.masks:
+        return None
+    symbols = _symbols(_above([site.query, site.key, *(term.node for term in site.masks)]))
+    for size in EXAMPLE_SIZES:
+        for pattern in PATTERNS:
+            try:
+                trial = Trial(functions, constants, Sizes(dict.fromkeys(symbols, size)), pattern, [])
+                hidden, _, _ = model_mask(site, trial)
+            except Exception:  # whatever the model's own operators raise on these sizes
+                continue
+            shown = torch.nn.functional.pad(~hidden, (0, 0, 1, 1))
+            changes = (shown[:, :, 1:] != shown[:, :, :-1]).sum(dim=2)
+            found = (changes > 2).nonzero()
+            if len(found):
+                b, h, j = found[0].tolist()
+                border = (shown[b, h, 1:, j] != shown[b, h, :-1, j]).nonzero().flatten().tolist()
+                runs = [
+                    f"{a} to {e - 1}" if e - a > 1 else f"{a}" for a, e in zip(border[::2], border[1::2], strict=True)
+                ]
+                where = f"{hidden.size(2)} queries and {hidden.size(3)} keys"
+                return f"of {where}, key {j} is seen by queries {', and '.join(runs)}, and by none between"
+    return None
+
+
+EXAMPLE_SIZES = (3, 4, 5, 6, 8, 12, 16, 24)
 
 
 def _scaled_down(expression: Expression, fewer: int) -> Expression:
@@ -240,6 +326,15 @@ class Trial(Mapping[Node, Any]):
         else:
             data = torch.randint(0, 2 if self.pattern == "random bits" else 5, size, generator=self.random)
         return data.to(dtype)
+
+
+class WholeTrial(Trial):
+    """A trial in which nothing is data but the inputs of the graph: what the analysis does not open is computed, too."""
+
+    def _computed(self, node: Node) -> bool:
+        value = node.meta.get("val")
+        is_call = node.op == "call_function" and isinstance(value, (Tensor, tuple, list))
+        return is_call and node not in self.functions.modified
 
 
 def _above(nodes: list[Node]) -> list[Node]:

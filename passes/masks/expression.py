@@ -67,7 +67,8 @@ class Element(Expression):
 
 @dataclass(frozen=True)
 class Apply(Expression):
-    """`name` is one of: add mul floordiv abs lt le eq and or not where number cast quotient remainder join; `Interval` has more.
+    """`name` is one of: add mul floordiv abs max min lt le eq and or not where number cast quotient remainder join; `Interval`
+    has more.
 
     `cast(x, precision)` rounds to a floating-point type: a bias is computed as the model computes it, in its precision.
     `join(i, j, n)` is `i * n + j` with `0 <= j < n`: an index along a dimension that two were merged into;
@@ -136,6 +137,8 @@ _FOLD: dict[str, Callable[..., Any]] = {
     "mul": operator.mul,
     "floordiv": operator.floordiv,
     "abs": abs,
+    "max": max,
+    "min": min,
     "lt": operator.lt,
     "le": operator.le,
     "eq": operator.eq,
@@ -152,6 +155,8 @@ def apply(name: str, *args: Expression) -> Expression:
             return x
         case "mul", ((_, Const(0)) | (Const(0), _)):
             return ZERO
+        case "add", (Apply("add", (x, Const(a))), Const(b)) if type(a) is int and type(b) is int:
+            return apply("add", x, Const(a + b))
         case ("and", (x, Const(True))) | ("and", (Const(True), x)):
             return x
         case "and", ((_, Const(False)) | (Const(False), _)):
@@ -174,6 +179,8 @@ def apply(name: str, *args: Expression) -> Expression:
             return x
         case "remainder", (Apply("join", (_, x, n)), m) if n == m:
             return x
+        case "or", (Apply("and", (x, y)), Apply("and", (Apply("not", (z,)), w))) if x == z and y == w:
+            return y
         case "eq", (x, y) if x == y and not elements_of(x):
             return TRUE
         case "cast", (x, _) if _is_made_of_constants(x):
@@ -197,7 +204,9 @@ def floating_type(expression: Expression) -> torch.dtype | None:
     if isinstance(expression, Element):
         dtype = expression.node.meta["val"].dtype
         return dtype if dtype.is_floating_point else None
-    if not isinstance(expression, Apply) or expression.name not in ("add", "mul", "abs", "where", "cast"):
+    if not isinstance(expression, Apply) or expression.name not in (
+        *("add", "mul", "abs", "where", "cast", "max", "min"),
+    ):
         return None
     if expression.name == "cast":
         return expression.args[1].dtype  # type: ignore[attr-defined]

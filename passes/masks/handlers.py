@@ -4,6 +4,7 @@ A handler gets the interpreter and a node, and returns the expression of the nod
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -13,7 +14,9 @@ from rewriter.passes.graph.nodes import arguments
 from rewriter.passes.graph.nodes import is_bool
 from rewriter.passes.graph.nodes import rank
 from rewriter.passes.graph.nodes import shape
+from rewriter.passes.masks.expression import TRUE
 from rewriter.passes.masks.expression import ZERO
+from rewriter.passes.masks.expression import Apply
 from rewriter.passes.masks.expression import Axis
 from rewriter.passes.masks.expression import Const
 from rewriter.passes.masks.expression import Expression
@@ -214,6 +217,34 @@ def _slice(functions: IndexFunctions, node: Node) -> Expression | None:
     return substitute(functions.element(source), {dim: apply("add", Axis(dim), offset)})
 
 
+@handles(aten.pad.default, aten.constant_pad_nd.default)
+def _pad(functions: IndexFunctions, node: Node) -> Expression | None:
+    """Elements before the first one of a dimension, or fewer of them on either side."""
+    given = arguments(node, 4)
+    source, sizes = given[:2]
+    mode, value = given[2:] if node.target is aten.pad.default else ("constant", given[2])
+    if (
+        mode not in (None, "constant")
+        or any(type(size) is not int for size in sizes)
+        or any(n > 0 for n in sizes[1::2])
+    ):
+        return None
+    axes, inside = {}, []
+    for n, before in enumerate(sizes[::2]):
+        dim = rank(node) - 1 - n
+        axes[dim] = apply("add", Axis(dim), Const(-before))
+        if before > 0:
+            inside.append(apply("le", ZERO, axes[dim]))
+    element = substitute(functions.element(source), axes)
+    is_inside: Expression = TRUE
+    for condition in inside:
+        is_inside = apply("and", is_inside, condition)
+    if is_bool(node):
+        fill = Const(bool(value))
+        return apply("or", apply("and", is_inside, element), apply("and", negate(is_inside), fill))
+    return cast(apply("where", is_inside, element, Const(value or 0)), node)
+
+
 @handles(aten.select.int)
 def _select(functions: IndexFunctions, node: Node) -> Expression | None:
     source, dim, index = node.args
@@ -252,6 +283,8 @@ _BINARY = {
     "__and__": "and",
     "__or__": "or",
     "floor_divide": "floordiv",
+    "maximum": "max",
+    "minimum": "min",
 }
 
 
@@ -280,6 +313,8 @@ def _binary(functions: IndexFunctions, node: Node) -> Expression | None:
     if name == "ne":
         return negate(apply("eq", left, right))
     operation = _BINARY[name]
+    if operation in ("max", "min") and all(logical):
+        operation = "or" if operation == "max" else "and"
     if operation in ("and", "or") and not all(logical):
         return None
     if operation in ("add", "mul") and all(logical):
@@ -341,6 +376,37 @@ def _masked_fill(functions: IndexFunctions, node: Node) -> Expression | None:
         filled = Const(bool(value.value)) if isinstance(value, Const) else value
         return apply("or", apply("and", mask, filled), apply("and", negate(mask), source))
     return apply("where", mask, value, source)
+
+
+@handles(aten.log.default)
+def _log(functions: IndexFunctions, node: Node) -> Expression | None:
+    """Of 0 and 1."""
+    element = functions.operand(node.args[0], node)
+    if isinstance(element, Apply) and element.name == "cast":
+        element = element.args[0]
+    if not isinstance(element, Apply) or element.name != "number":
+        return None
+    return apply("where", element.args[0], Const(0.0), Const(-math.inf))
+
+
+@handles(aten.cat.default)
+def _cat(functions: IndexFunctions, node: Node) -> Expression | None:
+    """Parts of which all but the last one have sizes that are numbers."""
+    parts, dim = arguments(node, 2)
+    dim = (dim or 0) % rank(node)
+    if any(type(shape(part)[dim]) is not int for part in parts[:-1]):
+        return None
+    begins = [sum(shape(part)[dim] for part in parts[:number]) for number in range(len(parts))]
+    moved = [apply("add", Axis(dim), Const(-begin)) for begin in begins]
+    elements = [substitute(functions.element(part), {dim: place}) for part, place in zip(parts, moved, strict=True)]
+    result = elements[-1]
+    for begin, element in reversed(list(zip(begins[1:], elements, strict=False))):
+        is_before = apply("lt", Axis(dim), Const(begin))
+        if is_bool(node):
+            result = apply("or", apply("and", is_before, element), apply("and", negate(is_before), result))
+        else:
+            result = cast(apply("where", is_before, element, result), node)
+    return result
 
 
 @handles(aten.tril.default, aten.triu.default)

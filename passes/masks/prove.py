@@ -10,8 +10,10 @@ Ranges are in row space: row r of the mask is r, whatever index the query has.""
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
+from collections.abc import Callable
 from collections.abc import Mapping
 
 import torch
@@ -41,6 +43,7 @@ from rewriter.passes.masks.expression import sum_of
 from rewriter.passes.masks.forms import FORMS
 from rewriter.passes.masks.forms.documents import document_positions
 from rewriter.passes.masks.forms.documents import sides
+from rewriter.passes.masks.forms.marked_runs import together
 from rewriter.passes.masks.interpret import IndexFunctions
 from rewriter.passes.masks.intervals import EVERYTHING
 from rewriter.passes.masks.intervals import GROUP
@@ -182,7 +185,7 @@ class Analysis:
         return visible
 
     def conjunction(self, predicates: list[Expression]) -> Interval:
-        parts = [part for predicate in predicates for part in flatten("and", _normal(predicate))]
+        parts = together(self, [part for predicate in predicates for part in flatten("and", _normal(predicate))])
         positions = [p for part in parts if (p := document_positions(self, part)) is not None]
         result = EVERYTHING
         for part in parts:
@@ -238,15 +241,27 @@ class Analysis:
                 ranged.append(part)
             else:
                 always = apply("or", always, part)
-        if len(ranged) > 1:
-            raise Unproven("a mask is a union of two ranges of queries, which need not be one range")
-        inner = self._interval(ranged[0], positions)
+        inner = self._joined([self._interval(part, positions) for part in ranged])
         return Interval(
             apply("where", always, ZERO, inner.start),
             apply("where", always, NEVER_ENDS, inner.end),
             sliding=True,
             traits=(*inner.traits, "prefix"),
         )
+
+    def _joined(self, intervals: list[Interval]) -> Interval:
+        """The union of ranges: one range where all go on for ever, or all begin at the first row."""
+        if len(intervals) == 1:
+            return intervals[0]
+        traits = tuple(trait for interval in intervals for trait in interval.traits)
+        starts, ends = ([getattr(i, side) for i in intervals] for side in ("start", "end"))
+        if set(ends) == {NEVER_ENDS}:
+            start = functools.reduce(lambda x, y: x if x == y else Apply("min", (x, y)), starts)
+            return Interval(start, NEVER_ENDS, all(i.causal for i in intervals), True, traits=traits)
+        if set(starts) == {ZERO}:
+            end = functools.reduce(lambda x, y: x if x == y else Apply("max", (x, y)), ends)
+            return Interval(ZERO, end, sliding=True, traits=traits)
+        raise Unproven("a mask is a union of two ranges of queries, which need not be one range")
 
     def comparison(self, predicate: Apply, positions: list[Expression]) -> Interval:
         left, right = predicate.args
@@ -261,9 +276,11 @@ class Analysis:
         terms = self._difference(left, right, positions)
         factor = terms.pop(Axis(ROW), 0)
         bound = sum_of(terms)
-        if abs(factor) != 1 or ROW in axes_of(bound):
+        if not factor or ROW in axes_of(bound):
             raise Unproven(f"a mask compares the query with data{self.origin(predicate)}")
         strict = predicate.name == "lt"
+        if abs(factor) > 1:
+            return self._slope(factor, bound, strict)
         if factor == 1:  # i + bound < 0  or  i + bound <= 0
             end = apply("add", apply("mul", bound, Const(-1)), Const(0 if strict else 1))
             traits = (_bound_trait("window", end),)
@@ -274,6 +291,19 @@ class Analysis:
         offset = linear_terms(start)
         causal = offset is not None and offset.pop(Axis(KEY), 0) == 1 and _is_not_negative(offset)
         return Interval(start, NEVER_ENDS, causal, start != Axis(KEY), traits=(_bound_trait("causal", start),))
+
+    def _slope(self, factor: int, bound: Expression, strict: bool) -> Interval:
+        """`factor * i + bound < 0`, or `<= 0`: a quotient of the bound, rounded to the row that it is true of."""
+        divisor, negated = Const(abs(factor)), apply("mul", bound, Const(-1))
+        down, up = apply("floordiv", negated, divisor), apply("mul", apply("floordiv", bound, divisor), Const(-1))
+        traits = (f"{abs(factor)} keys a row",)
+        if factor > 0:  # i < -bound / factor
+            end = up if strict else apply("add", down, Const(1))
+            return Interval(ZERO, end, sliding=True, traits=traits)
+        # i > bound / divisor
+        low, high = apply("floordiv", bound, divisor), apply("mul", apply("floordiv", negated, divisor), Const(-1))
+        start = apply("add", low, Const(1)) if strict else high
+        return Interval(start, NEVER_ENDS, False, True, traits=traits)
 
     def _difference(self, left: Expression, right: Expression, positions: list[Expression]) -> dict[Expression, int]:
         """`left - right` as terms times factors; positions within a document count as the indices themselves."""
@@ -305,6 +335,9 @@ class Analysis:
         return f" ({', '.join(names)})" if names else ""
 
 
+_OF_TWO: dict[str, Callable[[float, float], float]] = {"add": operator.add, "mul": operator.mul, "max": max, "min": min}
+
+
 def _cases(element: Expression) -> list[tuple[Expression, float]] | None:
     """A number as (condition, value) pairs of which exactly one holds; None where a value is data."""
     if isinstance(element, Const):
@@ -321,15 +354,11 @@ def _cases(element: Expression) -> list[tuple[Expression, float]] | None:
             if inner is None:
                 return None
             cases.extend((apply("and", guard, own), value) for own, value in inner)
-    elif element.name in ("add", "mul"):
+    elif element.name in _OF_TWO:
         left_cases, right_cases = (_cases(argument) for argument in element.args)
         if left_cases is None or right_cases is None:
             return None
-        cases = [
-            (apply("and", p, q), x + y if element.name == "add" else x * y)
-            for p, x in left_cases
-            for q, y in right_cases
-        ]
+        cases = [(apply("and", p, q), _OF_TWO[element.name](x, y)) for p, x in left_cases for q, y in right_cases]
     else:
         return None
     cases = [(condition, value) for condition, value in cases if condition != FALSE]

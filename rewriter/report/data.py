@@ -31,6 +31,11 @@ class SiteReport:
         module: qualified name of the module that it belongs to.
         form: "sdpa", "eager" or "fused".
         mask: the proven mask, or "-".
+        proof: "verified" where a solver has shown that the ranges are the mask at all sizes and for all data, "evaluated" where
+            they were compared at some, or "-".
+        proof_detail: up to which size it is verified, or why it is not.
+        visible: the proof in words, such as "key j is visible to queries j <= i < j + 4096", or "".
+        example: of a refused mask, a key that more than one run of queries sees; from `explain` only, and "" where there is none.
         policy: the policy of this site.
         kernel: what computes it now, or "-".
         reason: why it was refused, or "".
@@ -42,10 +47,14 @@ class SiteReport:
     module: str
     form: str
     mask: str
+    proof: str
+    proof_detail: str
     policy: str
     kernel: str
     reason: str
     source: str
+    visible: str = ""
+    example: str = ""
     prediction: Prediction | None = None
 
     @property

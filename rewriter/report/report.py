@@ -21,6 +21,8 @@ from rich.table import Table
 from rewriter.passes import Analysed
 from rewriter.passes import Explained
 from rewriter.passes import Prediction
+from rewriter.passes import Validation
+from rewriter.passes import in_words
 from rewriter.passes.graph.origin import source_line
 from rewriter.report.data import GraphReport
 from rewriter.report.data import SiteGroup
@@ -69,8 +71,9 @@ class Report:
         """Records what the passes did to one graph."""
         predictions = result.predictions if isinstance(result, Explained) else {}
         texts = result.graphs if isinstance(result, Explained) else {}
+        examples = result.examples if isinstance(result, Explained) else {}
         sites = []
-        for plan in result.sites:
+        for plan, validation in zip(result.sites, result.validations, strict=True):
             reason = plan.reason or ""
             sites.append(
                 SiteReport(
@@ -78,10 +81,14 @@ class Report:
                     module=plan.site.module_path,
                     form=plan.site.form,
                     mask=plan.proof.name if plan.proof is not None else "-",
+                    proof=validation.answer.value if validation is not None and plan.proof is not None else "-",
+                    proof_detail=_detail(validation) if plan.proof is not None else "",
                     policy=str(plan.policy),
                     kernel="-" if reason else plan.kernel.on(plan.site.node.meta["val"].device.type),
                     reason=reason,
                     source=source_line(plan.site.node),
+                    visible="" if plan.proof is None else in_words(plan.proof),
+                    example=examples.get(plan.layer, ""),
                     prediction=predictions.get(plan.layer),
                 )
             )
@@ -140,7 +147,17 @@ def _groups(sites: Sequence[SiteReport]) -> list[SiteGroup]:
     found: dict[Any, list[SiteReport]] = {}
     for site in sites:
         module = re.sub(r"\d+", "0", site.module)
-        same = (module, site.form, site.mask, site.policy, site.kernel, site.reason, site.source, site.prediction)
+        same = (
+            module,
+            site.form,
+            site.mask,
+            site.proof,
+            site.policy,
+            site.kernel,
+            site.reason,
+            site.source,
+            site.prediction,
+        )
         found.setdefault(same, []).append(site)
     return [SiteGroup(tuple(alike)) for alike in found.values()]
 
@@ -159,12 +176,18 @@ def _tables(title: str, sites: Sequence[SiteReport]) -> RenderableType:
     predicted = [alike for alike in groups if alike.first.prediction is not None]
     if not predicted:
         return table
+    proofs = Table(title="Proven", title_justify="left")
+    for name in ("sites", "which queries see a key", "and how it is known"):
+        proofs.add_column(name, overflow="fold")
+    for alike in groups:
+        site = alike.first
+        proofs.add_row(alike.numbers, site.visible or site.example or "-", f"{site.proof} {site.proof_detail}".strip())
     costs = Table(title="Predicted for one row without padding", title_justify="left")
     for name in _PREDICTED:
         costs.add_column(name, justify="left" if name == "sites" else "right")
     for alike in predicted:
         costs.add_row(alike.numbers, *_predicted(alike.first.prediction))
-    return Group(table, costs)
+    return Group(table, proofs, costs)
 
 
 _COLUMNS = ("sites", "modules", "form", "mask", "policy", "kernel or reason", "source")
@@ -184,7 +207,14 @@ _PREDICTED = (
 def _cells(alike: SiteGroup) -> tuple[str, ...]:
     site = alike.first
     outcome = site.kernel if site.rewritten else f"refused: {site.reason}"
-    return (alike.numbers, alike.modules, site.form, site.mask, site.policy, outcome, site.source or "-")
+    mask = site.mask if site.proof == "-" else f"{site.mask} ({site.proof})"
+    return (alike.numbers, alike.modules, site.form, mask, site.policy, outcome, site.source or "-")
+
+
+def _detail(validation: Validation | None) -> str:
+    if validation is None:
+        return ""
+    return validation.reason if validation.limit is None else f"at all sizes up to {validation.limit:,}, for all data"
 
 
 def _predicted(prediction: Prediction | None) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ def test_ranges_are_computed_once_and_shared(tiny_model: Callable[..., nn.Module
     rewriter.optimize(
         model, policy, backend="eager", dump=tmp_path, example_inputs={"input_ids": ids, "use_cache": False}
     )
-    lowered = (tmp_path / "6-lower.txt").read_text()
+    lowered = (tmp_path / "7-lower.txt").read_text()
     assert lowered.count("torch.ops.aten.eq.Tensor") + lowered.count("torch.ops.aten.eq.Scalar") == len(
         policy.separators
     )

@@ -138,6 +138,7 @@ class Writer:
                 " == (positions.diff(prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)[:, None, None, :])",
                 "positions[:, None, :, None] >= positions[:, None, None, :]",
             ),
+            "image": lambda: self.pick(self.image(), f"({self.key()} <= {self.row()}) | {self.image()}"),
             "data": lambda: self.pick(
                 "ids[:, None, :, None] < ids[:, None, None, :]",
                 "(ids[:, None, :, None] + j) % 3 != 0",
@@ -148,7 +149,23 @@ class Writer:
             ),
         }
         names = ["causal"] * 6 + ["window"] * 4 + ["padding"] * 4 + ["documents"] * 2 + ["chunk"] * 2 + ["prefix"] * 2
+        names += ["image"]
         return f"({kinds[self.random.choice([*names, 'data'])]()})"
+
+    def image(self) -> str:
+        """Whether query and key are of one run of marked tokens; sometimes of something much like it."""
+        marked = self.pick("(ids % 4 != 1)", "(ids > 2)", "(real == 1)", "(ids % 4 == 1)")
+        before = self.pick(*["torch.nn.functional.pad({}, (1, 0))[:, :-1]"] * 5, "{}.roll(1, -1)", "{}").format(marked)
+        begins = self.pick(*[f"({marked} & ~{before})"] * 4, f"(~{before} & {marked})", marked)
+        shift, none = self.pick("- 1", "- 1", "- 1", "+ 3", "- 2"), self.pick("-1", "-1", "-1", "-5", "0")
+        numbers = f"torch.where({marked}, {begins}.int().cumsum(-1) {shift}, {none})"
+        query, key = f"{numbers}[:, None, :, None]", f"{numbers}[:, None, None, :]"
+        return self.pick(
+            *[f"(({query} == {key}) & ({query} >= 0))"] * 3,
+            f"(({query} == {key}) & ({key} >= 0))",
+            f"(({query} == {key}) & ({query} > 0))",
+            f"({query} == {key})",
+        )
 
     def documents(self, axis: str) -> str:
         at = "[:, None, :, None]" if axis == "q" else "[:, None, None, :]"
@@ -268,12 +285,17 @@ class Tally:
     """What became of many programs.
 
     Attributes:
+        verified: of the proven, those that a solver says are true at all sizes.
+        one_interval: programs of which each key, at all sizes that were tried, is seen by one run of queries, and to which
+            nothing is added but 0 and masking values.
         wrong: claims that are not true, each as its program and what was seen.
         caught: claims that the check by evaluation refused: wrong ones that the analysis alone would have made.
     """
 
     count: int = 0
     proven: int = 0
+    verified: int = 0
+    one_interval: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     caught: list[str] = field(default_factory=list)
@@ -281,6 +303,8 @@ class Tally:
     def add(self, other: Tally) -> None:
         self.count += other.count
         self.proven += other.proven
+        self.verified += other.verified
+        self.one_interval += other.one_interval
         self.reasons += other.reasons
         self.wrong += other.wrong
         self.caught += other.caught
@@ -292,6 +316,7 @@ def examine(programs: list[str], tally: Tally) -> None:
     model = Masks(programs)
     fast = rewriter.optimize(model, backend="eager")
     tally.count += len(programs)
+    may_be_ranges = [True] * len(programs)
     for number, (rows, length) in enumerate(SIZES):
         given = inputs(rows, length, seed=number)
         with torch.no_grad():
@@ -300,6 +325,7 @@ def examine(programs: list[str], tally: Tally) -> None:
                 continue  # the sizes that were traced
             expected = model(**given)
             masks = list(model.masks(model, given["ids"], given["real"], given["positions"]))
+        may_be_ranges = [known and is_one_interval(mask) for known, mask in zip(may_be_ranges, masks, strict=True)]
         for program, site, a, e, mask in zip(programs, fast.report.sites, actual, expected, masks, strict=True):
             if site.rewritten:
                 visible = mask if mask.dtype == torch.bool else mask > -1e4
@@ -307,12 +333,23 @@ def examine(programs: list[str], tally: Tally) -> None:
                 if not torch.allclose(a[seen], e[seen], rtol=1e-9, atol=1e-12):
                     tally.wrong.append(f"{program}  # said to be {site.mask}; sizes {rows, length}")
     assert len(fast.report.graphs) == 1, "the programs were captured more than once"
+    tally.one_interval += sum(may_be_ranges)
     for program, site in zip(programs, fast.report.sites, strict=True):
         tally.proven += site.rewritten
+        tally.verified += site.rewritten and site.proof == "verified"
         if not site.rewritten:
             tally.reasons[re.sub(r"\(.*?\)|\d+|_\w+", "", site.reason).split(",")[0].strip()] += 1
             if "disagrees" in site.reason or "could not be evaluated" in site.reason:
                 tally.caught.append(f"{program}  # {site.reason}")
+
+
+def is_one_interval(mask: Tensor) -> bool:
+    """Whether each key is seen by one run of queries, or by none, and shown pairs have nothing added to them."""
+    visible = mask if mask.dtype == torch.bool else mask > -1e4
+    if mask.dtype != torch.bool and bool((mask[visible] != 0).any()):
+        return False
+    visible = torch.nn.functional.pad(visible, (0, 0, 1, 1)) if visible.size(-2) > 1 else visible
+    return int((visible[..., 1:, :] != visible[..., :-1, :]).sum(-2).max()) <= 2 if visible.size(-2) > 1 else True
 
 
 def soak(
@@ -358,13 +395,17 @@ if __name__ == "__main__":
 
         def save(tally: Tally) -> None:
             if out is not None:
-                plain = {"seed": seed, "count": tally.count, "proven": tally.proven, "wrong": tally.wrong}
+                plain = {"seed": seed, "count": tally.count, "proven": tally.proven, "verified": tally.verified}
+                plain |= {"one_interval": tally.one_interval, "wrong": tally.wrong}
                 plain |= {"caught": tally.caught, "refused": dict(tally.reasons.most_common())}
                 out.write_text(json.dumps(plain, indent=1) + "\n")
 
         tally = soak(count, seed, save=save, workers=workers)
         print(
             f"{tally.count:,} masks, {tally.proven:,} proven ({tally.proven / tally.count:.0%}), {len(tally.wrong)} wrong"
+        )
+        print(
+            f"{tally.verified:,} of them for all sizes; {tally.one_interval:,} are one interval for each key where tried"
         )
         print(f"{len(tally.caught)} claims refused by the check; {time.perf_counter() - began:.0f} s")
         for line in (*tally.wrong[:20], *tally.caught[:20]):

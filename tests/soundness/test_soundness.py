@@ -13,6 +13,7 @@ from random_masks import examine
 from random_masks import inputs
 from random_masks import soak
 from rewriter.passes import pipeline
+from rewriter.passes.verify import validate
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "soundness.json"
 
@@ -23,6 +24,8 @@ def test_no_claim_is_wrong() -> None:
     assert tally.wrong == []
     assert tally.caught == []
     assert tally.proven > 27, "programs that are all refused show nothing"
+    assert tally.verified > 0.9 * tally.proven
+    assert tally.proven > 0.6 * tally.one_interval
 
 
 def test_the_last_soak_found_nothing_wrong() -> None:
@@ -50,6 +53,10 @@ def test_a_wrong_claim_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     examine([program], caught)
     assert len(caught.caught) == 1 and not caught.wrong
     monkeypatch.setattr(pipeline, "check_mask", lambda *args: None)
+    refuted = Tally()
+    examine([program], refuted)
+    assert len(refuted.caught) == 1 and not refuted.wrong, "the solver finds it, too"
+    monkeypatch.setattr(validate, "HAS_SOLVER", False)
     wrong = Tally()
     examine([program], wrong)
     assert len(wrong.wrong) == 2  # at both sizes

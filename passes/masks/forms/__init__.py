@@ -7,11 +7,19 @@ is something else, and raises `Unproven` where it is of this form and not one in
 
 from __future__ import annotations
 
-from rewriter.passes.masks.forms import causal_or_chunk
+from rewriter.passes.masks.forms import causal_or_run
 from rewriter.passes.masks.forms import chunks
 from rewriter.passes.masks.forms import constant_buffer
 from rewriter.passes.masks.forms import documents
+from rewriter.passes.masks.forms import marked_runs
 from rewriter.passes.masks.forms import running_topk
 
-FORMS = (running_topk.prove, constant_buffer.prove, causal_or_chunk.prove, documents.prove, chunks.prove)
+FORMS = (
+    running_topk.prove,
+    constant_buffer.prove,
+    causal_or_run.prove,
+    marked_runs.prove,
+    documents.prove,
+    chunks.prove,
+)
 """In the order in which they are asked."""

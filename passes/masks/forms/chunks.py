@@ -19,6 +19,7 @@ from rewriter.passes.masks.intervals import HEAD
 from rewriter.passes.masks.intervals import KEY
 from rewriter.passes.masks.intervals import ROW
 from rewriter.passes.masks.intervals import Interval
+from rewriter.passes.masks.intervals import Unproven
 
 if TYPE_CHECKING:
     from rewriter.passes.masks.prove import Analysis
@@ -38,6 +39,8 @@ def _equality(analysis: Analysis, predicate: Apply, positions: list[Expression])
     chunk = chunk_of(left)
     if chunk is None or ROW in axes_of(right):
         return None
+    if linear_terms(right) is None:  # ends of ranges are integers
+        raise Unproven(f"a mask compares a chunk's number with a number that is not an integer{analysis.origin(right)}")
     size, shift = chunk
     start = apply("add", apply("mul", right, Const(size)), apply("mul", shift, Const(-1)))
     end = apply("add", start, Const(size))
