@@ -523,10 +523,26 @@ def soundness(read: Results) -> str:
         plain = re.sub(r"a mask of -[-.+e]*$", "a mask whose hidden value is finite", plain)
         counts[plain] = counts.get(plain, 0) + count
     rows = [("**proven**", f"**{stored['proven']:,}**")]
+    rows += [("of them verified by a solver for all sizes", f"{stored['verified']:,}")]
+    rows += [
+        ("one range of queries for each key at all sizes that were tried, proven or not", f"{stored['one_interval']:,}")
+    ]
     rows += [(f"refused: {reason}", f"{count:,}") for reason, count in sorted(counts.items(), key=lambda c: -c[1])]
     rows += [("proven, and wrong at a size that nothing had seen", f"{len(stored['wrong']):,}")]
     rows += [("proven, and refused by the check by evaluation", f"{len(stored['caught']):,}")]
     return markdown((f"of {stored['count']:,} random masks", "masks"), rows)
+
+
+def proofs(read: Results) -> str:
+    """`tests/soundness/proofs.py`."""
+    rows = []
+    for name, result in read("proofs").items():
+        sites, seconds = result["sites"], result["seconds"]
+        counts = (f"{sites.get(kind, 0):,}" for kind in ("verified", "evaluated", "refused"))
+        times = (f"{1000 * seconds[key]:.0f} ms" for key in ("median", "percentile_99"))
+        rows.append((name, *counts, f"{seconds['questions']:,}", *times))
+    header = ("masks of", "verified for all sizes", "evaluated only", "refused", "questions asked", "median", "99 %")
+    return markdown(header, rows)
 
 
 def zoo(read: Results) -> str:
@@ -602,6 +618,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "retrieval": retrieval,
     "retrieval-by-depth": retrieval_by_depth,
     "soundness": soundness,
+    "proofs": proofs,
     "zoo": zoo,
 }
 

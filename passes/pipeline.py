@@ -1,4 +1,4 @@
-"""The pipeline: capture -> canonicalize -> find attention -> analyse masks -> apply policy -> lower, or lower to slots.
+"""The pipeline: capture -> canonicalize -> find attention -> analyse masks -> validate -> apply policy -> lower (or to slots).
 
 One order, one place. Each pass returns what it did; what a run of them returns depends on what it is for: `Analysed`,
 `Rewritten`, `CachedRewritten` or `Explained`.

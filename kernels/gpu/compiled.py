@@ -26,6 +26,10 @@ from rewriter.kernels.gpu.kernel_inputs import KernelInputs
 from rewriter.kernels.gpu.key_scores import key_scores
 from rewriter.kernels.gpu.launch import Launch
 from rewriter.kernels.gpu.launch import record_launches
+from rewriter.kernels.gpu.loops import AMD
+from rewriter.kernels.gpu.loops import NVIDIA
+from rewriter.kernels.gpu.loops import Counts
+from rewriter.kernels.gpu.loops import loops_of
 from rewriter.kernels.gpu.running_topk import descend
 from rewriter.kernels.gpu.schedule import SCHEDULE_KERNELS
 from rewriter.kernels.gpu.schedule import build
@@ -39,6 +43,11 @@ MAX_SPILLED = 128
 """Bytes of registers that a thread may spill: 32 of its 255 registers. A tile with no spill at all can be too small: see
 what was measured in `bench/README.md`."""
 
+
+class CompiledToNothing(Exception):
+    """What Triton 3.9 made of the keys' gradients for sm_100 at 32 x 128 x 256: a program that ends at once, without an error."""
+
+
 INSTRUCTIONS = {
     "cp.async": r"cp\.async\.c[ag]",
     "mma": r"\bmma\.sync|\bv_mfma",
@@ -51,13 +60,14 @@ INSTRUCTIONS = {
 @dataclass(frozen=True)
 class Compiled:
     """What a kernel became: registers of a thread, bytes spilled by a thread, bytes of shared memory, kinds of
-    instructions and how often each occurs in the assembly text."""
+    instructions and how often each occurs in the assembly text, and what each of its loops holds."""
 
     kernel: str
     registers: int
     spilled: int
     shared: int
     instructions: dict[str, int]
+    loops: tuple[Counts, ...]
 
 
 def launches(architecture: str, kernels: Collection[str], dtype: torch.dtype, head_dim: int) -> list[Launch]:
@@ -121,17 +131,25 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
 
     Raises:
         triton.CompilationError and others: the kernel does not compile for the architecture.
+        CompiledToNothing: it does, to a program that stores nothing.
     """
     with standing_in(architecture):
         compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.constants)
+    if re.search(r"^\s*unreachable\b", compiled.asm["llir"], re.MULTILINE):
+        raise CompiledToNothing(
+            f"{launch.kernel.__name__}, for {architecture}: the compiler took a part of it for unreachable, and it would leave "
+            "what was in its outputs; take another entry of the launch table"
+        )
     if architecture.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         registers, spilled = _metadata(text, "vgpr_count"), _metadata(text, "vgpr_spill_count")
+        loops = loops_of(text, AMD)
     else:
         text = compiled.asm["ptx"]
         registers, spilled = _resource_usage(compiled.asm["cubin"])
+        loops = loops_of(_printed_by("nvdisasm", "-c", compiled.asm["cubin"]), NVIDIA)
     counts = Counter({kind: len(re.findall(pattern, text)) for kind, pattern in INSTRUCTIONS.items()})
-    return Compiled(launch.kernel.__name__, registers, spilled, compiled.metadata.shared, dict(+counts))
+    return Compiled(launch.kernel.__name__, registers, spilled, compiled.metadata.shared, dict(+counts), tuple(loops))
 
 
 @dataclass(frozen=True)
@@ -168,13 +186,18 @@ def _metadata(assembly: str, name: str) -> int:
     return int(match[1])
 
 
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread, which is where registers are spilled."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _printed_by(tool: str, option: str, cubin: bytes) -> str:
+    """What one of CUDA's tools, which Triton brings along, prints of a compiled kernel."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run([path, option, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread, which is where registers are spilled."""
+    usage = _printed_by("cuobjdump", "-res-usage", cubin)
     registers = re.search(r"\bREG:(\d+)", usage)
     stack, local = re.search(r"\bSTACK:(\d+)", usage), re.search(r"\bLOCAL:(\d+)", usage)
     assert registers and stack and local, f"cuobjdump printed no resource usage: {usage}"

@@ -173,6 +173,10 @@ def _check(plan: PlannedSite, proof: MaskProof) -> None:
                 raise NotCacheable("the model's own top-k has no recurrent form here")
             if isinstance(part, Element) and _is_state(part.node) and any(axes_of(i) & {KEY} for i in part.indices):
                 raise NotCacheable(f"its mask reads {source_of(part.node).name or part.node.name} at the key's index")
+            if isinstance(part, Element) and any(axes_of(i) & {KEY} and i != Axis(KEY) for i in part.indices):
+                raise NotCacheable(f"its mask ({proof.name}) reads data at another place than the key's own")
+            if isinstance(part, Apply) and part.name in ("run_start", "run_end"):
+                raise NotCacheable(f"its mask ({proof.name}) looks at the tokens around a key")
             if isinstance(part, Element) and part.node.target is aten.cumsum.default:
                 raise NotCacheable(f"its mask ({proof.name}) adds up earlier tokens")
             if (

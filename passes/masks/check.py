@@ -185,7 +185,7 @@ def smallest_example(site: AttentionSite, functions: IndexFunctions, constants: 
     for size in EXAMPLE_SIZES:
         for pattern in PATTERNS:
             try:
-                trial = Trial(functions, constants, Sizes(dict.fromkeys(symbols, size)), pattern, [])
+                trial = WholeTrial(functions, constants, Sizes(dict.fromkeys(symbols, size)), pattern, [])
                 hidden, _, _ = model_mask(site, trial)
             except Exception:  # whatever the model's own operators raise on these sizes
                 continue
@@ -202,6 +202,9 @@ def smallest_example(site: AttentionSite, functions: IndexFunctions, constants: 
                 return f"of {where}, key {j} is seen by queries {', and '.join(runs)}, and by none between"
     return None
 
+
+MOST_ELEMENTS = 10**6
+"""Of an input that a trial makes up."""
 
 EXAMPLE_SIZES = (3, 4, 5, 6, 8, 12, 16, 24)
 
@@ -329,7 +332,17 @@ class Trial(Mapping[Node, Any]):
 
 
 class WholeTrial(Trial):
-    """A trial in which nothing is data but the inputs of the graph: what the analysis does not open is computed, too."""
+    """A trial in which nothing is data but the inputs of the graph: what the analysis does not open is computed, too.
+
+    Raises:
+        ValueError: an input is too large to be made up, as the weights of a model are on which its mask depends.
+    """
+
+    def _value(self, node: Node) -> Any:
+        is_input = node.op == "placeholder" and node not in self.constants and isinstance(node.meta["val"], Tensor)
+        if is_input and (elements := math.prod(self.sizes(node))) > MOST_ELEMENTS:
+            raise ValueError(f"{node.name} has {elements:,} elements")
+        return super()._value(node)
 
     def _computed(self, node: Node) -> bool:
         value = node.meta.get("val")

@@ -25,6 +25,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 from typing import Any
 
+import sympy
 import torch
 from rewriter.passes.attention.site import AttentionSite
 from rewriter.passes.graph.nodes import shape
@@ -164,8 +165,8 @@ def _question(
 ) -> tuple[Reading, Any, list[Any], Any]:
     """What is read, a solver that knows what holds of it, the sizes in it, and the question: where mask and ranges differ."""
     import z3
+    from rewriter.passes.verify.operators import Reading
     from rewriter.passes.verify.reading import LARGEST_DATA
-    from rewriter.passes.verify.reading import Reading
     from rewriter.passes.verify.reading import as_bool
     from rewriter.passes.verify.reading import as_real
 
@@ -281,8 +282,8 @@ def _what_sizes_are(reading: Reading, site: AttentionSite) -> list[Any]:
                 except Unread:
                     continue  # one fact less
     for symbol, term in reading.symbols.items():
-        least = environment.var_to_range[symbol].lower if environment is not None else 1
-        known.append(term >= max(int(least), 0))
+        least = environment.var_to_range[symbol].lower if environment is not None else sympy.Integer(0)
+        known.append(term >= (max(int(least), 0) if least.is_Integer else 0))
     return known
 
 

@@ -174,20 +174,25 @@ def _tables(title: str, sites: Sequence[SiteReport]) -> RenderableType:
     for alike in groups:
         table.add_row(*_cells(alike), style=None if alike.first.rewritten else "yellow")
     predicted = [alike for alike in groups if alike.first.prediction is not None]
-    if not predicted:
-        return table
-    proofs = Table(title="Proven", title_justify="left")
-    for name in ("sites", "which queries see a key", "and how it is known"):
-        proofs.add_column(name, overflow="fold")
-    for alike in groups:
-        site = alike.first
-        proofs.add_row(alike.numbers, site.visible or site.example or "-", f"{site.proof} {site.proof_detail}".strip())
-    costs = Table(title="Predicted for one row without padding", title_justify="left")
-    for name in _PREDICTED:
-        costs.add_column(name, justify="left" if name == "sites" else "right")
-    for alike in predicted:
-        costs.add_row(alike.numbers, *_predicted(alike.first.prediction))
-    return Group(table, proofs, costs)
+    explained = [alike for alike in groups if alike.first.example or (predicted and alike.first.visible)]
+    shown = [table]
+    if explained:
+        proofs = Table(title="Which queries see a key", title_justify="left")
+        for name in ("sites", "what is known", "how it is known"):
+            proofs.add_column(name, overflow="fold")
+        for alike in explained:
+            site = alike.first
+            known = f"{site.proof} {site.proof_detail}" if site.visible else "computed: the smallest example"
+            proofs.add_row(alike.numbers, site.visible or site.example, known)
+        shown.append(proofs)
+    if predicted:
+        costs = Table(title="Predicted for one row without padding", title_justify="left")
+        for name in _PREDICTED:
+            costs.add_column(name, justify="left" if name == "sites" else "right")
+        for alike in predicted:
+            costs.add_row(alike.numbers, *_predicted(alike.first.prediction))
+        shown.append(costs)
+    return Group(*shown) if len(shown) > 1 else table
 
 
 _COLUMNS = ("sites", "modules", "form", "mask", "policy", "kernel or reason", "source")

@@ -23,6 +23,7 @@ from rewriter.kernels import dispatch
 from rewriter.kernels import live_range_attention
 from rewriter.kernels.gpu import compiled
 from rewriter.kernels.gpu import launch
+from rewriter.kernels.gpu import loops
 from rewriter.kernels.gpu.targets import TARGETS
 from rewriter.testing import Case
 from rewriter.testing import Features
@@ -196,7 +197,8 @@ def compile_table(
 ) -> Iterator[CompiledEntry]:
     """Compiles every kernel at every entry of the launch table, in as many processes as there are CPUs.
 
-    More registers spilled than `MAX_SPILLED`, or more shared memory than a program can have, is a failure.
+    More registers spilled than `MAX_SPILLED`, more shared memory than a program can have, or more in a loop than
+    `loop_bounds.json` allows, is a failure.
     """
     if dispatch.INTERPRETED:
         raise VerifyError("--compile-only cannot run in the interpreter; unset TRITON_INTERPRET")
@@ -228,6 +230,11 @@ def compile_entries(work: tuple[str, int, int]) -> list[CompiledEntry]:
             failure = f"{result.spilled} bytes of registers spilled, more than {compiled.MAX_SPILLED}"
         if result is not None and result.shared > TARGETS[architecture].shared_memory:
             failure = f"{result.shared} bytes of shared memory, more than {TARGETS[architecture].shared_memory}"
+        if result is not None and failure is None:
+            bound = loops.bounds().get(loops.key(architecture, result.kernel, bits, head_dim))
+            over = None if bound is None else loops.exceeded(result.loops, bound)
+            if over is not None:
+                failure = f"{over}; if that is meant, python bench/loops.py writes the bounds anew"
         results.append(CompiledEntry(architecture, bits, head_dim, config, result, failure))
     return results
 
@@ -238,16 +245,23 @@ def compiled_table(entries: list[CompiledEntry]) -> Table:
         table.add_column(
             name, justify="right" if name in ("registers", "spilled", "shared KiB", "bits", "head dim") else "left"
         )
+    table.add_column("instructions of each loop", justify="right")
+    table.add_column("of them in all: products, waits, barriers, copies, loads", justify="right")
     table.add_column("instructions")
     table.add_column("result")
     for entry in entries:
         result = f"[red]{entry.failure}[/red]" if entry.failure else "fits"
         key = (str(entry.bits), str(entry.head_dim), entry.config)
         if entry.compiled is None:
-            table.add_row(entry.architecture, "?", *key, "", "", "", "", result)
+            table.add_row(entry.architecture, "?", *key, "", "", "", "", "", "", result)
             continue
         c = entry.compiled
         kinds = ", ".join(f"{count} {kind}" for kind, count in c.instructions.items()) or "none of these"
         numbers = (str(c.registers), str(c.spilled), f"{c.shared / 1024:.0f}")
-        table.add_row(entry.architecture, c.kernel.lstrip("_"), *key, *numbers, kinds, result)
+        lengths = " ".join(str(loop["instructions"]) for loop in c.loops) or "-"
+        parts = ("matrix products", "waits", "barriers", "asynchronous copies", "loads")
+        sums = " ".join(str(sum(loop[part] for loop in c.loops)) for part in parts)
+        table.add_row(
+            entry.architecture, c.kernel.lstrip("_"), *key, *numbers, lengths, sums if c.loops else "-", kinds, result
+        )
     return table

@@ -66,6 +66,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "memory": lambda s: s["results"]["original"]["peaks"].update({"512": 9.0}),
     "never-slower": lambda s: next(iter(s["seconds"].values())).update({"Exact()": 9.0}),
     "prefill": lambda s: s["rows"][1].update(kept_keys=1),
+    "proofs": lambda s: s["zoo"]["sites"].update(verified=1),
     "quality-chunked": lambda s: [sample.update(right=not sample["right"]) for sample in s[0]["samples"]],
     "quality-dynamic-mask": lambda s: s["results"]["text/full attention"]["after"].update({"1024": 9.0}),
     "quality-streaming": lambda s: s["full attention"]["parts"][0].update(bits=1e6),

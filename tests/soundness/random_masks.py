@@ -343,13 +343,21 @@ def examine(programs: list[str], tally: Tally) -> None:
                 tally.caught.append(f"{program}  # {site.reason}")
 
 
-def is_one_interval(mask: Tensor) -> bool:
-    """Whether each key is seen by one run of queries, or by none, and shown pairs have nothing added to them."""
+def runs_of(mask: Tensor) -> int | None:
+    """The most runs of queries that see one key; None where something but 0 is added to what is shown."""
     visible = mask if mask.dtype == torch.bool else mask > -1e4
     if mask.dtype != torch.bool and bool((mask[visible] != 0).any()):
-        return False
-    visible = torch.nn.functional.pad(visible, (0, 0, 1, 1)) if visible.size(-2) > 1 else visible
-    return int((visible[..., 1:, :] != visible[..., :-1, :]).sum(-2).max()) <= 2 if visible.size(-2) > 1 else True
+        return None
+    if visible.size(-2) == 1:
+        return 1
+    visible = torch.nn.functional.pad(visible, (0, 0, 1, 1))
+    return int((visible[..., 1:, :] != visible[..., :-1, :]).sum(-2).max()) // 2
+
+
+def is_one_interval(mask: Tensor) -> bool:
+    """Whether each key is seen by one run of queries, or by none, and shown pairs have nothing added to them."""
+    runs = runs_of(mask)
+    return runs is not None and runs <= 1
 
 
 def soak(

@@ -107,7 +107,7 @@ def test_what_torchs_kernel_cannot_compute() -> None:
 
 def test_nothing_is_left_of_masks_and_ranges_where_torchs_kernel_needs_none(tmp_path: Path) -> None:
     rewriter.optimize(Written(), kernel="dense", backend="eager", dump=tmp_path, example_inputs={"x": X})
-    lines = (tmp_path / "6-lower.txt").read_text().splitlines()
+    lines = (tmp_path / "7-lower.txt").read_text().splitlines()
     lowered = "\n".join(line for line in lines if "torch.ops." in line)
     assert lowered.count("aten.scaled_dot_product_attention") == 1
     for gone in ("rewriter.", "softmax", "aten.where", "aten.le", "masked_fill", "triu"):

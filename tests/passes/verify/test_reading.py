@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 z3 = pytest.importorskip("z3")
 
-from rewriter.passes.verify.reading import Reading  # noqa: E402
+from rewriter.passes.verify.operators import Reading  # noqa: E402
 
 INTEGERS = torch.tensor([[3, -1, 4, 1], [-5, 9, 2, -6], [0, 7, -2, 3]])
 TRUTHS = torch.tensor([[True, False, True, True], [False, False, True, False], [True, True, False, True]])

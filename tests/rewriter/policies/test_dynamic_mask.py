@@ -600,7 +600,7 @@ def test_doge_is_recognised(law: SimpleNamespace, attention: str, tmp_path: Path
     comparison.check()
     assert len(optimized.report.graphs) == 1
     assert [site.mask for site in optimized.report] == ["dynamic mask 6 + causal + padding + key bias"] * 2
-    rewritten = (tmp_path / "6-lower.txt").read_text()
+    rewritten = (tmp_path / "7-lower.txt").read_text()
     assert "topk.default" not in rewritten and "scatter" not in rewritten and "running_topk_end" in rewritten
     squares = re.compile(r"\[[^\]]*(\bs\d+), \1\]")  # ..., S, S]
     assert squares.search((tmp_path / "1-capture.txt").read_text()), "the model makes S x S masks"
