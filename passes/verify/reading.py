@@ -113,7 +113,7 @@ class Reading:
     def first(self, node: Any) -> Node:
         """The first node that was seen to compute the same: a sum that is written twice is one sum."""
         node = self.same.get(node, node)
-        if node.op != "call_function" or node in self.modified or node in self.constants:
+        if node.op != "call_function" or node in self.modified or node in self.constants or _is_random(node):
             return node
         if node not in self._first:
             # By identity: nodes of the two graphs may have the same name.
@@ -181,7 +181,8 @@ class Reading:
         function = self.data.get(node)
         if function is None:
             sort = z3.BoolSort() if dtype == torch.bool else z3.RealSort() if dtype.is_floating_point else z3.IntSort()
-            function = z3.Function(f"{node.name}", *[z3.IntSort()] * len(indices), sort)
+            # Numbered: nodes of the two graphs may have the same name, and z3 takes what has one name for one function.
+            function = z3.Function(f"{node.name}#{len(self.data)}", *[z3.IntSort()] * len(indices), sort)
             self.data[node] = function
         term = function(*indices)
         if dtype.is_floating_point:
@@ -283,6 +284,10 @@ class Reading:
         earlier = list(self._read_at.setdefault(node, []))
         self._read_at[node].append((indices, term))
         return earlier
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _kinds(node: Node) -> tuple[bool, ...]:

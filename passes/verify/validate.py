@@ -19,6 +19,7 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Collection
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -111,7 +112,7 @@ def validate(
     if not HAS_SOLVER:
         return Validation(Answer.EVALUATED, None, "z3 is not installed: pip install 'rewriter[proof]'", 0.0)
     with _lock:
-        key = None if _reads_constants(site, constants) else structure(site, proof)
+        key = None if _reads_constants(site, constants) else structure(site, proof, functions.modified)
         if key is not None and key in _known:
             return _known[key]
         from rewriter.passes.verify.reading import Unread
@@ -313,7 +314,7 @@ def _counterexample(
             found = difference_at(site, proof, functions, constants, symbols, data, emitted.computed)
         except (
             Exception
-        ) as error:  # whatever the model's own operators raise on these sizes and data: no model runs there
+        ) as error:  # whatever the model's own operators raise on these sizes and data: it does not run there
             log.info("a counterexample could not be computed: %s: %s", type(error).__name__, error)
             continue
         if found is not None:
@@ -353,7 +354,7 @@ def _reads_constants(site: AttentionSite, constants: Mapping[Node, Tensor]) -> b
     return False
 
 
-def structure(site: AttentionSite, proof: MaskProof) -> str:
+def structure(site: AttentionSite, proof: MaskProof, modified: Collection[Node] = ()) -> str:
     """A text that is the same for sites whose masks and proofs are: nodes are numbered from the mask on."""
     numbers: dict[Node, int] = {}
     lines: list[str] = []
@@ -375,7 +376,8 @@ def structure(site: AttentionSite, proof: MaskProof) -> str:
         value = node.meta.get("val")
         kind = (str(value.dtype), str(list(value.shape))) if isinstance(value, Tensor) else str(value)
         args = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Text(name(n)))
-        lines.append(f"{numbers[node]} {node.op} {node.target if node.op != 'placeholder' else ''} {args} {kind}")
+        what = "" if node.op == "placeholder" else f"{node.target}{' modified' if node in modified else ''}"
+        lines.append(f"{numbers[node]} {node.op} {what} {args} {kind}")
     sizes = [[str(s) for s in shape(n)] for n in (site.query, site.key)]  # type: ignore[arg-type]
     masks = [(term.kind, name(term.node)) for term in site.masks]
     ranges = [str(_ranges_text(e, numbers)) for e in (proof.interval.start, proof.interval.end, proof.bias)]

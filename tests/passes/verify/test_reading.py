@@ -209,3 +209,26 @@ def test_a_buffer_is_a_band_or_unknown(matrix: Tensor, known: bool) -> None:
     ]
     assert all(z3.is_false(d) for d in differ) is known
     assert bool(reading.opaque) is not known
+
+
+def test_nodes_of_one_name_in_two_graphs_are_two_functions() -> None:
+    """z3 takes functions of one name for one: what is not known of the one must not be what is not known of the other."""
+    nodes = []
+    for function in (torch.sin, torch.cos):
+        graph = make_fx(lambda x, f=function: f(x), tracing_mode="real")(FLOATS)
+        node = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+        node.name = "same"
+        nodes.append(node)
+    reading = Reading({}, {})
+    one, other = (reading.element(node, (z3.IntVal(0), z3.IntVal(1))) for node in nodes)
+    solver = z3.Solver()
+    solver.add(*reading.facts, one != other)
+    assert solver.check() == z3.sat
+
+
+def test_what_is_computed_twice_is_one_and_what_is_drawn_twice_is_not() -> None:
+    graph = make_fx(lambda x: (x.sin(), x.sin(), torch.rand(3), torch.rand(3)), tracing_mode="real")(FLOATS)
+    nodes = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+    reading = Reading({}, {})
+    assert reading.first(nodes[1]) is nodes[0]
+    assert reading.first(nodes[3]) is nodes[3]
