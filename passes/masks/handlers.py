@@ -327,6 +327,20 @@ for _name in (*_BINARY, "sub", "rsub", "gt", "ge", "ne"):
     HANDLERS.update({getattr(_packet, o): _binary for o in ("Tensor", "Scalar", "default") if hasattr(_packet, o)})
 
 
+@handles(
+    aten.logical_xor.default,
+    aten.bitwise_xor.Tensor,
+    aten.bitwise_xor.Scalar,
+    aten.__xor__.Tensor,
+    aten.__xor__.Scalar,
+)
+def _xor(functions: IndexFunctions, node: Node) -> Expression | None:
+    left, right = (functions.operand(a, node) for a in node.args[:2])
+    if left is None or right is None or not all(is_bool(a) or isinstance(a, bool) for a in node.args[:2]):
+        return None
+    return apply("or", apply("and", left, negate(right)), apply("and", negate(left), right))
+
+
 @handles(aten.div.Tensor_mode, aten.div.Scalar_mode)
 def _div(functions: IndexFunctions, node: Node) -> Expression | None:
     if node.kwargs.get("rounding_mode") != "floor":

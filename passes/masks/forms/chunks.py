@@ -52,18 +52,24 @@ def _equality(analysis: Analysis, predicate: Apply, positions: list[Expression])
 
 
 def _comparison(analysis: Analysis, predicate: Apply, positions: list[Expression]) -> Interval | None:
-    left, right = predicate.args
-    for side, other in ((left, right), (right, left)):
-        chunk = chunk_of(side)
-        if chunk is not None and ROW not in axes_of(other):
-            # x // c <= y  is  x < (y + 1) c;  y <= x // c  is  y c <= x
-            more = (predicate.name == "le") == (side is left)
-            bound = apply("mul", apply("add", other, Const(1)) if more else other, Const(chunk[0]))
-            row = apply("add", Axis(ROW), chunk[1])
-            whole = Apply("lt", (row, bound)) if side is left else Apply("le", (bound, row))
-            interval = analysis.comparison(whole, positions)
-            return replace(interval, causal=False, traits=(f"blocks of {chunk[0]}",))
-    return None
+    terms: dict[Expression, int] = {}
+    for side, sign in zip(predicate.args, (1, -1), strict=True):
+        for term, factor in (linear_terms(side) or {}).items():
+            terms[term] = terms.get(term, 0) + sign * factor
+    of_row = [term for term, factor in terms.items() if factor and ROW in axes_of(term)]
+    chunk = chunk_of(of_row[0]) if len(of_row) == 1 else None
+    if chunk is None or abs(terms[of_row[0]]) != 1 or None in map(linear_terms, predicate.args):
+        return None
+    size, shift = chunk
+    is_left = terms.pop(of_row[0]) == 1
+    other = sum_of({term: -factor if is_left else factor for term, factor in terms.items()})
+    # x // c <= y  is  x < (y + 1) c;  y <= x // c  is  y c <= x
+    more = (predicate.name == "le") == is_left
+    bound = apply("mul", apply("add", other, Const(1)) if more else other, Const(size))
+    row = apply("add", Axis(ROW), shift)
+    whole = Apply("lt", (row, bound)) if is_left else Apply("le", (bound, row))
+    interval = analysis.comparison(whole, positions)
+    return replace(interval, causal=False, traits=(f"blocks of {size}",))
 
 
 def chunk_of(expression: Expression) -> tuple[int, Expression] | None:
