@@ -49,7 +49,7 @@ def check_mask(
     assert site.query is not None and site.key is not None
     nodes = _above([site.query, site.key, *(term.node for term in site.masks)])
     symbols = _symbols(nodes)
-    topks = _topks(proof.interval.end)
+    topks = running_topks(proof.interval.end)
     traced = sorted(set(symbols.values()), key=str)
     data = _symbols([n for n in nodes if n.op == "placeholder" and isinstance(n.meta["val"], Tensor)])
     loose = {symbols[s] for s in data} - {symbols[s] for s in _symbols([site.query, site.key])}
@@ -220,12 +220,12 @@ def _scaled_down(expression: Expression, fewer: int) -> Expression:
     return Apply(expression.name, tuple(_scaled_down(a, fewer) for a in expression.args))
 
 
-def _topks(expression: Expression) -> list[Apply]:
+def running_topks(expression: Expression) -> list[Apply]:
     """The running top-ks of an expression."""
     if not isinstance(expression, Apply):
         return []
     own = [expression] if expression.name == "running_topk_end" else []
-    return own + [topk for a in expression.args for topk in _topks(a)]
+    return own + [topk for a in expression.args for topk in running_topks(a)]
 
 
 class Sizes:

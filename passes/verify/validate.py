@@ -34,6 +34,7 @@ from rewriter.passes.lower.operator import data_of
 from rewriter.passes.lower.operator import emit_bounds
 from rewriter.passes.masks.check import Trial
 from rewriter.passes.masks.check import difference_at
+from rewriter.passes.masks.check import running_topks
 from rewriter.passes.masks.expression import LARGEST
 from rewriter.passes.masks.interpret import IndexFunctions
 from rewriter.passes.masks.intervals import MaskProof
@@ -140,6 +141,8 @@ def _asked(
 ) -> tuple[Answer, int | None, str]:
     import z3
 
+    if running_topks(proof.interval.end):
+        return Answer.EVALUATED, None, "a running top-k is not read by the solver"
     emitted = _Emitted.of(site, proof)
     reading, solver, sizes, question = _question(site, emitted, functions, constants)
     if solver.check() == z3.unsat:
@@ -335,11 +338,15 @@ def _data(reading: Reading, model: Any, node: Node, sizes: list[int]) -> Tensor 
 
 
 def _number(value: Any) -> bool | int | float:
+    """As Python has it; where the question leaves a place out, z3 may choose an integer that no tensor holds."""
     import z3
 
     if z3.is_bool(value):
         return z3.is_true(value)
-    return value.as_long() if z3.is_int_value(value) else float(value.as_fraction())
+    if not z3.is_int_value(value):
+        return float(value.as_fraction())
+    limits = torch.iinfo(torch.int64)
+    return max(limits.min, min(limits.max, value.as_long()))
 
 
 def _reads_constants(site: AttentionSite, constants: Mapping[Node, Tensor]) -> bool:

@@ -171,10 +171,11 @@ def _tables(title: str, sites: Sequence[SiteReport]) -> RenderableType:
     for name in _COLUMNS:
         table.add_column(name, overflow="fold")
     groups = _groups(sites)
-    for alike in groups:
-        table.add_row(*_cells(alike), style=None if alike.first.rewritten else "yellow")
     predicted = [alike for alike in groups if alike.first.prediction is not None]
     explained = [alike for alike in groups if alike.first.example or (predicted and alike.first.visible)]
+    for alike in groups:
+        cells = _cells(alike, says_proof=not explained)
+        table.add_row(*cells, style=None if alike.first.rewritten else "yellow")
     shown = [table]
     if explained:
         proofs = Table(title="Which queries see a key", title_justify="left")
@@ -209,10 +210,10 @@ _PREDICTED = (
 )
 
 
-def _cells(alike: SiteGroup) -> tuple[str, ...]:
+def _cells(alike: SiteGroup, *, says_proof: bool) -> tuple[str, ...]:
     site = alike.first
     outcome = site.kernel if site.rewritten else f"refused: {site.reason}"
-    mask = site.mask if site.proof == "-" else f"{site.mask} ({site.proof})"
+    mask = f"{site.mask} ({site.proof})" if says_proof and site.proof != "-" else site.mask
     return (alike.numbers, alike.modules, site.form, mask, site.policy, outcome, site.source or "-")
 
 
