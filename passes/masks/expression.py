@@ -199,14 +199,15 @@ def _is_made_of_constants(expression: Expression) -> bool:
     return isinstance(expression, Const) or (isinstance(expression, Apply) and expression.name == "number")
 
 
+_OF_NUMBERS = ("add", "mul", "abs", "where", "cast", "max", "min")
+
+
 def floating_type(expression: Expression) -> torch.dtype | None:
     """The floating-point type of the values; None where they are integers, truth values or constants."""
     if isinstance(expression, Element):
         dtype = expression.node.meta["val"].dtype
         return dtype if dtype.is_floating_point else None
-    if not isinstance(expression, Apply) or expression.name not in (
-        *("add", "mul", "abs", "where", "cast", "max", "min"),
-    ):
+    if not isinstance(expression, Apply) or expression.name not in _OF_NUMBERS:
         return None
     if expression.name == "cast":
         return expression.args[1].dtype  # type: ignore[attr-defined]
@@ -240,6 +241,14 @@ def reads_index(expression: Expression) -> bool:
 
 def linear_difference(left: Expression, right: Expression) -> Expression | None:
     """`left - right` where it is a constant."""
+    terms = difference_terms(left, right)
+    if terms is None:
+        return None
+    return Const(terms.pop(Const(1), 0)) if not terms.keys() - {Const(1)} else None
+
+
+def difference_terms(left: Expression, right: Expression) -> dict[Expression, int] | None:
+    """`left - right` as `linear_terms` has it, without terms of factor 0; None where one of them is no such sum."""
     terms: dict[Expression, int] = {}
     for expression, sign in ((left, 1), (right, -1)):
         part = linear_terms(expression)
@@ -247,8 +256,7 @@ def linear_difference(left: Expression, right: Expression) -> Expression | None:
             return None
         for term, factor in part.items():
             terms[term] = terms.get(term, 0) + sign * factor
-    rest = {term: factor for term, factor in terms.items() if factor}
-    return Const(rest.pop(Const(1), 0)) if not rest.keys() - {Const(1)} else None
+    return {term: factor for term, factor in terms.items() if factor}
 
 
 def linear_terms(expression: Expression) -> dict[Expression, int] | None:

@@ -239,10 +239,7 @@ def _pad(functions: IndexFunctions, node: Node) -> Expression | None:
     is_inside: Expression = TRUE
     for condition in inside:
         is_inside = apply("and", is_inside, condition)
-    if is_bool(node):
-        fill = Const(bool(value))
-        return apply("or", apply("and", is_inside, element), apply("and", negate(is_inside), fill))
-    return cast(apply("where", is_inside, element, Const(value or 0)), node)
+    return _choice(node, is_inside, element, Const(bool(value) if is_bool(node) else value or 0))
 
 
 @handles(aten.select.int)
@@ -376,6 +373,11 @@ def _where(functions: IndexFunctions, node: Node) -> Expression | None:
     condition, left, right = (functions.operand(a, node) for a in node.args)
     if condition is None or left is None or right is None:
         return None
+    return _choice(node, condition, left, right)
+
+
+def _choice(node: Node, condition: Expression, left: Expression, right: Expression) -> Expression:
+    """The left one where the condition holds, as a value of the node's type."""
     if is_bool(node):
         return apply("or", apply("and", condition, left), apply("and", negate(condition), right))
     return cast(apply("where", condition, left, right), node)
@@ -416,10 +418,7 @@ def _cat(functions: IndexFunctions, node: Node) -> Expression | None:
     result = elements[-1]
     for begin, element in reversed(list(zip(begins[1:], elements, strict=False))):
         is_before = apply("lt", Axis(dim), Const(begin))
-        if is_bool(node):
-            result = apply("or", apply("and", is_before, element), apply("and", negate(is_before), result))
-        else:
-            result = cast(apply("where", is_before, element, result), node)
+        result = _choice(node, is_before, element, result)
     return result
 
 

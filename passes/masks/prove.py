@@ -294,15 +294,14 @@ class Analysis:
 
     def _slope(self, factor: int, bound: Expression, strict: bool) -> Interval:
         """`factor * i + bound < 0`, or `<= 0`: a quotient of the bound, rounded to the row that it is true of."""
-        divisor, negated = Const(abs(factor)), apply("mul", bound, Const(-1))
-        down, up = apply("floordiv", negated, divisor), apply("mul", apply("floordiv", bound, divisor), Const(-1))
+        divisor = Const(abs(factor))
+        down, down_of_negated = (apply("floordiv", x, divisor) for x in (bound, apply("mul", bound, Const(-1))))
         traits = (f"{abs(factor)} keys a row",)
-        if factor > 0:  # i < -bound / factor
-            end = up if strict else apply("add", down, Const(1))
+        if factor > 0:  # i < -bound / divisor, which is rounded up
+            end = apply("mul", down, Const(-1)) if strict else apply("add", down_of_negated, Const(1))
             return Interval(ZERO, end, sliding=True, traits=traits)
         # i > bound / divisor
-        low, high = apply("floordiv", bound, divisor), apply("mul", apply("floordiv", negated, divisor), Const(-1))
-        start = apply("add", low, Const(1)) if strict else high
+        start = apply("add", down, Const(1)) if strict else apply("mul", down_of_negated, Const(-1))
         return Interval(start, NEVER_ENDS, False, True, traits=traits)
 
     def _difference(self, left: Expression, right: Expression, positions: list[Expression]) -> dict[Expression, int]:

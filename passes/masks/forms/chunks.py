@@ -11,6 +11,7 @@ from rewriter.passes.masks.expression import Const
 from rewriter.passes.masks.expression import Expression
 from rewriter.passes.masks.expression import apply
 from rewriter.passes.masks.expression import axes_of
+from rewriter.passes.masks.expression import difference_terms
 from rewriter.passes.masks.expression import linear_terms
 from rewriter.passes.masks.expression import substitute
 from rewriter.passes.masks.expression import sum_of
@@ -52,13 +53,10 @@ def _equality(analysis: Analysis, predicate: Apply, positions: list[Expression])
 
 
 def _comparison(analysis: Analysis, predicate: Apply, positions: list[Expression]) -> Interval | None:
-    terms: dict[Expression, int] = {}
-    for side, sign in zip(predicate.args, (1, -1), strict=True):
-        for term, factor in (linear_terms(side) or {}).items():
-            terms[term] = terms.get(term, 0) + sign * factor
-    of_row = [term for term, factor in terms.items() if factor and ROW in axes_of(term)]
+    terms = difference_terms(*predicate.args)
+    of_row = [term for term in terms or () if ROW in axes_of(term)]
     chunk = chunk_of(of_row[0]) if len(of_row) == 1 else None
-    if chunk is None or abs(terms[of_row[0]]) != 1 or None in map(linear_terms, predicate.args):
+    if terms is None or chunk is None or abs(terms[of_row[0]]) != 1:
         return None
     size, shift = chunk
     is_left = terms.pop(of_row[0]) == 1
