@@ -218,10 +218,11 @@ class OptimizedModel(ModelWrapper):
                 "torch.export would write the model as it is, without the policy; rewriter.export.aot_inductor, .onnx and "
                 ".tensorrt export the optimized model"
             )
+        if not self._has_run[0]:
+            self._prepare_kernel()
         self._has_run[0] = True
         given = named_arguments(self.model, args, kwargs)
         with self._progress.watch(given), kept_in(self.cache):
-            self._prepare_kernel()
             return self._run_as_asked(args, kwargs, given)
 
     def _run_as_asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:

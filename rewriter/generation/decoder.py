@@ -154,6 +154,18 @@ class Decoder:
             CacheError: an argument does not fit; nothing has changed.
         """
         self.check_arguments(cache, input_ids, attention_mask, position_ids)
+        return self.run_checked(cache, input_ids, attention_mask, position_ids, rows)
+
+    @torch.no_grad()
+    def run_checked(
+        self,
+        cache: LiveRangeCache,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        rows: Tensor | None,
+    ) -> Tensor:
+        """`run`, of arguments that `check_arguments` has passed; a small model would notice a second check at each token."""
         num_batch, num_new = input_ids.shape
         cache.make_room(num_new)
         cache.allocate(num_batch)

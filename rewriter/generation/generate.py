@@ -66,11 +66,14 @@ def cached_forward(
     step = chunk or num_new
     first = 0 if cache.expected_call is None else min(cache.expected_call.num_tokens, num_new)  # comes as a whole
     borders = [*([0] if first else []), *range(first, num_new, step), num_new]
+    if len(borders) == 2:
+        output = decoder.run_checked(cache, input_ids, attention_mask, position_ids, rows)
+        return CausalLMOutputWithPast(logits=output, past_key_values=cache)
     for begin, end in itertools.pairwise(borders):
         part = slice(begin, end)
         own = rows[(rows >= begin) & (rows < end)] - begin
         mask, places = (None if t is None else t[:, part] for t in (attention_mask, position_ids))
-        logits.append(decoder.run(cache, input_ids[:, part], mask, places, own))
+        logits.append(decoder.run_checked(cache, input_ids[:, part], mask, places, own))
     # The rows came part by part; they go back in the order that was asked for.
     asked = (
         torch.bucketize(rows, torch.tensor(borders[1:-1], device=rows.device), right=True)
