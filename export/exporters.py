@@ -53,6 +53,7 @@ def onnx(
     path: str | Path = "model.onnx",
     *,
     opset: int = OPSET,
+    functions: bool = True,
 ) -> ExportReport:
     """Writes an optimized model's own call as an ONNX file, and compares what it wrote with the model.
 
@@ -60,13 +61,15 @@ def onnx(
         args, kwargs: of one call of the model, with at least two rows of two tokens; batch and length may then be others.
         path: file to write, `.onnx`; a report and the compared cases are written beside it.
         opset: 23 or later.
+        functions: the operators are functions of the file, which a runtime may have kernels for; False writes standard
+            operators alone, for a runtime that takes no functions, such as OpenVINO.
 
     Raises:
         ExportError: the policy has no form in standard operators, a package is missing, the model cannot be exported so, or
             the file gives other results than the model.
         RewriteError, PolicyError: as `optimize`.
     """
-    return _export("onnx", optimized, args, kwargs, path, opset=opset)
+    return _export("onnx", optimized, args, kwargs, path, opset=opset, functions=functions)
 
 
 def tensorrt(

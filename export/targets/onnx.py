@@ -3,6 +3,7 @@
 The operators are model-local functions of standard operators in the domain `rewriter`: a runtime that has kernels for
 `rewriter::LiveRangeAttention` may replace them, any other runs the bodies, which go over tiles of rows and all keys. Masks are
 explicit, because `is_causal` means different things to different runtimes. The Triton kernels do not travel in such a file.
+For a runtime that takes no functions, the bodies stand in the place of the calls.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+import numpy as np
 import torch
 from rewriter.export.artifact import ExportReport
 from rewriter.export.entry_points import EntryPoint
 from rewriter.export.entry_points import entry_points
 from rewriter.export.targets.written import Written
+from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.portable import replace_operators
 from rewriter.kernels.portable import with_sinks
 from torch import Tensor
@@ -36,7 +39,7 @@ OPSET = 23
 """The least: newer attention operators and types begin here."""
 
 
-def write(optimized: OptimizedModel, kwargs: Mapping[str, Any], path: Path, *, opset: int) -> Written:
+def write(optimized: OptimizedModel, kwargs: Mapping[str, Any], path: Path, *, opset: int, functions: bool) -> Written:
     """Writes the model's own call as an ONNX file; see `rewriter.export.onnx`."""
     if opset < OPSET:
         raise ExportError(f"opset must be at least {OPSET}, got {opset}")
@@ -44,8 +47,10 @@ def write(optimized: OptimizedModel, kwargs: Mapping[str, Any], path: Path, *, o
     check_policy(optimized)
     points, _, _ = entry_points(optimized, kwargs, None, cached=False)
     write_file(points[0], path, opset)
+    if not functions:
+        as_standard_operators(path)
     notes = [
-        f"opset {opset}; the functions' bodies compute all pairs, in tiles of rows: time grows with the square of the length, "
+        f"opset {opset}; attention computes all pairs, in tiles of rows: time grows with the square of the length, "
         "memory does not"
     ]
     why = "an ONNX file is the model's own call"
@@ -140,6 +145,43 @@ def write_file(
     checker.check_model(str(path), full_check=True)
 
 
+NO_SIZE = 2**31 - 128
+"""The largest int32 that fp32 holds, too."""
+
+
+def as_standard_operators(path: Path) -> None:
+    """Puts the bodies of functions in the place of their calls, and computes what is constant: axes, sizes, pieces of a split.
+
+    A key that lives for ever has the end 2**31 - 1, and OpenVINO (2026.4) computes integers in fp32, where that becomes
+    2**31 and then, in int32, -2**31: no key would be seen by any query. So it is written as the largest one before it that fp32
+    holds; no size reaches it.
+    """
+    import onnx
+    from onnx import checker
+    from onnx import inliner
+    from onnx import numpy_helper
+    from onnxscript import optimizer
+
+    model = inliner.inline_local_functions(onnx.load(str(path)))
+    optimizer.fold_constants(model)
+    optimizer.remove_unused_nodes(model)
+    constants = list(model.graph.initializer)
+    for node in model.graph.node:
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            if attribute.HasField("t"):
+                constants.append(attribute.t)
+            elif attribute.name == "value_int" and attribute.i == FOREVER:
+                attribute.i = NO_SIZE
+    for constant in constants:
+        if constant.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32):
+            value = numpy_helper.to_array(constant)
+            if (value == FOREVER).any():
+                written = np.where(value == FOREVER, np.array(NO_SIZE, value.dtype), value)
+                constant.CopyFrom(numpy_helper.from_array(written, constant.name))
+    onnx.save_model(model, str(path))
+    checker.check_model(str(path), full_check=True)
+
+
 def local_functions(path: Path) -> dict[str, int]:
     """The functions of our domain in a file, with the number of their calls."""
     import onnx
@@ -183,7 +225,6 @@ def session(path: Path, report: ExportReport) -> Callable[..., Sequence[Tensor]]
 
 def in_full_precision(path: Path) -> bytes:
     """A file's model with fp32 in the place of all 16-bit types."""
-    import numpy as np
     import onnx
     from onnx import numpy_helper
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rewriter.export.entry_points import entry_points
 from rewriter.export.targets.onnx import OPSET
+from rewriter.export.targets.onnx import as_standard_operators
 from rewriter.export.targets.onnx import check_policy
 from rewriter.export.targets.onnx import need_packages
 from rewriter.export.targets.onnx import package_versions
@@ -48,7 +49,7 @@ def write(
     points, _, _ = entry_points(optimized, kwargs, None, cached=False)
     shapes = profile_of(points[0], profile)
     write_file(points[0], path, OPSET, {torch.ops.aten.scaled_dot_product_attention.default: _in_products})
-    _as_standard_operators(path)
+    as_standard_operators(path)
     script = path.with_name(path.name + ".sh")
     script.write_text("#!/bin/sh\n" + command(path, shapes) + "\n")
     trt = installed()
@@ -131,17 +132,3 @@ def command(path: Path, profile: Mapping[str, Sequence[Sequence[int]]]) -> str:
     flags = [f"--{name}Shapes={shapes(place)}" for place, name in enumerate(("min", "opt", "max"))]
     files = [f"--onnx={path.name}", f"--saveEngine={path.with_suffix('.engine').name}"]
     return " ".join(["trtexec", *files, *flags, "--stronglyTyped"])
-
-
-def _as_standard_operators(path: Path) -> None:
-    """Puts the bodies of functions in the place of their calls, and computes what is constant: axes, sizes, pieces of a split."""
-    import onnx
-    from onnx import checker
-    from onnx import inliner
-    from onnxscript import optimizer
-
-    model = inliner.inline_local_functions(onnx.load(str(path)))
-    optimizer.fold_constants(model)
-    optimizer.remove_unused_nodes(model)
-    onnx.save_model(model, str(path))
-    checker.check_model(str(path), full_check=True)
