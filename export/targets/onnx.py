@@ -33,6 +33,8 @@ from rewriter.errors import ArtifactError
 from rewriter.errors import ExportError
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from rewriter.optimized_model import OptimizedModel
 
 OPSET = 23
@@ -46,9 +48,8 @@ def write(optimized: OptimizedModel, kwargs: Mapping[str, Any], path: Path, *, o
     need_packages()
     check_policy(optimized)
     points, _, _ = entry_points(optimized, kwargs, None, cached=False)
-    write_file(points[0], path, opset)
-    if not functions:
-        as_standard_operators(path)
+    model = model_of(points[0], opset)
+    save(model if functions else as_standard_operators(model), path)
     notes = [
         f"opset {opset}; attention computes all pairs, in tiles of rows: time grows with the square of the length, "
         "memory does not"
@@ -96,17 +97,13 @@ def package_versions() -> dict[str, str]:
     return {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
 
 
-def write_file(
-    point: EntryPoint, path: Path, opset: int, others: Mapping[Any, Callable[..., Any]] | None = None
-) -> None:
-    """Writes a program; it is checked by ONNX's own checker.
+def model_of(point: EntryPoint, opset: int, others: Mapping[Any, Callable[..., Any]] | None = None) -> ModelProto:
+    """A program as ONNX has it, with the operators as functions.
 
     Args:
         others: operators besides this package's that are written in other words.
     """
-    from onnx import checker
     from onnx import helper
-    from onnx import save_model
     from rewriter.export.targets.onnx_functions import FUNCTIONS
 
     module: Any = point.program.module()
@@ -135,12 +132,20 @@ def write_file(
                 "words (another expert implementation in its configuration, say) may do"
             ) from error
     assert program is not None
-    model = program.model_proto
+    model: ModelProto = program.model_proto
     # The bodies come last: torch's change of the opset would put them in the place of the calls.
     used = {node.op_type for node in model.graph.node if node.domain == "rewriter"}
     model.functions.extend(f.to_function_proto() for f in FUNCTIONS if f.name in used)
     if not any(entry.domain == "rewriter" for entry in model.opset_import):
         model.opset_import.extend([helper.make_opsetid("rewriter", 1)])
+    return model
+
+
+def save(model: ModelProto, path: Path) -> None:
+    """Writes a model; the file is checked by ONNX's own checker."""
+    from onnx import checker
+    from onnx import save_model
+
     save_model(model, str(path))
     checker.check_model(str(path), full_check=True)
 
@@ -149,20 +154,18 @@ NO_SIZE = 2**31 - 128
 """The largest int32 that fp32 holds, too."""
 
 
-def as_standard_operators(path: Path) -> None:
+def as_standard_operators(model: ModelProto) -> ModelProto:
     """Puts the bodies of functions in the place of their calls, and computes what is constant: axes, sizes, pieces of a split.
 
-    A key that lives for ever has the end 2**31 - 1, and OpenVINO (2026.4) computes integers in fp32, where that becomes
-    2**31 and then, in int32, -2**31: no key would be seen by any query. So it is written as the largest one before it that fp32
-    holds; no size reaches it.
+    A key that lives for ever has the end 2**31 - 1. OpenVINO (2026.4) computes with integers in fp32, where that is 2**31, and
+    as int32 -2**31: no query would see the key. So the largest number below it that fp32 holds is written; no size reaches it.
     """
     import onnx
-    from onnx import checker
     from onnx import inliner
     from onnx import numpy_helper
     from onnxscript import optimizer
 
-    model = inliner.inline_local_functions(onnx.load(str(path)))
+    model = inliner.inline_local_functions(model)
     optimizer.fold_constants(model)
     optimizer.remove_unused_nodes(model)
     constants = list(model.graph.initializer)
@@ -170,16 +173,17 @@ def as_standard_operators(path: Path) -> None:
         for attribute in node.attribute if node.op_type == "Constant" else ():
             if attribute.HasField("t"):
                 constants.append(attribute.t)
-            elif attribute.name == "value_int" and attribute.i == FOREVER:
-                attribute.i = NO_SIZE
+            elif attribute.name == "value_int":
+                attribute.i = NO_SIZE if attribute.i == FOREVER else attribute.i
+            elif attribute.name == "value_ints":
+                attribute.ints[:] = [NO_SIZE if number == FOREVER else number for number in attribute.ints]
     for constant in constants:
         if constant.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32):
             value = numpy_helper.to_array(constant)
             if (value == FOREVER).any():
                 written = np.where(value == FOREVER, np.array(NO_SIZE, value.dtype), value)
                 constant.CopyFrom(numpy_helper.from_array(written, constant.name))
-    onnx.save_model(model, str(path))
-    checker.check_model(str(path), full_check=True)
+    return model
 
 
 def local_functions(path: Path) -> dict[str, int]:

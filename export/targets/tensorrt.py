@@ -19,9 +19,10 @@ from rewriter.export.entry_points import entry_points
 from rewriter.export.targets.onnx import OPSET
 from rewriter.export.targets.onnx import as_standard_operators
 from rewriter.export.targets.onnx import check_policy
+from rewriter.export.targets.onnx import model_of
 from rewriter.export.targets.onnx import need_packages
 from rewriter.export.targets.onnx import package_versions
-from rewriter.export.targets.onnx import write_file
+from rewriter.export.targets.onnx import save
 from rewriter.export.targets.tensorrt_engine import Bounds
 from rewriter.export.targets.tensorrt_engine import build
 from rewriter.export.targets.tensorrt_engine import installed
@@ -48,8 +49,8 @@ def write(
     check_policy(optimized)
     points, _, _ = entry_points(optimized, kwargs, None, cached=False)
     shapes = profile_of(points[0], profile)
-    write_file(points[0], path, OPSET, {torch.ops.aten.scaled_dot_product_attention.default: _in_products})
-    as_standard_operators(path)
+    model = model_of(points[0], OPSET, {torch.ops.aten.scaled_dot_product_attention.default: _in_products})
+    save(as_standard_operators(model), path)
     script = path.with_name(path.name + ".sh")
     script.write_text("#!/bin/sh\n" + command(path, shapes) + "\n")
     trt = installed()
