@@ -150,40 +150,44 @@ def save(model: ModelProto, path: Path) -> None:
     checker.check_model(str(path), full_check=True)
 
 
-NO_SIZE = 2**31 - 128
-"""The largest int32 that fp32 holds, too."""
-
-
 def as_standard_operators(model: ModelProto) -> ModelProto:
-    """Puts the bodies of functions in the place of their calls, and computes what is constant: axes, sizes, pieces of a split.
-
-    A key that lives for ever has the end 2**31 - 1. OpenVINO (2026.4) computes with integers in fp32, where that is 2**31, and
-    as int32 -2**31: no query would see the key. So the largest number below it that fp32 holds is written; no size reaches it.
-    """
-    import onnx
+    """The bodies of functions in the place of their calls, and what is constant computed: axes, sizes, pieces of a split."""
     from onnx import inliner
-    from onnx import numpy_helper
     from onnxscript import optimizer
 
     model = inliner.inline_local_functions(model)
     optimizer.fold_constants(model)
     optimizer.remove_unused_nodes(model)
-    constants = list(model.graph.initializer)
-    for node in model.graph.node:
-        for attribute in node.attribute if node.op_type == "Constant" else ():
-            if attribute.HasField("t"):
-                constants.append(attribute.t)
-            elif attribute.name == "value_int":
-                attribute.i = NO_SIZE if attribute.i == FOREVER else attribute.i
-            elif attribute.name == "value_ints":
-                attribute.ints[:] = [NO_SIZE if number == FOREVER else number for number in attribute.ints]
-    for constant in constants:
-        if constant.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32):
-            value = numpy_helper.to_array(constant)
-            if (value == FOREVER).any():
-                written = np.where(value == FOREVER, np.array(NO_SIZE, value.dtype), value)
-                constant.CopyFrom(numpy_helper.from_array(written, constant.name))
+    _write_forever_as_fp32_holds_it(model)
     return model
+
+
+NO_SIZE = 2**31 - 128
+"""The largest int32 that fp32 holds, too."""
+
+
+def _write_forever_as_fp32_holds_it(model: ModelProto) -> None:
+    """Puts `NO_SIZE` in the place of `FOREVER`, the end of a key that lives for ever.
+
+    OpenVINO (2026.4) computes with integers in fp32, where `FOREVER` is 2**31, and as int32 -2**31: no query would see the key.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    tensors = list(model.graph.initializer)
+    for attribute in (a for node in model.graph.node if node.op_type == "Constant" for a in node.attribute):
+        if attribute.HasField("t"):
+            tensors.append(attribute.t)
+        elif attribute.name == "value_int":
+            attribute.i = NO_SIZE if attribute.i == FOREVER else attribute.i
+        elif attribute.name == "value_ints":
+            attribute.ints[:] = [NO_SIZE if number == FOREVER else number for number in attribute.ints]
+    for tensor in tensors:
+        if tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32):
+            values = numpy_helper.to_array(tensor)
+            if (values == FOREVER).any():
+                held = np.where(values == FOREVER, np.array(NO_SIZE, values.dtype), values)
+                tensor.CopyFrom(numpy_helper.from_array(held, tensor.name))
 
 
 def local_functions(path: Path) -> dict[str, int]:
