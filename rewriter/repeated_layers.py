@@ -52,12 +52,12 @@ def traced_once(layers: frozenset[int]) -> Iterator[None]:
     if not layers or not _teach_dynamo():
         yield
         return
-    before = _present.layers, _present.guards, _present.state
-    _present.layers, _present.guards, _present.state = layers, {}, None
+    before = dict(vars(_present))
+    _present.layers, _present.guards, _present.state, _present.structures = layers, {}, None, {}
     try:
         yield
     finally:
-        _present.layers, _present.guards, _present.state = before
+        vars(_present).update(before)
 
 
 class _Present(threading.local):
@@ -67,12 +67,14 @@ class _Present(threading.local):
         layers: those that are regions now.
         guards: of each region that was repeated, by its identity, the region and the guards that read its layer.
         state: that the first of the layers was traced in.
+        structures: of arguments of layers, as torch describes them.
     """
 
     def __init__(self) -> None:
         self.layers: frozenset[int] = frozenset()
         self.guards: dict[int, tuple[Any, list[Any]]] = {}
         self.state: tuple[Any, ...] | None = None
+        self.structures: dict[Any, Any] = {}
 
 
 _present = _Present()
@@ -112,7 +114,7 @@ def _teach_dynamo() -> bool:
             given = [self, *args]
             known = None  # a region that was traced before, and would be the same for this layer
             if invoke_subgraph.has_reuse_entries(tx, call):
-                fingerprint = invoke_subgraph.build_input_fingerprint(tx, given, kwargs)
+                fingerprint = _fingerprint(tx, given, kwargs)
                 known = invoke_subgraph.find_reuse_match(tx, call, fingerprint)
             if known is None:
                 region = invoke_subgraph.InvokeSubgraphHigherOrderVariable(torch._higher_order_ops.invoke_subgraph)
@@ -136,8 +138,40 @@ def _teach_dynamo() -> bool:
 
 _TAKEN_FROM_TORCH = (
     *("InvokeSubgraphHigherOrderVariable", "InputTag", "build_input_fingerprint", "find_reuse_match", "get_fn_code"),
-    *("has_reuse_entries", "stamp_out_subgraph"),
+    *("has_reuse_entries", "stamp_out_subgraph", "classify_vt", "InputFingerprint"),
 )
+
+
+def _fingerprint(tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """A call's arguments as torch compares them with those of another one.
+
+    torch lets Dynamo trace how they are taken apart, a quarter of the time that it needs for a layer which is repeated. Where
+    their structure is that of a call before, the parts are taken from the same places.
+    """
+    from torch._dynamo.variables import invoke_subgraph
+
+    parts: list[Any] = []
+    structure = (_take_apart(args, parts), tuple((name, _take_apart(value, parts)) for name, value in kwargs.items()))
+    tags = [invoke_subgraph.classify_vt(part) for part in parts]
+    known = _present.structures.get(structure)
+    if known is not None and None not in tags:
+        sources = [getattr(part, "source", None) for part in parts]
+        return invoke_subgraph.InputFingerprint(list(zip(tags, parts, strict=True)), sources, False, known)
+    fingerprint = invoke_subgraph.build_input_fingerprint(tx, args, kwargs)
+    if [id(part) for _, part in fingerprint.flat_vts] == list(map(id, parts)):
+        _present.structures[structure] = fingerprint.treespec
+    return fingerprint
+
+
+def _take_apart(value: Any, parts: list[Any]) -> Any:
+    """The structure of tuples and lists; what is in them is added to `parts`."""
+    from torch._dynamo.variables.lists import TupleVariable
+
+    if type(value) in (list, TupleVariable):
+        items = value if type(value) is list else value.items
+        return (type(value), *(_take_apart(item, parts) for item in items))
+    parts.append(value)
+    return None
 
 
 def _has_written(tx: Any) -> bool:
