@@ -1,7 +1,7 @@
 """How long does the compiler itself take, and how often does it run?
 
 Models of 10, 30 and 100 layers: each pass by itself, and Dynamo's trace before them, for comparison. Then one small model is
-called with many lengths and batch sizes, and the graphs that this took are counted.
+called with many lengths and batch sizes, and the graphs that this took are counted; and another one with three rows, then one.
 
     python bench/compile.py --out bench/results/compile.json
 """
@@ -66,6 +66,23 @@ def mixed_workload() -> dict[str, Any]:
     return {"calls": len(sizes), "sizes": len(set(sizes)), "graphs": len(fast.report.graphs)}
 
 
+def one_row_after_three(layers: int) -> list[dict[str, Any]]:
+    """Seconds of the first call with three padded rows, and then of the first one with a single row; Inductor, nothing kept."""
+    model, rows = model_of(layers), []
+    fast = rewriter.optimize(model, POLICY, strict=True, progress=False)
+    for name, call in (("rewriter", fast), ("torch.compile", torch.compile(model, dynamic=True))):
+        torch._dynamo.reset()
+        seconds = []
+        with torch._inductor.utils.fresh_inductor_cache():
+            for number in (3, 1):
+                ids = torch.randint(0, 64, (number, 40))
+                began = time.perf_counter()
+                call(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+                seconds.append(time.perf_counter() - began)
+        rows.append({"name": name, "layers": layers, "three": seconds[0], "one": seconds[1]})
+    return rows
+
+
 def main(
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     layers: Annotated[str, typer.Option(help="Numbers of layers, separated by commas.")] = "10,30,100",
@@ -88,9 +105,14 @@ def main(
     Console(width=170).print(table)
     mixed = mixed_workload()
     print(f"{mixed['calls']} calls of {mixed['sizes']} sizes, 1 to 8 rows of 2 to 700 tokens: {mixed['graphs']} graphs")
+    after = one_row_after_three(10)
+    for row in after:
+        print(f"{row['name']}, 10 layers: {row['three']:.1f} s for three rows, then {row['one']:.1f} s for one")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"torch": torch.__version__, "layers": rows, "mixed": mixed}, indent=1) + "\n")
+        out.write_text(
+            json.dumps({"torch": torch.__version__, "layers": rows, "mixed": mixed, "rows": after}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

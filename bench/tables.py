@@ -278,6 +278,12 @@ def memory(read: Results) -> str:
     return markdown(("", "held after compiling", *(f"{int(length):,}" for length in base)), rows)
 
 
+def compile_rows(read: Results) -> str:
+    rows = read("compile")["rows"]
+    cells = ((row["name"], f"{row['three']:.1f} s", f"{row['one']:.1f} s") for row in rows)
+    return markdown((f"{rows[0]['layers']} layers", "three rows", "then one row"), cells)
+
+
 def compile_time(read: Results) -> str:
     rows = read("compile")["layers"]
 
@@ -605,6 +611,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "crossover": crossover,
     "never-slower": never_slower,
     "memory": memory,
+    "compile-rows": compile_rows,
     "compile-time": compile_time,
     "generate": generate,
     "prefill": prefill,
