@@ -123,7 +123,7 @@ def _sizes_of_one_too(shape_env: ShapeEnv) -> Iterator[None]:
         if known.lower == 2:
             shape_env.var_to_range[symbol] = ValueRanges(1, known.upper)
     try:
-        with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             yield
     finally:
         for symbol, known in before.items():

@@ -152,7 +152,7 @@ def _fingerprint(tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
 
     parts: list[Any] = []
     structure = (_take_apart(args, parts), tuple((name, _take_apart(value, parts)) for name, value in kwargs.items()))
-    tags = [invoke_subgraph.classify_vt(part) for part in parts]
+    tags: list[Any] = [invoke_subgraph.classify_vt(part) for part in parts]
     known = _present.structures.get(structure)
     if known is not None and None not in tags:
         sources = [getattr(part, "source", None) for part in parts]

@@ -131,7 +131,7 @@ class _Reading:
             if node.op != "call_function" or not _is_known_by_name(node.target):
                 return None
             if self._returns_what_it_is_given(node):
-                self._of_nodes[node] = self._of_nodes[node.args[0]]  # type: ignore[index]
+                self._of_nodes[node] = self._of_nodes[node.args[0]]
             else:
                 args = self._without_zeros(node) if node.target is _aten.index.Tensor else node.args
                 self._of_nodes[node] = self._number(node.target, (args, node.kwargs), _value(node))
@@ -140,7 +140,8 @@ class _Reading:
         return None
 
     def _number(self, target: Any, arguments: Any, value: Any) -> _Number:
-        arguments = torch.fx.map_arg(arguments, lambda n: self._of_nodes[n] if n in self._of_nodes else self._size(n))
+        of_node: Any = lambda n: self._of_nodes[n] if n in self._of_nodes else self._size(n)  # noqa: E731
+        arguments = torch.fx.map_arg(arguments, of_node)
         return self._values.number((target, frozen(arguments, self._size), self._kind(value)))
 
     def _size(self, node: Node) -> int | str:
@@ -168,17 +169,17 @@ class _Reading:
         return bool(self._kind(_value(node)) == self._kind(_value(given)))
 
     def _is_zero(self, node: Node) -> bool:
+        given: Any = node.args[0] if node.args else None
         if node.target is _aten.arange.default:
-            (end,) = node.args
-            return (self._size(end) if isinstance(end, Node) else end) == 1
+            return bool((self._size(given) if isinstance(given, Node) else given) == 1)
         keeps_values = node.target in (_aten.unsqueeze.default, _aten.atleast_1d.default)
-        return keeps_values and self._of_nodes.get(node.args[0]) in self._values.zeros  # type: ignore[arg-type]
+        return keeps_values and self._of_nodes[given] in self._values.zeros
 
-    def _without_zeros(self, node: Node) -> tuple[Any, ...]:
+    def _without_zeros(self, node: Node) -> Any:
         """Arguments of an index whose places are 0 in dimensions of size one, as a graph for these sizes has them: of what is
         selected there."""
-        tensor, places = node.args
-        assert isinstance(tensor, Node) and isinstance(places, Sequence)
+        tensor: Any = node.args[0]
+        places: Any = node.args[1]
         if None in places:
             return node.args
         number, value, rest = self._of_nodes[tensor], _value(tensor), list(places)
