@@ -1,6 +1,6 @@
 """Decode: one or a few query rows against a cache of slots, split over the keys and merged exactly.
 
-A cache holds little but live keys, so there is no schedule: each program reads `SPLIT` slots in order, masked by their live
+A cache holds little but live keys, so there is no schedule: each program reads some slots in order, masked by their live
 ranges, and leaves a partial output and its log-sum-exp; a second kernel weighs them. Keys are read once for all query heads
 of their group.
 """
@@ -16,13 +16,17 @@ from rewriter.kernels.gpu.kernel_inputs import row_strides
 from rewriter.kernels.gpu.kernel_inputs import shared_strides
 from rewriter.kernels.gpu.launch import UNSPECIALIZED
 from rewriter.kernels.gpu.launch import launch
+from rewriter.kernels.gpu.launch import processors
 from rewriter.kernels.gpu.tiles import LOG2E
 from rewriter.kernels.gpu.tiles import in_fp32
 from rewriter.kernels.gpu.tiles import packed_rows
 from torch import Tensor
 
 SPLIT = 512
-"""Keys of a program: its partial output is then 3 % of what it reads, and a cache of 32k keys fills a GPU."""
+"""Keys of a program at most: its partial output is then 3 % of what it reads, and a cache of 32k keys fills a GPU."""
+
+SMALLEST_SPLIT = 64
+"""Keys of a program at least, or one block; its partial output is then a quarter of what it reads."""
 
 MAX_QUERIES = 16
 """Up to this many query rows; for more, a schedule pays."""
@@ -34,7 +38,8 @@ def decode(arguments: KernelInputs) -> tuple[Tensor, Tensor]:
     config = a.config("decode")
     tile_rows, tile_heads, chunks = a.tile_shape(config.block_m)
     num_tiles = -(-a.num_queries // tile_rows)
-    num_splits = -(-a.num_keys // SPLIT)
+    split = split_keys(a, num_tiles * chunks, config.block_n)
+    num_splits = -(-a.num_keys // split)
     output = a.empty_output()
     lse = torch.empty(a.query.shape[:3], dtype=torch.float32, device=a.query.device)
     rows = (*a.query.shape[:3], num_splits)
@@ -67,7 +72,7 @@ def decode(arguments: KernelInputs) -> tuple[Tensor, Tensor]:
         a.value_dim,
         a.scale,
         a.softcap,
-        SPLIT=SPLIT,
+        SPLIT=split,
         **constants,
     )
     launch(_merge, (a.num_queries, a.query.size(1), a.num_batch))(
@@ -85,6 +90,25 @@ def decode(arguments: KernelInputs) -> tuple[Tensor, Tensor]:
         num_warps=4,
     )
     return output, lse
+
+
+def split_keys(arguments: KernelInputs, programs: int, block: int) -> int:
+    """Keys of a program: half of `SPLIT`, and so on, until there are two programs for each processor of the GPU.
+
+    A power of two, so that there are few variants to compile. Where sizes are symbols it is `SPLIT`, which then depends on none.
+
+    Args:
+        programs: of a split, batch row and KV head.
+        block: keys of a block.
+    """
+    a, split = arguments, SPLIT
+    sizes = (a.num_keys, a.num_batch, a.num_kv_heads, programs)
+    if all(isinstance(size, int) for size in sizes):
+        of_split = a.num_batch * a.num_kv_heads * programs
+        wanted = 2 * processors(a.query.device)
+        while split > max(block, SMALLEST_SPLIT) and -(-a.num_keys // split) * of_split < wanted:
+            split //= 2
+    return split
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from rewriter.kernels.dispatch import INTERPRETED
+from rewriter.kernels.gpu.targets import TARGETS
 from rewriter.kernels.gpu.targets import of_capability
 
 TABLE = Path(__file__).with_name("launch_table.json")
@@ -86,6 +87,13 @@ def architecture(device: torch.device) -> str:
 @functools.cache
 def _architecture(device: torch.device) -> str:
     return "gfx942" if torch.version.hip else of_capability(torch.cuda.get_device_capability(device))
+
+
+def processors(device: torch.device) -> int:
+    """Of a device, or of the one that launches are recorded for: so many programs run at the same time, or a few times as many."""
+    if _recording is not None:
+        return TARGETS[_recording.architecture].processors
+    return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,21 @@ class Target:
     shared_memory: bytes of shared memory that a program can have.
     capabilities: of NVIDIA's GPUs that take this target's entries of the launch table.
     matrix_unit: the instruction of 16-bit matrix products, by its name in `compiled.INSTRUCTIONS`.
+    processors: streaming multiprocessors, or compute units, of its largest product.
     """
 
     triton: GPUTarget
     shared_memory: int
     capabilities: tuple[tuple[int, int], ...]
     matrix_unit: str
+    processors: int
 
 
 TARGETS = {
-    "sm80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, ((8, 0),), "mma"),
-    "sm90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, ((9, 0),), "wgmma"),
-    "sm100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, ((10, 0), (10, 3)), "tcgen05"),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, (), "mma"),
+    "sm80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, ((8, 0),), "mma", 108),
+    "sm90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, ((9, 0),), "wgmma", 132),
+    "sm100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, ((10, 0), (10, 3)), "tcgen05", 148),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, (), "mma", 304),
 }
 """By the name that the launch table has."""
 
