@@ -43,6 +43,8 @@ from rewriter.progress import Progress
 from rewriter.report import Report
 from rewriter.report import Subject
 from rewriter.saved_model import write
+from rewriter.sharding import is_sharded
+from rewriter.sharding import let_dynamo_guard
 from rewriter.tracing import NotCaptured
 from rewriter.tracing import TooManyKindsOfCalls
 from rewriter.tracing import analyse_call
@@ -221,6 +223,7 @@ class OptimizedModel(ModelWrapper):
             )
         if not self._has_run[0]:
             self._prepare_kernel()
+        let_dynamo_guard(self.model)
         self._has_run[0] = True
         given = named_arguments(self.model, args, kwargs)
         with self._progress.watch(given), kept_in(self.cache):
@@ -519,11 +522,21 @@ class OptimizedModel(ModelWrapper):
 
     @property
     def decoder(self) -> Decoder:
-        """The decoder of the model as it is now; made when first asked for."""
+        """The decoder of the model as it is now; made when first asked for.
+
+        Raises:
+            CacheError: the weights are in pieces, or the model cannot go on from a cache.
+        """
         decoder = self._decoder
         if decoder is None or decoder.model is not self.model or not decoder.is_current:
+            if is_sharded(self.model):
+                raise CacheError(
+                    f"weights of {type(self.model).__name__} are in pieces on several processes (fully_shard), and going on "
+                    "from a cache takes them as they are; call fast.unshard() before, and fast.reshard() after"
+                )
             from rewriter.generation.decoder import Decoder
 
+            let_dynamo_guard(self.model)
             decoder = self._decoder = Decoder(
                 self.model,
                 self.policy,
@@ -627,6 +640,11 @@ class OptimizedModel(ModelWrapper):
 
     def _check(self, result: Analysed) -> None:
         if not result.sites:
+            if is_sharded(self.model):
+                raise RewriteError(
+                    f"weights of {type(self.model).__name__} are DTensors, as tensor parallelism makes them, and attention over "
+                    "them is not recognised; DistributedDataParallel(fast) and fully_shard(fast) take an optimized model"
+                )
             raise RewriteError(
                 f"no attention found in {type(self.model).__name__}: neither a scaled_dot_product_attention nor a softmax "
                 "of a product of activations; there is nothing to rewrite"

@@ -32,6 +32,7 @@ from rewriter.passes import explain
 from rewriter.passes.policy import Policy
 from rewriter.repeated_layers import layers_of
 from rewriter.repeated_layers import traced_once
+from rewriter.sharding import sharded_parts
 
 log = logging.getLogger(__name__)
 
@@ -264,6 +265,12 @@ def guarded(
         raise
     except _CANNOT_CAPTURE as error:
         _raise_the_models_own_error(call.model, args, kwargs)  # type: ignore[attr-defined]
+        if parts := sharded_parts(call.model):  # type: ignore[attr-defined]
+            raise RewriteError(
+                f"fully_shard was called on {len(parts)} parts of the model ({parts[0] or 'the model itself'}, ...), which "
+                "gather their weights while it runs, and this cannot be captured as one graph; shard the optimized model as one "
+                "unit: fast = rewriter.optimize(model, ...); fully_shard(fast)"
+            ) from error
         raise RewriteError(
             "the model cannot be captured as one graph, and a part left as it was would ignore the policy (optimize a part of "
             f"it that can be, and put it in its place: model.part = rewriter.optimize(model.part, ...)): {error}"

@@ -90,7 +90,7 @@ def _architecture(device: torch.device) -> str:
 
 
 def processors(device: torch.device) -> int:
-    """Of a device, or of the one that launches are recorded for: so many programs run at the same time, or a few times as many."""
+    """Of a device, or of the one that launches are recorded for: so many programs run at once, or a few times as many."""
     if _recording is not None:
         return TARGETS[_recording.architecture].processors
     return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,35 @@
+"""Models whose weights are spread over processes by torch's `fully_shard` (FSDP2).
+
+`fully_shard(fast)` gathers all weights when an optimized model is called, and frees them after: the call in between is captured
+as ever. On parts of a model it gathers them while the model runs, by hooks that no graph can hold.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+_MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
+
+
+def let_dynamo_guard(model: nn.Module) -> None:
+    """Takes off what `fully_shard` marks modules with. It is for Dynamo alone, which then takes their numbers for sizes that may
+    change, those of heads too, and looks for fewer changes of the model."""
+    if getattr(model, _MARKS[0], False):
+        for module in model.modules():
+            for mark in _MARKS:
+                vars(module).pop(mark, None)
+
+
+def sharded_parts(model: nn.Module) -> list[str]:
+    """Names of the modules, "" for the model itself, that gather weights while it runs."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [name for name, m in model.named_modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether weights are in pieces now, so that code which takes them as they are would compute with a piece."""
+    tensor: Any = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and any(isinstance(p, tensor.DTensor) for p in model.parameters())
