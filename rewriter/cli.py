@@ -274,7 +274,3 @@ def _tokenizer(model: Path, wanted_by: str) -> Any:
 def _console() -> Console:
     """As wide as the terminal; wide enough for the tables where the output goes to a file."""
     return Console(width=None if sys.stdout.isatty() else 150)
-
-
-if __name__ == "__main__":
-    app()

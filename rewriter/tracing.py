@@ -9,9 +9,12 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 from typing import TypeVar
 
@@ -255,7 +258,12 @@ def guarded(
             "skip_nnmodule_hook_guards": False,
             "ignore_logging_functions": _logging(),
         }
-        with many_kinds_of_calls(), torch._dynamo.config.patch(**options), without_input_gradients(call.model):  # type: ignore[attr-defined]
+        with (
+            many_kinds_of_calls(),
+            torch._dynamo.config.patch(**options),
+            _own_symbols((*args, *kwargs.values())),
+            without_input_gradients(call.model),  # type: ignore[attr-defined]
+        ):
             return _with_repeated_layers(call, policy_parameters, args, kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         if isinstance(error.inner_exception, CaptureError):
@@ -279,6 +287,19 @@ def guarded(
         if any(sign in str(error) for sign in ("found no compiled frames", "Compilation was not attempted")):
             raise NotCaptured(_NOT_CAPTURED) from error
         raise
+
+
+def _own_symbols(values: Iterable[Any]) -> AbstractContextManager[Any]:
+    """Inside, each size of an input has a symbol of its own, if one has as many rows as columns.
+
+    torch gives equal sizes one symbol. With that, the length of ids `[8, 8]` is their number of rows, too, and what is computed
+    of both, such as how many heads there are, stays a fraction of squares that torch does not reduce.
+    """
+    sizes = (value.shape for value in values if isinstance(value, Tensor))
+    if any(len(set(shape)) < len(shape) for shape in ([n for n in shape if n > 1] for shape in sizes)):
+        patched: AbstractContextManager[Any] = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+        return patched
+    return nullcontext()
 
 
 _CANNOT_CAPTURE = (

@@ -49,6 +49,11 @@ def test_help_comes_without_torch() -> None:
     assert done.returncode == 0 and "explain" in done.stdout, done.stderr
 
 
+def test_the_command_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "rewriter", "--help"], cwd=ROOT.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and "Usage: rewriter" in done.stdout, done.stderr
+
+
 def test_public_names_are_found_whatever_was_imported_before() -> None:
     names = "[getattr(rewriter, name) for name in rewriter.__all__]"
     code = f"import rewriter.api, rewriter.streaming; {names}; assert callable(rewriter.optimize); print(dir(rewriter))"

@@ -380,6 +380,47 @@ def test_sizes_that_dynamo_traces_as_unrelated_symbols(
     assert not report.refused
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_as_many_rows_as_columns(law: SimpleNamespace, tiny_model: Callable[..., nn.Module], name: str) -> None:
+    """torch gives equal sizes one symbol: with 12 rows of 12 tokens first, the number of heads was a fraction of squares."""
+    model = tiny_model(name, "sdpa").eval()
+    optimized = rewriter.optimize(model, Exact(), backend="eager", strict=True)
+    comparison = law.Comparison(model, optimized, law.call)
+    for rows, length in ((12, 12), (5, 9), (32, 32)):
+        comparison.add(*law.batch(rows, length, left=True))
+    comparison.check()
+    assert len(optimized.report.graphs) == 1
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [SlidingWindow(5, sinks=1), SeparatorMask((3, 4), window=4), DynamicMask(4)],
+    ids=lambda p: type(p).__name__,
+)
+@torch.no_grad()
+def test_policies_of_as_many_rows_as_columns(
+    law: SimpleNamespace, tiny_model: Callable[..., nn.Module], policy: rewriter.Policy
+) -> None:
+    model = tiny_model("llama", "sdpa").eval()
+    square, other = (rewriter.optimize(model, policy, backend="eager", strict=True) for _ in range(2))
+    ids, mask = law.batch(12, 12, left=True)
+    found = square(input_ids=ids, attention_mask=mask).logits
+    parts = [other(input_ids=ids[rows], attention_mask=mask[rows]).logits for rows in (slice(0, 5), slice(5, 12))]
+    torch.testing.assert_close(found, torch.cat(parts), rtol=1e-5, atol=1e-6)
+
+
+def test_embeddings_as_wide_as_the_text_is_long(tiny_model: Callable[..., nn.Module]) -> None:
+    model = tiny_model("llama", "sdpa").eval()
+    optimized = rewriter.optimize(model, Exact(), backend="eager", strict=True)
+    for shape in ((2, model.config.hidden_size), (32, 32), (3, 7)):
+        embeddings = torch.randn(*shape, model.config.hidden_size)
+        expected = model(inputs_embeds=embeddings, use_cache=False).logits
+        torch.testing.assert_close(
+            optimized(inputs_embeds=embeddings, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5
+        )
+    assert len(optimized.report.graphs) == 1
+
+
 def test_explain_changes_nothing(law: SimpleNamespace, tiny_model: Callable[..., nn.Module]) -> None:
     model = tiny_model("gemma2", "eager").eval()
     ids, mask = law.batch(3, 12, left=False)
