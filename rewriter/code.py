@@ -78,7 +78,9 @@ class _OfAnySize:
     def __init__(self, graph: Graph, call: Callable[..., Any], shape_env: ShapeEnv) -> None:
         self._graph, self._call = graph, call
         self._state, self._settings = tracing_state(), GlobalStateGuard()
-        self._guards = [guard.expr for guard in shape_env.guards if not str(guard.sloc).endswith(_OF_VIEWS)]
+        guards = (guard for guard in shape_env.guards if not str(guard.sloc).endswith(_OF_VIEWS))
+        self._guards = [sympy.sympify(guard.expr) for guard in guards]
+        self._ranges = dict(shape_env.var_to_range)
 
     def for_graph(self, graph: Graph, shape_env: ShapeEnv) -> Callable[..., Any] | None:
         """The same code, called as another graph is; None where it does not serve that one.
@@ -89,15 +91,22 @@ class _OfAnySize:
         if self._state != tracing_state() or not self._settings.check():
             return None
         case = as_special_case(graph, self._graph)
-        if case is None:
+        if case is None or any(guard.free_symbols - case.sizes.keys() for guard in self._guards):
             return None
-        guards = [sympy.sympify(guard).xreplace(case.sizes) for guard in self._guards]
-        if not all(guard.xreplace(shape_env.backed_var_to_val) == sympy.true for guard in guards):
+        if not all(shape_env.evaluate_expr(guard.xreplace(case.sizes)) for guard in self._guards):
             return None
-        for guard in guards:
-            shape_env.evaluate_expr(guard)
+        # Only now: guards narrow ranges.
+        if not all(self._is_within(symbol, size, shape_env) for symbol, size in case.sizes.items()):
+            return None
         call = self._call
         return lambda *given: call(*case.arguments(given))
+
+    def _is_within(self, symbol: sympy.Symbol, size: sympy.Expr, shape_env: ShapeEnv) -> bool:
+        """Whether a symbol of the code may be this size, a number or a symbol of the other graph."""
+        known, own = self._ranges[symbol], shape_env.var_to_range.get(size)
+        if size.is_number:
+            return bool(size == 1 or known.lower <= size <= known.upper)
+        return own is not None and bool(known.lower <= own.lower and own.upper <= known.upper)
 
 
 def _as_traced(graph: Graph, example_inputs: Sequence[Any]) -> list[Any]:

@@ -41,13 +41,13 @@ class SpecialCase:
 
 
 def as_special_case(special: Graph, general: Graph) -> SpecialCase | None:
-    """How calls of a graph become calls of another one; None where they do not, or it cannot be said.
+    """How calls of a graph become calls of another one; None where they do not, or it cannot be said, or no symbol is a number.
 
     Both are read node by node, with the sizes of the special graph in the place of the other one's: they must return the same
     operators of the same values, all of the same type, sizes and strides.
     """
     found = _inputs(special, general)
-    if found is None:
+    if found is None or not any(size.is_number for size in found.sizes.values()):
         return None
     values = _Values()
     of_special = _Reading({}, values).result(special)

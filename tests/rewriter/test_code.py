@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 from torch import nn
 from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.value_ranges import ValueRanges
 
 import rewriter
 from rewriter import Exact
@@ -23,6 +27,8 @@ from rewriter import Policy
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
 from rewriter.code import CodeOfSizes
+from rewriter.code import _OfAnySize
+from rewriter.code import _sizes_of_one_too
 from rewriter.code import kept_in
 
 IDS = torch.randint(0, 60, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -165,6 +171,37 @@ def test_a_model_that_treats_one_row_unlike_others_has_code_for_it(
         before = len(compiled)
         torch.testing.assert_close(fast(IDS[:1]), slow(IDS[:1]), rtol=1e-4, atol=1e-5)
     assert 0 < before < len(compiled)
+
+
+@pytest.mark.parametrize("assumes", ["nothing", "several rows", "a long text", "few columns"])
+def test_code_serves_what_its_assumptions_allow(assumes: str) -> None:
+    """Where Inductor has assumed something of a size, it is asked of the other graph's sizes, and becomes its guard."""
+
+    def traced(rows: int) -> tuple[Any, ShapeEnv, Tensor]:
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        assert mode.shape_env is not None
+        x = mode.from_tensor(torch.randn(rows, 50), static_shapes=False)
+        with mode:
+            symbols = [size for size in x.shape if isinstance(size, torch.SymInt)]
+            return make_fx(lambda _, x: x * 2)(symbols, x), mode.shape_env, x
+
+    general, env, x = traced(3)
+    with _sizes_of_one_too(env):
+        if assumes == "several rows":
+            assert bool(x.size(0) > 1)
+        elif assumes == "a long text":
+            assert bool(x.size(1) > 40)
+    if assumes == "few columns":
+        env.var_to_range[x.size(1).node.expr] = ValueRanges(2, 100)  # type: ignore[attr-defined]
+    code = _OfAnySize(general.graph, lambda *given: given, env)
+    special, other, _ = traced(1)
+    serves = code.for_graph(special.graph, other)
+    assert (serves is None) == (assumes in ("several rows", "few columns"))
+    if serves is not None:
+        assert serves(60, torch.ones(1, 60))[:-1] == (1, 60)
+    assert [str(guard.expr) for guard in other.guards if "> 40" in str(guard.expr)] == (
+        [str(guard.expr) for guard in env.guards] if assumes == "a long text" else []
+    )
 
 
 def test_folders_of_calls_that_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
