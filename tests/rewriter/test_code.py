@@ -117,8 +117,11 @@ def test_code_is_kept_in_a_folder_and_found_there(
     torch.testing.assert_close(*outputs, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
-@pytest.mark.parametrize("policy", [Exact(), SlidingWindow(4), SeparatorMask((3, 7), window=4)], ids=str)
+@pytest.mark.parametrize(
+    ("policy", "padded"),
+    [(Exact(), True), (SlidingWindow(4), False), (SeparatorMask((3, 7), window=4), True)],
+    ids=["exact, padded", "window", "separators, padded"],
+)
 @torch.no_grad()
 def test_one_row_after_several_is_served_by_their_code(
     tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch, policy: Policy, padded: bool
