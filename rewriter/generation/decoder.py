@@ -29,6 +29,7 @@ from rewriter.generation.model_facts import signature_of
 from rewriter.generation.model_facts import takes_use_cache
 from rewriter.generation.model_facts import vocabulary_of
 from rewriter.generation.trial import TRIAL_LENGTH
+from rewriter.generation.trial import check_alone
 from rewriter.generation.trial import check_in_pieces
 from rewriter.generation.trial import takes_indices_as_positions
 from rewriter.passes import Analysed
@@ -97,6 +98,7 @@ class Decoder:
         self.default_positions = False
         try:
             check_in_pieces(self)
+            check_alone(self.model, self.vocabulary)
             self.default_positions = takes_indices_as_positions(self.model, self.vocabulary)
         except (CacheError, PolicyError):
             raise

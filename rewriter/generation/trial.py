@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch import nn
 
 from rewriter.errors import CacheError
@@ -62,6 +63,38 @@ def check_in_pieces(decoder: Decoder) -> None:
             f"pieces than at once (they differ by {difference:.1e} of their size), so something besides attention mixes "
             "tokens, or it does not take its positions from position_ids"
         )
+
+
+@torch.no_grad()
+def check_alone(model: nn.Module, vocabulary: int) -> None:
+    """Runs two rows of a few tokens, then one of them alone, and then their first tokens alone.
+
+    The graphs are those of several rows and tokens, and sizes of one are special to a model that asks for them.
+
+    Raises:
+        CacheError: the logits differ.
+    """
+    device = next(model.parameters()).device
+    ids = torch.stack([torch.arange(TRIAL_LENGTH, device=device), torch.arange(1, TRIAL_LENGTH + 1, device=device)])
+    ids %= vocabulary
+    options = {"use_cache": False} if takes_use_cache(model) else {}
+
+    def logits(part: Tensor) -> Tensor:
+        positions = torch.arange(part.size(1), device=device).expand(part.size(0), -1).contiguous()
+        given = {"input_ids": part, "attention_mask": torch.ones_like(part), "position_ids": positions}
+        return logits_of(model(**given, **options))
+
+    together = logits(ids)
+    for what, alone, part in (
+        ("a row", logits(ids[:1].contiguous()), together[:1]),
+        ("a token", logits(ids[:, :1].contiguous()), together[:, :1]),
+    ):
+        difference = float((alone.double() - part.double()).norm() / part.double().norm().clamp(min=1e-30))
+        if not difference <= TOLERANCES.get(part.dtype, 0.05):
+            raise CacheError(
+                f"{type(model).__name__} cannot go on from a cache: it gives {what} alone other logits than among others (they "
+                f"differ by {difference:.1e} of their size), so it does different things for sizes of one"
+            )
 
 
 @torch.no_grad()

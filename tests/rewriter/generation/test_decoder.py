@@ -517,6 +517,9 @@ class Plain(nn.Module):
         x = self.embedding(input_ids)
         if self.fault == "branches" and length > 12:
             x = x.tanh() * 3
+        alone = {"row alone": input_ids.size(0) == 1, "token alone": length == 1, "many rows": input_ids.size(0) > 4}
+        if alone.get(self.fault):
+            x = x.tanh() * 3
         q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
         if self.fault == "numbers":
             q = q * torch.where(torch.arange(length) > 20, 2.0, 1.0)[:, None]
@@ -529,10 +532,16 @@ class Plain(nn.Module):
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [("branches", "different things for different numbers of tokens"), ("numbers", "numbers the tokens of a call")],
+    [
+        ("branches", "different things for different numbers of tokens"),
+        ("many rows", "different things for different numbers of rows"),
+        ("numbers", "numbers the tokens of a call"),
+        ("row alone", "gives a row alone other logits than among others"),
+        ("token alone", "gives a token alone other logits than among others"),
+    ],
 )
 def test_what_nine_tokens_cannot_show_is_refused(fault: str, reason: str) -> None:
-    """A branch on the length, or positions from an arange of the model's own, as Llama 4's attention scale has them."""
+    """Branches on sizes, or positions from an arange of the model's own, as Llama 4's attention scale has them."""
     with pytest.raises(CacheError, match=reason):
         rewriter.optimize(Plain(fault).eval(), backend="eager").new_cache(30)
 
