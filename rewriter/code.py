@@ -17,126 +17,31 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import GlobalStateGuard
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.symbolic_shapes import StatelessSymbolicContext
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from rewriter.passes.graph.regions import FEWEST
 from rewriter.passes.graph.regions import share_layers
 from rewriter.passes.graph.repeated_calls import tracing_state
-from rewriter.passes.graph.special_case import as_special_case
 
 log = logging.getLogger(__name__)
 
 
-class CodeOfGraphs:
-    """Code for the graphs of one model, one for each kind of call. One row after several rows is served by their code, where its
-    graph is theirs but for the number."""
+def generate_code(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A callable that computes what the graph does, for inputs like these.
 
-    def __init__(self) -> None:
-        self._of_any_size: list[_OfAnySize] = []
-
-    def __call__(self, module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """A callable that computes what the graph does, for inputs like these.
-
-        Layers share their code where there are no gradients; where the compiler cannot take subgraphs, the graph is compiled as
-        it is. To be called within the context of a backend of `torch.compile`.
-        """
-        learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
-        context = torch._guards.TracingContext.try_get()
-        shape_env = None if context is None or context.fake_mode is None else context.fake_mode.shape_env
-        if learns or shape_env is None:
-            return _compiled_whole(module, example_inputs) if learns else _compiled_by_layer(module, example_inputs)
-        for known in self._of_any_size:
-            serves = known.for_graph(module.graph, shape_env)
-            if serves is not None:
-                return serves
-        graph = _copy(module).graph
-        with _sizes_of_one_too(shape_env):
-            call = _compiled_by_layer(module, _as_traced(graph, example_inputs))
-        if any(isinstance(x, torch.SymInt) for x in example_inputs):
-            self._of_any_size.append(_OfAnySize(graph, call, shape_env))
-        return call
-
-
-class _OfAnySize:
-    """Code that was made with symbols for sizes, and what it assumes of them.
-
-    Args:
-        graph: that it computes.
-        shape_env: of its symbols, after it was made.
+    Layers share their code where there are no gradients; where the compiler cannot take subgraphs, the graph is compiled as it
+    is.
     """
 
-    def __init__(self, graph: Graph, call: Callable[..., Any], shape_env: ShapeEnv) -> None:
-        self._graph, self._call = graph, call
-        self._state, self._settings = tracing_state(), GlobalStateGuard()
-        guards = (guard for guard in shape_env.guards if not str(guard.sloc).endswith(_OF_VIEWS))
-        self._guards = [sympy.sympify(guard.expr) for guard in guards]
-        self._ranges = dict(shape_env.var_to_range)
-
-    def for_graph(self, graph: Graph, shape_env: ShapeEnv) -> Callable[..., Any] | None:
-        """The same code, called as another graph is; None where it does not serve that one.
-
-        Args:
-            shape_env: of the other graph; what the code assumes becomes guards there.
-        """
-        if self._state != tracing_state() or not self._settings.check():
-            return None
-        case = as_special_case(graph, self._graph)
-        if case is None or any(guard.free_symbols - case.sizes.keys() for guard in self._guards):
-            return None
-        if not all(shape_env.evaluate_expr(guard.xreplace(case.sizes)) for guard in self._guards):
-            return None
-        # Only now: guards narrow ranges.
-        if not all(self._is_within(symbol, size, shape_env) for symbol, size in case.sizes.items()):
-            return None
-        call = self._call
-        return lambda *given: call(*case.arguments(given))
-
-    def _is_within(self, symbol: sympy.Symbol, size: sympy.Expr, shape_env: ShapeEnv) -> bool:
-        """Whether a symbol of the code may be this size, a number or a symbol of the other graph."""
-        known, own = self._ranges[symbol], shape_env.var_to_range.get(size)
-        if size.is_number:
-            return bool(size == 1 or known.lower <= size <= known.upper)
-        return own is not None and bool(known.lower <= own.lower and own.upper <= known.upper)
-
-
-def _as_traced(graph: Graph, example_inputs: Sequence[Any]) -> list[Any]:
-    """Fake inputs for tensors: torch would make some now, and where it is oblivious of sizes, with a symbol for a size of one."""
-    placeholders = (node for node in graph.nodes if node.op == "placeholder")
-    return [n.meta["val"] if isinstance(x, Tensor) else x for n, x in zip(placeholders, example_inputs, strict=True)]
-
-
-_OF_VIEWS = "in _compute_stride)"
-"""Where torch finds the strides of a view, which are products of sizes. A size of one takes another path there, to the same
-strides, so guards of this place are no reason not to serve it."""
-
-
-@contextmanager
-def _sizes_of_one_too(shape_env: ShapeEnv) -> Iterator[None]:
-    """Inside, the compiler does not take for granted that a symbol is not 1, which it was only while the model was traced.
-
-    torch calls that oblivious of sizes, and exports models so: where one way of computing is right for all sizes, and another
-    for 1 alone, it takes the first, and what it assumes besides becomes a guard.
-    """
-    before = dict(shape_env.var_to_range)
-    for symbol, known in before.items():
-        if known.lower == 2:
-            shape_env.var_to_range[symbol] = ValueRanges(1, known.upper)
-    try:
-        with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-            yield
-    finally:
-        for symbol, known in before.items():
-            shape_env.var_to_range[symbol] &= known
+    learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
+    return _compiled_whole(module, example_inputs) if learns else _compiled_by_layer(module, example_inputs)
 
 
 def _compiled_by_layer(

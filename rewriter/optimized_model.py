@@ -19,7 +19,7 @@ from torch import Tensor
 from torch import nn
 from torch.fx import GraphModule
 
-from rewriter.code import CodeOfGraphs
+from rewriter.code import generate_code
 from rewriter.code import kept_in
 from rewriter.errors import CacheError
 from rewriter.errors import PolicyError
@@ -80,7 +80,6 @@ class OptimizedModel(ModelWrapper):
     report: Report
     _base: OptimizedModel | None
     _call: Callable[..., Any]
-    _code: CodeOfGraphs
     _compiled_model: tuple[nn.Module]
     _constants: dict[str, tuple[Tensor, int]]
     _decoder: Decoder | None
@@ -460,9 +459,9 @@ class OptimizedModel(ModelWrapper):
         and gradients make others. What has been compiled already costs one call.
 
         Args:
-            calls: the keyword arguments of the model, such as `{"input_ids": ids, "attention_mask": mask}`; two rows and one row
-                of 32 tokens when none is given. The code of several rows often serves one, too, where they come first. The model
-                runs them, under the present `torch.is_grad_enabled()`.
+            calls: the keyword arguments of the model, such as `{"input_ids": ids, "attention_mask": mask}`; one row and two rows
+                of 32 tokens when none is given. The model runs them, under the present
+                `torch.is_grad_enabled()`.
             new_tokens: when positive, so many tokens are also generated from each call; 2 compile all that `generate` needs.
 
         Returns:
@@ -477,7 +476,7 @@ class OptimizedModel(ModelWrapper):
                 raise RewriteError(
                     f"{type(self.model).__name__} takes no input_ids; give warmup the arguments of a call: warmup({{...}})"
                 )
-            rows = [torch.zeros(n, 32, dtype=torch.int64, device=self._device) for n in (2, 1)]
+            rows = [torch.zeros(n, 32, dtype=torch.int64, device=self._device) for n in (1, 2)]
             calls = tuple({"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows)
         with self._not_real_calls():
             for call in calls:
@@ -569,14 +568,12 @@ class OptimizedModel(ModelWrapper):
         self._decoder = None
         self._has_output_hooks = False
         self._compiled_model = (self.model,)  # a tuple, or it would be a second submodule
-        self._code = CodeOfGraphs()
         self._call = traced_call(self.model, self._backend)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **self.__dict__,
             "_call": None,
-            "_code": None,
             "_decoder": None,
             "_base": None,
             "_compiled_model": None,
@@ -636,7 +633,7 @@ class OptimizedModel(ModelWrapper):
         if self.backend == "eager":
             return result.module
         self._progress.doing("generating code")
-        return self._code(result.module, example_inputs)
+        return generate_code(result.module, example_inputs)
 
     def _check(self, result: Analysed) -> None:
         if not result.sites:

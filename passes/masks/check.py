@@ -365,18 +365,24 @@ def _above(nodes: list[Node]) -> list[Node]:
 def _symbols(nodes: list[Node]) -> dict[sympy.Symbol, object]:
     """The symbols of the nodes' sizes, with the value each had when traced.
 
-    Sizes that were equal then (the ids' and the padding mask's, say) need not be one symbol, but belong together.
+    Sizes that were equal then (the ids' and the padding mask's, say) need not be one symbol, but belong together; not those of
+    one tensor, though, of as many rows as columns.
     """
     symbols: dict[sympy.Symbol, object] = {}
     for node in nodes:
         value = node.meta.get("val")
+        of_hint: dict[int, list[sympy.Symbol]] = {}
         for size in value.shape if isinstance(value, Tensor) else (value,):
             if isinstance(size, torch.SymInt):
                 expression = size.node.expr
                 for symbol in expression.free_symbols:
                     symbols.setdefault(symbol, symbol)
                 if expression.is_Symbol and size.node.hint is not None:
-                    symbols[expression] = size.node.hint
+                    same = of_hint.setdefault(size.node.hint, [])
+                    if expression not in same:
+                        same.append(expression)
+                    if symbols[expression] is expression:
+                        symbols[expression] = (size.node.hint, same.index(expression))
     return symbols
 
 
