@@ -517,7 +517,7 @@ class Plain(nn.Module):
         x = self.embedding(input_ids)
         if self.fault == "branches" and length > 12:
             x = x.tanh() * 3
-        alone = {"row alone": input_ids.size(0) == 1, "token alone": length == 1, "many rows": input_ids.size(0) > 4}
+        alone = {"row alone": input_ids.size(0) == 1, "token alone": length == 1}
         if alone.get(self.fault):
             x = x.tanh() * 3
         q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
@@ -534,7 +534,6 @@ class Plain(nn.Module):
     ("fault", "reason"),
     [
         ("branches", "different things for different numbers of tokens"),
-        ("many rows", "different things for different numbers of rows"),
         ("numbers", "numbers the tokens of a call"),
         ("row alone", "gives a row alone other logits than among others"),
         ("token alone", "gives a token alone other logits than among others"),
