@@ -54,15 +54,21 @@ def check_in_pieces(decoder: Decoder) -> None:
             call = decoder.graphs.decode if size == 1 else decoder.graphs.prefill
             outputs.append(decoder.call(call, arguments, cache))
             begin += size
-        logits.append(torch.cat(outputs, dim=1)[mask.bool()].double())
-    whole, pieced = logits
-    difference = float((whole - pieced).norm() / whole.norm().clamp(min=1e-30))
-    if not difference <= TOLERANCES.get(outputs[0].dtype, 0.05):
+        logits.append(torch.cat(outputs, dim=1)[mask.bool()])
+    difference = _difference(*logits)
+    if difference is not None:
         raise CacheError(
             f"{type(decoder.model).__name__} cannot go on from a cache: it gives other logits for {TRIAL_LENGTH} tokens in "
             f"pieces than at once (they differ by {difference:.1e} of their size), so something besides attention mixes "
             "tokens, or it does not take its positions from position_ids"
         )
+
+
+def _difference(expected: Tensor, found: Tensor) -> float | None:
+    """How much logits differ, of their size; None where it is no more than rounding."""
+    exact = expected.double()
+    difference = float((exact - found.double()).norm() / exact.norm().clamp(min=1e-30))
+    return None if difference <= TOLERANCES.get(expected.dtype, 0.05) else difference
 
 
 @torch.no_grad()
@@ -89,8 +95,8 @@ def check_alone(model: nn.Module, vocabulary: int) -> None:
         ("a row", logits(ids[:1].contiguous()), together[:1]),
         ("a token", logits(ids[:, :1].contiguous()), together[:, :1]),
     ):
-        difference = float((alone.double() - part.double()).norm() / part.double().norm().clamp(min=1e-30))
-        if not difference <= TOLERANCES.get(part.dtype, 0.05):
+        difference = _difference(part, alone)
+        if difference is not None:
             raise CacheError(
                 f"{type(model).__name__} cannot go on from a cache: it gives {what} alone other logits than among others (they "
                 f"differ by {difference:.1e} of their size), so it does different things for sizes of one"
