@@ -109,6 +109,14 @@ class Inputs:
         assert isinstance(output, Tensor)
         return output
 
+    def attend_as_a_layer(self) -> Callable[[], Tensor]:
+        """A call as a model's layers make it: the schedule is there already."""
+        sizes = (self.query.size(2), self.query.size(1) // self.key.size(1), self.query.size(3))
+        ranges = (self.live.start, self.live.end)
+        schedule = torch.ops.rewriter.schedule(*ranges, None, *sizes, self.query.element_size(), True)
+        arguments = (*self.leaves, *ranges, None, None, self.bias, None, None, None, None, schedule)
+        return lambda: torch.ops.rewriter.live_range_attention(*arguments)[0]
+
     def gradients(self, call: Callable[[], Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(call(), self.leaves, self.grad)
 
@@ -302,6 +310,10 @@ def attention(machine: Machine, sizes: Sizes, mask: str, length: int) -> Figures
     eager_backward = machine.wall(gradients)
     # A backward runs on the stream of its forward: in a graph both are captured.
     graph_both = machine.graph_ms(lambda: inputs.gradients(inputs.attend))
+    as_a_layer = inputs.attend_as_a_layer()
+    with torch.no_grad():
+        layer_forward, layer_eager = machine.graph_ms(as_a_layer), machine.wall(as_a_layer)
+    layer_both = machine.graph_ms(lambda: inputs.gradients(as_a_layer))
     ranges = machine.kernels(compute_ranges)
     pairs = inputs.pairs
     attention_kernels = ("_forward", "_query_gradient", "_list_gradients", "_key_gradients", "_decode", "_merge")
@@ -324,6 +336,9 @@ def attention(machine: Machine, sizes: Sizes, mask: str, length: int) -> Figures
         "eager_backward": eager_backward,
         "graph_forward_ms": graph_forward,
         "graph_backward_ms": graph_both - graph_forward,
+        "layer_graph_forward_ms": layer_forward,
+        "layer_graph_backward_ms": layer_both - layer_forward,
+        "layer_eager_forward": layer_eager,
         "ranges_ms": ranges.total_ms,
         "ranges_launches": ranges.other_launches,
         "schedules": schedules(machine, inputs),
@@ -473,75 +488,6 @@ def dense_mask(machine: Machine, inputs: Inputs) -> Callable[[], Tensor]:
     if visible.size(1) > 1:
         visible = visible.repeat_interleave(inputs.query.size(1) // visible.size(1), dim=1)
     return lambda: torch.nn.functional.scaled_dot_product_attention(*inputs.leaves, attn_mask=visible, enable_gqa=True)
-
-
-# whole models ----------------------------------------------------------------------------------------------------------
-
-
-def whole_rows(machine: Machine, sizes: Sizes) -> Iterator[Row]:
-    """Prefill and one training step of a Llama of 1.2 billion random parameters in bf16, eager, beside the original."""
-    from rewriter import DynamicMask
-    from rewriter import Exact
-    from rewriter import SeparatorMask
-    from rewriter import SlidingWindow
-
-    yield Row("original", lambda: whole_model(machine, None, "eager"))
-    policies = [
-        SlidingWindow(WINDOW, sinks=4),
-        DynamicMask(sizes.keep),
-        SeparatorMask(tuple(range(16)), window=WINDOW, initial=INITIAL),
-        Exact(),
-    ]
-    for policy in policies[: 1 if machine.rehearsed else None]:
-        yield Row(type(policy).__name__, partial(whole_model, machine, policy, "eager"))
-    if not machine.rehearsed:
-        yield Row("DynamicMask, inductor", lambda: whole_model(machine, policies[1], "inductor"))
-        yield Row("original, inductor", lambda: whole_model(machine, None, "inductor"))
-
-
-def whole_model(machine: Machine, policy: Any, backend: str) -> Figures:
-    """A prefill of 16,384 tokens, logits of the last one, and a training step of 8,192; medians of three after one."""
-    import transformers
-
-    import rewriter
-
-    torch.manual_seed(0)
-    shape = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-    prefill, train = 16384, 8192
-    if machine.rehearsed:
-        shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-        prefill, train = 24, 20
-    heads = 2 if machine.rehearsed else 32
-    config = transformers.LlamaConfig(
-        **shape,
-        num_attention_heads=heads,
-        num_key_value_heads=max(heads // 4, 1),
-        max_position_embeddings=32768,
-        attn_implementation="sdpa",
-    )
-    with torch.device(machine.device):
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    run: Any = model
-    if policy is not None:
-        run = rewriter.optimize(model, policy, backend=backend, strict=True)
-    elif backend == "inductor":
-        run = torch.compile(model, dynamic=False)
-    ids = torch.randint(0, shape["vocab_size"], (1, prefill), device=machine.device)
-
-    def read() -> Tensor:
-        with torch.no_grad():
-            return run(input_ids=ids, use_cache=False, logits_to_keep=1).logits
-
-    def step() -> None:
-        run(input_ids=ids[:, :train], labels=ids[:, :train], use_cache=False).loss.backward()
-        model.zero_grad()
-
-    figures = {}
-    for name, call in (("prefill", read), ("train", step)):
-        call()  # compiles
-        figures[f"{name}_ms"] = machine.wall(call, repeats=3)["wall_ms"]
-        figures[f"{name}_peak_mib"] = machine.peak_mib(call)
-    return figures
 
 
 # tuning ----------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from typing import Any
 import gpu_cache
 import gpu_models
 import gpu_sections
+import models_cuda
 import torch
 import triton
 import typer
@@ -68,8 +69,9 @@ SECTIONS = [
     Section("compiled", "how fast is the operator in compiled code?", 60, 120, gpu_sections.compiled_rows),
     Section("peers", "how fast are FlexAttention and flash-sparse-attn?", 70, 120, gpu_sections.peers_rows),
     Section("models", "do models and a package give what they should?", 130, 200, gpu_models.rows),
-    Section("whole", "how fast is a whole model, and what memory does it take?", 110, 180, gpu_sections.whole_rows),
+    Section("whole", "how fast is a whole model, and what memory does it take?", 110, 180, models_cuda.whole_rows),
     Section("tune", "which launch parameters are fastest?", 80, 300, gpu_sections.tune_rows),
+    Section("llama", "and of a billion, and of eight?", 600, 600, models_cuda.llama_rows, asked=True),
     Section("counters", "what do the hardware's counters say?", 60, 120, gpu_sections.counters_rows, asked=True),
 ]
 

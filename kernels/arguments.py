@@ -28,6 +28,8 @@ class AttentionArguments:
 
     Attributes:
         start, end: int32 `[B|1, Hkv|1, K]`.
+        schedule: what `rewriter::schedule` made of the same ranges, indices and sizes, for several calls; made by each call for
+            itself when left out. Read by the Triton kernels alone.
     """
 
     query: Tensor
@@ -42,6 +44,7 @@ class AttentionArguments:
     alibi_slopes: Tensor | None = None
     scale: float | None = None
     softcap: float | None = None
+    schedule: list[Tensor] | None = None
 
     @classmethod
     def parameters(cls, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -59,9 +62,9 @@ class AttentionArguments:
         """Whether there is no row, or no key."""
         return 0 in (*self.query.shape[:3], self.key.size(2))
 
-    def astuple(self) -> tuple[Tensor | float | None, ...]:
+    def astuple(self, *, without: tuple[str, ...] = ()) -> tuple[Any, ...]:
         """The fields in order, as operators take them."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return tuple(getattr(self, f.name) for f in fields(self) if f.name not in without)
 
     def check(self) -> None:
         """Raises `AttentionInputError`; runs on real and on fake tensors, and never reads values."""
@@ -132,7 +135,18 @@ class AttentionArguments:
                 )
         if alibi_slopes is not None and alibi_slopes.requires_grad:
             raise AttentionInputError("alibi_slopes must not require a gradient; detach them")
-        for other in (key, value, start, end, query_index, key_index, bias, sinks, alibi_slopes):
+        for other in (
+            key,
+            value,
+            start,
+            end,
+            query_index,
+            key_index,
+            bias,
+            sinks,
+            alibi_slopes,
+            *(self.schedule or ()),
+        ):
             if other is not None and other.device != query.device:
                 raise AttentionInputError(
                     f"query is on {query.device}, another input on {other.device}; move them together"

@@ -24,14 +24,19 @@ from rewriter.kernels.dispatch import runs_triton
 from rewriter.kernels.gpu import decode as gpu_decode
 from rewriter.kernels.gpu import forward as gpu_forward
 from rewriter.kernels.gpu import key_scores as gpu_key_scores
+from rewriter.kernels.gpu import shared_schedule
 from rewriter.kernels.gpu.backward import launches as gpu_backward
 from rewriter.kernels.gpu.kernel_inputs import KernelInputs
 from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_unflatten
 
 from rewriter.errors import AttentionInputError
 
 GROUPS = ("mean", "max", "per_query_head")
+ON_GPU_ALONE = ("schedule",)
+"""Fields that the operators of the CPU do not have."""
 
 
 def live_range_attention(
@@ -157,7 +162,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         output, lse = _empty_outputs(a.query, a.value)
         return output.zero_(), lse.fill_(-math.inf) if a.sinks is None else lse.copy_(a.sinks[:, None].expand_as(lse))
     if not runs_triton(a.query):
-        return torch.ops.rewriter.live_range_attention_cpu(*inputs)
+        return torch.ops.rewriter.live_range_attention_cpu(*a.astuple(without=ON_GPU_ALONE))
     if a.query.size(2) <= gpu_decode.MAX_QUERIES:
         return gpu_decode.decode(KernelInputs.make(a, sort=False))
     return gpu_forward.forward(KernelInputs.make(a, sort=True))
@@ -203,9 +208,9 @@ def _backward(
         grads = [None if t is None else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs]
         return _present(query, (*grads, None if a.sinks is None else grad_lse.sum(dim=(0, 2)).to(a.sinks.dtype)))
     if not runs_triton(query):
-        return torch.ops.rewriter.live_range_attention_backward_cpu(
-            grad_output, grad_lse, query, key, value, output, lse, *rest
-        )
+        given = (grad_output, grad_lse, query, key, value, output, lse)
+        own = a.astuple(without=("query", "key", "value", *ON_GPU_ALONE))
+        return torch.ops.rewriter.live_range_attention_backward_cpu(*given, *own)
     return _present(query, gpu_backward.backward(KernelInputs.make(a, sort=True), output, lse, grad_output, grad_lse))
 
 
@@ -247,25 +252,30 @@ def _present(query: Tensor, grads: tuple[Tensor | None, ...]) -> Gradients:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]  # None in the place of a tensor
+    leaves, ctx.structure = tree_flatten(inputs)
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    ctx.others = [None if isinstance(x, Tensor) else (x,) for x in leaves]  # None in the place of a tensor
     ctx.save_for_backward(*tensors, *output)
 
 
-def _autograd(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     *tensors, output, lse = ctx.saved_tensors
     saved = iter(tensors)
-    a = AttentionArguments(*(next(saved) if other is None else other[0] for other in ctx.others))
+    leaves = [next(saved) if other is None else other[0] for other in ctx.others]
+    a = AttentionArguments(*tree_unflatten(leaves, ctx.structure))
     query, key, value, *rest = a.astuple()
     names = ("query", "key", "value", "bias", "sinks")
     grads = torch.ops.rewriter.live_range_attention_backward(
         grad_output, grad_lse, query, key, value, output, lse, *rest
     )
-    by_name = {name: grad for name, grad in zip(names, grads, strict=True) if getattr(a, name) is not None}
-    return tuple(by_name.get(name) for name in AttentionArguments.parameters())
+    by_name: dict[str, Any] = {name: g for name, g in zip(names, grads, strict=True) if getattr(a, name) is not None}
+    if a.schedule is not None:
+        by_name["schedule"] = [None] * len(a.schedule)
+    given = len(ctx.needs_input_grad)  # torch leaves out the last arguments that have their defaults
+    return tuple(by_name.get(name) for name in list(AttentionArguments.parameters())[:given])
 
 
-_OF_SCORES = AttentionArguments.parameters(without=("query", "key", "value", "sinks"))
+_OF_SCORES = AttentionArguments.parameters(without=("query", "key", "value", "sinks", "schedule"))
 """Of the record, what `rewriter::key_scores` takes after query, key and log-sum-exp."""
 
 
@@ -300,6 +310,13 @@ def _scores_cpu(query: Tensor, key: Tensor, lse: Tensor, *rest: Any) -> Tensor:
         return cpu_key_scores.key_scores(query, key, lse, a.start, a.end, cpu.Logits.of(a), group)
 
 
+def _schema(function: Callable[..., Any], parameters: Mapping[str, Any], result: Any) -> str:
+    """The operator's schema. torch infers none for a list that may be left out, `schedule`, which is the last one."""
+    plain = {name: type_ for name, type_ in parameters.items() if name != "schedule"}
+    schema = torch.library.infer_schema(_signed(function, plain, result), mutates_args=())
+    return schema if len(plain) == len(parameters) else schema.replace(") ->", ", Tensor[]? schedule=None) ->")
+
+
 def _signed(function: Callable[..., Any], parameters: Mapping[str, Any], result: Any) -> Callable[..., Any]:
     """The function with the signature that torch reads an operator's schema from; what may be left out is None."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -312,30 +329,32 @@ def _signed(function: Callable[..., Any], parameters: Mapping[str, Any], result:
     return function
 
 
-_FIELDS = AttentionArguments.parameters()
-_TENSORS = {name: _FIELDS[name] for name in ("query", "key", "value")}
-_SIGNATURES: dict[str, tuple[dict[str, Any], Any]] = {
-    "live_range_attention": (_FIELDS, tuple[Tensor, Tensor]),
-    "live_range_attention_backward": (
-        {"grad_output": Tensor, "grad_lse": Tensor, **_TENSORS, "output": Tensor, "lse": Tensor, **_FIELDS},
-        Gradients,
-    ),
-    "key_scores": ({"query": Tensor, "key": Tensor, "lse": Tensor, **_OF_SCORES, "group": str}, Tensor),
-}
+def _signatures(fields: dict[str, Any]) -> dict[str, tuple[dict[str, Any], Any]]:
+    tensors = {name: fields[name] for name in ("query", "key", "value")}
+    of_gradients = {"grad_output": Tensor, "grad_lse": Tensor, **tensors, "output": Tensor, "lse": Tensor, **fields}
+    return {
+        "live_range_attention": (fields, tuple[Tensor, Tensor]),
+        "live_range_attention_backward": (of_gradients, Gradients),
+        "key_scores": ({"query": Tensor, "key": Tensor, "lse": Tensor, **_OF_SCORES, "group": str}, Tensor),
+    }
+
+
+_SIGNATURES = _signatures(AttentionArguments.parameters())
+_CPU_SIGNATURES = _signatures(AttentionArguments.parameters(without=ON_GPU_ALONE))
 
 for _name, _function, _fake in (
     ("live_range_attention", _forward_cpu, _forward_fake),
     ("live_range_attention_backward", _backward_cpu, _backward_fake),
     ("key_scores", _scores_cpu, _scores_fake),
 ):
-    _schema = torch.library.infer_schema(_signed(_function, *_SIGNATURES[_name]), mutates_args=())
-    torch.library.define(f"rewriter::{_name}_cpu", _schema, tags=torch.Tag.pt2_compliant_tag)
+    _definition = _schema(_function, *_CPU_SIGNATURES[_name])
+    torch.library.define(f"rewriter::{_name}_cpu", _definition, tags=torch.Tag.pt2_compliant_tag)
     # Of lower precedence than what the operators in C++ register for CPU tensors.
     torch.library.impl(f"rewriter::{_name}_cpu", "CompositeExplicitAutograd", _function)
     torch.library.register_fake(f"rewriter::{_name}_cpu", _fake)
 
 _attention, _attention_backward, _key_scores = (
-    register(f"rewriter::{name}", _signed(function, *_SIGNATURES[name]))
+    register(f"rewriter::{name}", function, _schema(function, *_SIGNATURES[name]))
     for name, function in (
         ("live_range_attention", _forward),
         ("live_range_attention_backward", _backward),
@@ -346,3 +365,4 @@ _attention.register_fake(_forward_fake)
 _attention.register_autograd(_autograd, setup_context=_setup_context)
 _attention_backward.register_fake(_backward_fake)
 _key_scores.register_fake(_scores_fake)
+register("rewriter::schedule", shared_schedule.make).register_fake(shared_schedule.make_fake)

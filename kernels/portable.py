@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from rewriter.kernels.arguments import AttentionArguments
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.separator_cache import compute_ends
 from rewriter.kernels.separator_cache import compute_split
@@ -212,8 +213,11 @@ PORTABLE: dict[Any, Callable[..., Any]] = {
 }
 
 
+_NUM_READ = {"rewriter::live_range_attention": list(AttentionArguments.parameters()).index("schedule")}
+
+
 def replace_operators(module: GraphModule, functions: Mapping[Any, Callable[..., Any]]) -> dict[str, int]:
-    """Puts functions in the place of operators, in place; returns how many of each."""
+    """Puts functions in the place of operators, in place; returns how many of each. Schedules, which no function reads, go."""
     counts: dict[str, int] = {}
     for part in module.modules():
         if not isinstance(part, GraphModule):
@@ -223,5 +227,7 @@ def replace_operators(module: GraphModule, functions: Mapping[Any, Callable[...,
                 name = str(node.target).removesuffix(".default").replace(".", "::")
                 counts[name] = counts.get(name, 0) + 1
                 node.target = functions[node.target]
+                node.args = node.args[: _NUM_READ.get(name, len(node.args))]
+        part.graph.eliminate_dead_code()
         part.recompile()
     return counts

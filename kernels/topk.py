@@ -54,10 +54,10 @@ def running_topk_ranges(score: Tensor, keep: int, *, segment: Tensor | None = No
 def _end(score: Tensor, keep: int, segment: Tensor | None) -> Tensor:
     if not runs_triton(score):
         return torch.ops.rewriter.running_topk_end_cpu(score, keep, segment)
-    return _end_by_partition(score, keep, segment)
+    return end_by_partition(score, keep, segment)
 
 
-def _end_by_partition(score: Tensor, keep: int, segment: Tensor | None) -> Tensor:
+def end_by_partition(score: Tensor, keep: int, segment: Tensor | None) -> Tensor:
     num_keys = score.size(2)
     rank = torch.nan_to_num(score.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     if segment is not None:
@@ -84,7 +84,7 @@ def _end_fake(score: Tensor, keep: int, segment: Tensor | None) -> Tensor:
 
 register("rewriter::running_topk_end", _end).register_fake(_end_fake)
 # One opaque operator on the CPU: a compiler would unroll the partition into C++ for every attention.
-torch.library.custom_op("rewriter::running_topk_end_cpu", _end_by_partition, mutates_args=()).register_fake(_end_fake)
+torch.library.custom_op("rewriter::running_topk_end_cpu", end_by_partition, mutates_args=()).register_fake(_end_fake)
 
 
 def _prefix_order_statistic(values: Tensor, count: int) -> Tensor:

@@ -198,7 +198,9 @@ def verify(
         bool,
         typer.Option("--compile-only", help="Compile the Triton kernels at every entry of the launch table instead."),
     ] = False,
-    architectures: Annotated[str, typer.Option(help="With --compile-only: for which GPUs.")] = "sm80,sm90,sm100,gfx942",
+    architectures: Annotated[
+        str, typer.Option(help="With --compile-only: for which GPUs.")
+    ] = "sm80,sm90,sm100,sm120,gfx942",
 ) -> None:
     """Test a kernel against the dense reference: outputs and gradients, random and adversarial cases. Or an artifact."""
     if artifact is not None:
@@ -215,6 +217,7 @@ def verify(
         if any(row["relative"] > report.tolerance for row in compared):
             raise typer.Exit(1)
         return
+    from rewriter.testing import launch_counts
     from rewriter.testing import verify as verification
 
     console = _console()
@@ -229,6 +232,7 @@ def verify(
                 )
             entries = list(verification.compile_table(names))
             console.print(verification.compiled_table(entries))
+            console.print(launch_counts.launch_table())
             failures = [
                 f"{e.architecture}, {e.bits} bits, head_dim {e.head_dim}: {e.failure}" for e in entries if e.failure
             ]

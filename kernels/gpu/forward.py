@@ -14,9 +14,7 @@ from rewriter.kernels.gpu.kernel_inputs import range_strides
 from rewriter.kernels.gpu.kernel_inputs import row_strides
 from rewriter.kernels.gpu.launch import UNSPECIALIZED
 from rewriter.kernels.gpu.launch import launch
-from rewriter.kernels.gpu.schedule import FORWARD_CAPACITY
 from rewriter.kernels.gpu.schedule import MAX_SEGMENTS
-from rewriter.kernels.gpu.schedule import build
 from rewriter.kernels.gpu.tiles import LOG2E
 from rewriter.kernels.gpu.tiles import add_dot
 from rewriter.kernels.gpu.tiles import base2_logits
@@ -35,7 +33,7 @@ def forward(arguments: KernelInputs) -> tuple[Tensor, Tensor]:
     a = arguments
     config = a.config("forward")
     tile_rows, tile_heads, chunks = a.tile_shape(config.block_m)
-    schedule = build(a.start, a.end, a.query_index, tile_rows, config.block_n, FORWARD_CAPACITY)
+    schedule = a.schedule("forward")
     order, order_stride = a.order()
     output = a.empty_output()
     lse = torch.empty(a.query.shape[:3], dtype=torch.float32, device=a.query.device)

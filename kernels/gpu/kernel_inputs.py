@@ -13,6 +13,10 @@ from rewriter.kernels.gpu.launch import LaunchConfig
 from rewriter.kernels.gpu.launch import architecture
 from rewriter.kernels.gpu.launch import launch_config
 from rewriter.kernels.gpu.schedule import Schedule
+from rewriter.kernels.gpu.shared_schedule import ordered_index
+from rewriter.kernels.gpu.shared_schedule import places_for
+from rewriter.kernels.gpu.shared_schedule import schedule_for
+from rewriter.kernels.gpu.shared_schedule import tile_shape
 from torch import Tensor
 
 
@@ -28,6 +32,7 @@ class KernelInputs:
         key_index: int32 `[B|1, K]`, or None without ALiBi, which alone reads it.
         bias: `[B|1, Hkv|1, K]`, or None.
         alibi_slopes, sinks: `[Hq]`, or None.
+        given_schedules: what `rewriter::schedule` made, without its indices; empty where it was not called.
     """
 
     query: Tensor
@@ -41,6 +46,7 @@ class KernelInputs:
     bias: Tensor | None
     alibi_slopes: Tensor | None
     sinks: Tensor | None
+    given_schedules: tuple[Tensor, ...]
     scale: float
     softcap: float
 
@@ -52,14 +58,14 @@ class KernelInputs:
         query_index, key_index = arguments.query_index, arguments.key_index
         bias, sinks, alibi_slopes = arguments.bias, arguments.sinks, arguments.alibi_slopes
         num_queries, num_keys = query.size(2), key.size(2)
-        row_order = None
-        if query_index is None:
-            query_index = torch.arange(num_keys - num_queries, num_keys, dtype=torch.int32, device=query.device)[None]
+        row_order, schedules = None, list(arguments.schedule or ()) if sort else []
+        if schedules:
+            row_order = None if query_index is None else schedules.pop(0)
+            query_index = schedules.pop(0)
+        elif query_index is None or sort:
+            query_index, row_order = ordered_index(query_index, num_queries, num_keys, query.device)
         else:
             query_index = as_int32(query_index).reshape(-1, num_queries)
-            if sort:
-                query_index, row_order = query_index.sort(dim=1, stable=True)
-                row_order = row_order.to(torch.int32).contiguous()
         query_index, start, end = query_index.contiguous(), _with_rows(arguments.start), _with_rows(arguments.end)
         if alibi_slopes is None:
             key_index = None
@@ -79,6 +85,7 @@ class KernelInputs:
             None if bias is None else _with_rows(bias),
             None if alibi_slopes is None else _with_rows(alibi_slopes),
             None if sinks is None else _with_rows(sinks),
+            tuple(schedules),
             1 / math.sqrt(query.size(3)) if arguments.scale is None else arguments.scale,
             arguments.softcap or 0.0,
         )
@@ -116,6 +123,10 @@ class KernelInputs:
             architecture(self.query.device), kernel, self.query.element_size(), max(self.head_dim, self.value_dim)
         )
 
+    def places(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """`places_in_lists` for the gradients of keys: those that were given, or new ones."""
+        return places_for(self.config("backward_key"), schedule, self.given_schedules)
+
     def list_stages(self, config: LaunchConfig) -> int:
         """Stages of a loop over listed keys, whose rows are loaded by indices that are loaded before them.
 
@@ -127,8 +138,13 @@ class KernelInputs:
 
     def tile_shape(self, block_m: int) -> tuple[int, int, int]:
         """Query rows and heads of a tile, and the chunks of heads that a group takes."""
-        heads = min(self.group, block_m)
-        return block_m // heads, heads, -(-self.group // heads)
+        return tile_shape(self.group, block_m)
+
+    def schedule(self, kernel: str) -> Schedule:
+        """Of "forward" or "backward_query": the one that was given, or a new one."""
+        ranges = (self.start, self.end, self.query_index)
+        sizes = (self.num_queries, self.group)
+        return schedule_for(kernel, self.config(kernel), *ranges, *sizes, self.given_schedules)
 
     def empty_output(self) -> Tensor:
         """Heads innermost: what follows an attention is their concatenation, which then copies nothing."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rewriter.kernels import dispatch
 from rewriter.kernels.dispatch import INTERPRETED
 from rewriter.kernels.gpu.targets import TARGETS
 from rewriter.kernels.gpu.targets import of_capability
@@ -120,7 +121,8 @@ def record_launches(architecture: str) -> Iterator[list[Launch]]:
     global _recording
     _recording = _Recording(architecture, [])
     try:
-        yield _recording.launches
+        with dispatch.recording():
+            yield _recording.launches
     finally:
         _recording = None
 

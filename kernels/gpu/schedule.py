@@ -15,7 +15,9 @@ on random scores the pairs computed are 1.06 to 1.2 times those visible (`bench/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -57,11 +59,6 @@ SCHEDULE_KERNELS = (
     "_fill_lists",
 )
 """Launched by `build`, in this order."""
-
-_OF_KEYS = (
-    *("first_tile", "last_tile", "full_first", "full_last", "enters_run", "leaves_run"),
-    *("run_first", "run_last", "first_segment", "last_segment"),
-)
 
 
 @dataclass(frozen=True)
@@ -111,6 +108,43 @@ class Schedule:
     def num_tiles(self) -> int:
         return self.run_begin.size(2)
 
+    def made(self) -> list[Tensor]:
+        """The tensors that `build` fills, in the order of `restored`; the ranges and indices are as they were given."""
+        return [getattr(self, name) for name in MADE]
+
+    @classmethod
+    def restored(
+        cls, start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, made: Sequence[Tensor]
+    ) -> Schedule:
+        """The schedule that `build` made of these arguments, from its tensors."""
+        start, end, query_index = _by_rows(start, end, query_index)
+        return cls(start, end, query_index, tile_rows, **dict(zip(MADE, made, strict=True)))
+
+
+MADE = tuple(f.name for f in fields(Schedule) if f.name not in ("start", "end", "query_index", "tile_rows"))
+"""The fields that `build` fills."""
+
+
+def made_sizes(num_queries: int, num_keys: int, tile_rows: int, capacity: int) -> dict[str, tuple[int, ...]]:
+    """The sizes of these fields, behind `[Rb, Rh]`."""
+    num_tiles = -(-num_queries // tile_rows)
+    sizes: dict[str, tuple[int, ...]] = dict.fromkeys(MADE, (num_keys,))
+    sizes.update(dict.fromkeys(("run_begin", "full_begin", "full_end", "run_end"), (num_tiles,)))
+    sizes.update(segment_tiles=(), list_begin=(MAX_SEGMENTS + 1,), list_full=(MAX_SEGMENTS,))
+    sizes.update(list_keys=(capacity * num_keys,), used_before=(num_tiles + 1,))
+    return sizes
+
+
+def num_rows(start: Tensor, end: Tensor, query_index: Tensor) -> tuple[int, int]:
+    """Batch rows and KV heads of a schedule: 1 where all share one."""
+    return max(start.size(0), end.size(0), query_index.size(0)), max(start.size(1), end.size(1))
+
+
+def _by_rows(start: Tensor, end: Tensor, query_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = num_rows(start, end, query_index)
+    start, end = (t.expand(*rows, t.size(2)).contiguous() for t in (start, end))
+    return start, end, query_index[:, None, :].expand(*rows, query_index.size(1)).contiguous()
+
 
 def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block: int, capacity: int) -> Schedule:
     """The schedule of live ranges, by seven launches, the host waiting for none.
@@ -128,27 +162,25 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
     """
     num_keys, num_queries = start.size(2), query_index.size(1)
     num_tiles = -(-num_queries // tile_rows)
-    rows = (max(start.size(0), end.size(0), query_index.size(0)), max(start.size(1), end.size(1)))
-    start, end = (t.expand(*rows, num_keys).contiguous() for t in (start, end))
-    query_index = query_index[:, None, :].expand(*rows, num_queries).contiguous()
-    num_rows, num_blocks = rows[0] * rows[1], -(-num_keys // BLOCK)
+    start, end, query_index = _by_rows(start, end, query_index)
+    rows, num_blocks = start.shape[:2], -(-num_keys // BLOCK)
 
     def empty(*sizes: int) -> Tensor:
         return torch.empty(*rows, *sizes, dtype=torch.int32, device=start.device)
 
-    of_keys = {name: empty(num_keys) for name in _OF_KEYS}
-    of_tiles = {name: empty(num_tiles) for name in ("run_begin", "full_begin", "full_end", "run_end")}
-    used_before, used, segment_tiles = empty(num_tiles + 1), empty(MAX_SEGMENTS), empty()
+    made = {name: empty(*s) for name, s in made_sizes(num_queries, num_keys, tile_rows, capacity).items()}
+    of_tiles = [made[name] for name in ("run_begin", "full_begin", "full_end", "run_end")]
+    used, enters_run, leaves_run = empty(MAX_SEGMENTS), empty(num_keys), empty(num_keys)
     births, deaths, entries, counts = (empty(num_blocks, n) for n in (2, 2, DOUBLINGS, MAX_SEGMENTS))
-    list_begin, list_full, list_keys = empty(MAX_SEGMENTS + 1), empty(MAX_SEGMENTS), empty(capacity * num_keys)
-    by_keys = (num_rows, num_blocks)
+    all_rows = rows[0] * rows[1]
+    by_keys = (all_rows, num_blocks)
     sizes = (num_queries, num_keys, num_tiles)
     options: dict[str, Any] = {"num_warps": 4}
     launch(_births_and_deaths, by_keys)(
         start,
         end,
         query_index,
-        *(of_keys[name] for name in ("first_tile", "full_first", "last_tile", "full_last")),
+        *(made[name] for name in ("first_tile", "full_first", "last_tile", "full_last")),
         births,
         *sizes,
         tile_rows,
@@ -156,19 +188,22 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
         **options,
     )
     launch(_scan_births, by_keys)(
-        *(of_keys[name] for name in ("first_tile", "full_first", "last_tile", "full_last", "enters_run", "leaves_run")),
+        *(made[name] for name in ("first_tile", "full_first", "last_tile", "full_last")),
+        enters_run,
+        leaves_run,
         births,
         deaths,
         num_keys,
         BLOCK=BLOCK,
         **options,
     )
-    launch(_scan_deaths, by_keys)(
-        *(of_keys[name] for name in ("leaves_run", "full_last")), deaths, num_keys, num_tiles, BLOCK=BLOCK, **options
-    )
-    launch(_borders_of_runs, (num_rows, MAX_SEGMENTS // CHUNKS))(
-        *(of_keys[name] for name in ("enters_run", "leaves_run", "full_first", "full_last")),
-        *of_tiles.values(),
+    launch(_scan_deaths, by_keys)(leaves_run, made["full_last"], deaths, num_keys, num_tiles, BLOCK=BLOCK, **options)
+    launch(_borders_of_runs, (all_rows, MAX_SEGMENTS // CHUNKS))(
+        enters_run,
+        leaves_run,
+        made["full_first"],
+        made["full_last"],
+        *of_tiles,
         used,
         num_keys,
         num_tiles,
@@ -180,11 +215,14 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
         **options,
     )
     # Behind the programs for keys, those that count runs.
-    launch(_outside_of_runs, (num_rows, num_blocks + num_tiles // BLOCK + 1))(
-        *(of_keys[name] for name in ("first_tile", "last_tile", "enters_run", "leaves_run")),
-        *(of_keys[name] for name in ("run_first", "run_last", "first_segment", "last_segment")),
+    launch(_outside_of_runs, (all_rows, num_blocks + num_tiles // BLOCK + 1))(
+        made["first_tile"],
+        made["last_tile"],
+        enters_run,
+        leaves_run,
+        *(made[name] for name in ("run_first", "run_last", "first_segment", "last_segment")),
         used,
-        used_before,
+        made["used_before"],
         entries,
         num_keys,
         num_tiles,
@@ -196,10 +234,10 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
         **options,
     )
     launch(_segments, by_keys)(
-        *(of_keys[name] for name in ("first_segment", "last_segment")),
+        *(made[name] for name in ("first_segment", "last_segment")),
         entries,
         counts,
-        segment_tiles,
+        made["segment_tiles"],
         num_keys,
         num_tiles,
         capacity * num_keys,
@@ -209,18 +247,14 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
         GROUP=MAX_SEGMENTS if INTERPRETED else 4,
         **options,
     )
-    launch(_fill_lists, (num_rows, MAX_SEGMENTS))(
+    launch(_fill_lists, (all_rows, MAX_SEGMENTS))(
         start,
         end,
         query_index,
-        *(of_tiles[name] for name in ("run_begin", "run_end")),
-        used_before,
-        *(of_keys[name] for name in ("first_segment", "last_segment")),
-        segment_tiles,
+        *(made[name] for name in ("run_begin", "run_end", "used_before", "first_segment", "last_segment")),
+        made["segment_tiles"],
         counts,
-        list_begin,
-        list_full,
-        list_keys,
+        *(made[name] for name in ("list_begin", "list_full", "list_keys")),
         *sizes,
         capacity * num_keys,
         num_blocks,
@@ -229,19 +263,7 @@ def build(start: Tensor, end: Tensor, query_index: Tensor, tile_rows: int, block
         MAX_SEGMENTS=MAX_SEGMENTS,
         **options,
     )
-    return Schedule(
-        start,
-        end,
-        query_index,
-        tile_rows,
-        **of_tiles,
-        segment_tiles=segment_tiles,
-        list_begin=list_begin,
-        list_full=list_full,
-        list_keys=list_keys,
-        used_before=used_before,
-        **{name: of_keys[name] for name in _OF_KEYS if name not in ("enters_run", "leaves_run")},
-    )
+    return Schedule(start, end, query_index, tile_rows, **made)
 
 
 def forward_keys(schedule: Schedule, block: int) -> Tensor:

@@ -31,12 +31,13 @@ TARGETS = {
     "sm80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, ((8, 0),), "mma", 108),
     "sm90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, ((9, 0),), "wgmma", 132),
     "sm100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, ((10, 0), (10, 3)), "tcgen05", 148),
+    "sm120": Target(GPUTarget("cuda", 120, 32), 99 * 1024, ((12, 0), (12, 1), (8, 6), (8, 9)), "mma", 188),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, (), "mma", 304),
 }
 """By the name that the launch table has."""
 
 SMALLEST = "gfx942"
-"""Other GPUs (8.6, 8.9, 12.0) have about 100 KiB of shared memory: they take these tiles, made for 64 KiB."""
+"""Other GPUs (7.5, 8.7) take these tiles, made for 64 KiB of shared memory."""
 
 
 def of_capability(capability: tuple[int, int]) -> str:

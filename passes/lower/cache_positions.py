@@ -16,6 +16,7 @@ from rewriter.kernels.separator_cache import split_by_epoch
 from rewriter.passes.graph.edit import call
 from rewriter.passes.graph.edit import inherited
 from rewriter.passes.lower.operator import Attend
+from rewriter.passes.lower.operator import call_schedule
 from rewriter.passes.lower.operator import emit_bounds
 from rewriter.passes.lower.plan import PlannedSite
 from rewriter.passes.lower.rotations import Rotation
@@ -46,12 +47,9 @@ def attend_cache_relative(
     keys, values = call(graph, _Gathered(), [key_content, value, source], 2)
     query = apply_rotation(graph, for_query, query_content, own_place, shared, {})
     keys = apply_rotation(graph, for_key, keys, place, shared, {})
-    return call(
-        graph,
-        Attend(plan.site),
-        [query, keys, values, start, end, index, None, plan.site.sinks],
-        meta=inherited(plan.site.node),
-    )[0]
+    schedule = call_schedule(graph, plan.site, [query, keys, values, start, end, index], shared, sharing)
+    inputs = [query, keys, values, start, end, index, None, plan.site.sinks, *schedule]
+    return call(graph, Attend(plan.site), inputs, meta=inherited(plan.site.node))[0]
 
 
 class _CacheRelative(nn.Module):

@@ -23,6 +23,7 @@ from rewriter.passes.lower.cache_positions import attend_cache_relative
 from rewriter.passes.lower.kernel import Kernel
 from rewriter.passes.lower.operator import Attend
 from rewriter.passes.lower.operator import AttendDense
+from rewriter.passes.lower.operator import Schedule
 from rewriter.passes.lower.operator import emit_bounds
 from rewriter.passes.lower.operator import emit_document_start
 from rewriter.passes.lower.plan import PlannedSite
@@ -90,21 +91,27 @@ def _replace(
                 ranges = _emit_ranges(graph, plan, proof, query, key, value)
                 is_masked = plan.kernel is Kernel.MASKED
                 shared[sharing] = _emit_mask(graph, query, key, ranges) if is_masked else ranges
-            attend = _masked(site) if plan.kernel is Kernel.MASKED else _over_live_ranges(site)
-            sinks = [] if site.sinks is None else [site.sinks]
-            (result,) = emit(graph, attend, [query, key, value, *shared[sharing], *sinks], inherited(site.node))
+            given, rest = shared[sharing], [] if site.sinks is None else [site.sinks]
+            if plan.kernel is not Kernel.MASKED and Schedule.is_used(query):
+                per_site = (*sharing, value.meta["val"].size(3), *(t.meta["val"].dtype for t in tensors))
+                if per_site not in shared:
+                    shared[per_site] = emit(graph, Schedule(indexed=False), [query, key, value, *given[:2]])
+                rest += shared[per_site]
+            attend = _masked(site) if plan.kernel is Kernel.MASKED else _over_live_ranges(site, len(given) == 3)
+            (result,) = emit(graph, attend, [query, key, value, *given, *rest], inherited(site.node))
     site.node.replace_all_uses_with(result)
     return result
 
 
-def _over_live_ranges(site: AttentionSite) -> Callable[..., tuple[Tensor]]:
-    """Takes query, key, value, start, end, the bias where there is one, and the sinks where the site has them."""
-    has_sinks = site.sinks is not None
+def _over_live_ranges(site: AttentionSite, has_bias: bool) -> Callable[..., tuple[Tensor]]:
+    """Takes query, key, value, start, end, the bias where there is one, the sinks where the site has them, and the schedule where
+    one is shared."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, *rest: Tensor) -> tuple[Tensor]:
-        bias = rest[: len(rest) - has_sinks]
-        joined = {"sinks": rest[-1]} if has_sinks else {}
-        return (Attend(site)(query, key, value, start, end, None, *bias, **joined),)
+        given = iter(rest)
+        bias = next(given) if has_bias else None
+        sinks = next(given) if site.sinks is not None else None
+        return (Attend(site)(query, key, value, start, end, None, bias, sinks, *given),)
 
     return attend
 

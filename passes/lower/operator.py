@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from rewriter.kernels.dense import masked_attention
 from rewriter.kernels.dense import plain_attention
+from rewriter.kernels.dispatch import runs_triton
+from rewriter.kernels.gpu.decode import MAX_QUERIES
+from rewriter.kernels.gpu.shared_schedule import num_tensors
 from rewriter.passes.attention.site import AttentionSite
+from rewriter.passes.graph.edit import call
 from rewriter.passes.graph.edit import emit
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.masks.evaluate import bias_tensor
@@ -60,8 +64,9 @@ class Attend(_InPlaceOfSite):
         query_index: Tensor | None = None,
         bias: Tensor | None = None,
         sinks: Tensor | None = None,
+        *schedule: Tensor,
     ) -> Tensor:
-        return self.with_lse(query, key, value, start, end, query_index, bias, sinks)[0]
+        return self.with_lse(query, key, value, start, end, query_index, bias, sinks, *schedule)[0]
 
     def with_lse(
         self,
@@ -73,13 +78,40 @@ class Attend(_InPlaceOfSite):
         query_index: Tensor | None = None,
         bias: Tensor | None = None,
         sinks: Tensor | None = None,
+        *schedule: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The output and the log-sum-exp of each row, fp32 `[B, Hq, Q]`."""
         query, key, value = widened(query, key, value)
-        output, lse = torch.ops.rewriter.live_range_attention(
-            query, key, value, start, end, query_index, None, bias, sinks, None, self.scale, self.softcap
-        )
+        inputs = (query, key, value, start, end, query_index, None, bias, sinks, None, self.scale, self.softcap)
+        output, lse = torch.ops.rewriter.live_range_attention(*inputs, list(schedule) or None)
         return self.returned(output), lse
+
+
+class Schedule(nn.Module):
+    """What the sites with the same ranges share besides them, where Triton's kernels run: `rewriter::schedule`.
+
+    Attributes:
+        results: so many tensors.
+    """
+
+    def __init__(self, *, indexed: bool) -> None:
+        super().__init__()
+        self.backward_too = torch.is_grad_enabled()
+        self.results = num_tensors(indexed=indexed, backward=self.backward_too)
+
+    @staticmethod
+    def is_used(query: Node) -> bool:
+        """Whether a kernel that has a schedule computes a site of this query: not for few rows, nor on a CPU."""
+        num_queries = shape(query)[2]
+        is_decoding = isinstance(num_queries, int) and num_queries <= MAX_QUERIES
+        return runs_triton(query.meta["val"]) and not is_decoding
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, start: Tensor, end: Tensor, query_index: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        (query, key, value), group = widened(query, key, value), query.size(1) // key.size(1)
+        sizes = (query.size(2), group, max(key.size(3), value.size(3)), query.element_size())
+        return tuple(torch.ops.rewriter.schedule(start, end, query_index, *sizes, self.backward_too))
 
 
 class AttendDense(_InPlaceOfSite):
@@ -98,6 +130,27 @@ class AttendDense(_InPlaceOfSite):
         if mask.is_floating_point():
             mask = mask.to(query.dtype)
         return self.returned(masked_attention(query, key, value, mask, sees, self.scale))
+
+
+def call_schedule(
+    graph: Graph, site: AttentionSite, inputs: list[Node | None], shared: dict[Any, tuple[Node, ...]], sharing: Any
+) -> tuple[Node, ...]:
+    """The schedule that a site shares with those of the same sizes and dtypes, called where the first of them is; none on a CPU.
+
+    Args:
+        inputs: query, key, value, start, end and the indices of the query rows.
+        shared: what sites share, by what they have in common.
+        sharing: what this site has in common with others besides sizes and dtypes: its ranges.
+    """
+    assert site.query is not None and site.key is not None and site.value is not None
+    if not Schedule.is_used(site.query):
+        return ()
+    values = [node.meta["val"] for node in (site.query, site.key, site.value)]
+    key = ("schedule", sharing, *((value.dtype, value.shape[1], value.shape[-1]) for value in values))
+    if key not in shared:
+        module = Schedule(indexed=True)
+        shared[key] = call(graph, module, inputs, module.results)
+    return shared[key]
 
 
 def _is_viewed(node: Node) -> bool:

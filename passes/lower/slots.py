@@ -34,6 +34,7 @@ from rewriter.passes.lower.eviction import Extend
 from rewriter.passes.lower.eviction import StoreDecode
 from rewriter.passes.lower.eviction import StorePrefill
 from rewriter.passes.lower.operator import Attend
+from rewriter.passes.lower.operator import call_schedule
 from rewriter.passes.lower.operator import emit_bounds
 from rewriter.passes.lower.plan import PlannedSite
 from rewriter.passes.masks.expression import ZERO
@@ -270,10 +271,12 @@ def _layout(planned: list[PlannedSite], proofs: list[MaskProof]) -> CacheLayout:
 
 @dataclass
 class Table:
-    """The nodes of one table in one graph: its state, and what its sites share, after `Policy.extend`."""
+    """The nodes of one table in one graph: its state, what its sites share, after `Policy.extend`, and the schedules of sites of
+    the same dtypes and sizes."""
 
     state: dict[str, Node]
     shared: dict[str, Node] = field(default_factory=dict)
+    schedules: dict[Any, tuple[Node, ...]] = field(default_factory=dict)
 
 
 class SlotLowering(GraphCopy):
@@ -352,5 +355,9 @@ class SlotLowering(GraphCopy):
         """The operator, at the insertion point: the queries of a site over the keys of its slots and the new ones."""
         ranges = [table.shared.get(name) for name in ("start", "end", "query_index", "bias")]
         sinks = None if plan.site.sinks is None else self.copies[plan.site.sinks]
-        inputs = [query, keys, values, *ranges, sinks]
+        schedule: tuple[Node, ...] = ()
+        if not self.decode:
+            given = [query, keys, values, *ranges[:3]]
+            schedule = call_schedule(self.graph, plan.site, given, table.schedules, plan.num_slot_heads)
+        inputs = [query, keys, values, *ranges, sinks, *schedule]
         return call(self.graph, Attend(plan.site), inputs, meta=inherited(plan.site.node))[0]

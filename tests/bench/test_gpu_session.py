@@ -48,7 +48,7 @@ def test_every_section_runs_and_is_not_run_again(tmp_path: Path) -> None:
     printed = run(command, OUT=str(tmp_path), PYTHON=sys.executable)
     path = tmp_path / "gpu-rehearsal.json"
     found = rows(path)
-    sections = {"machine", "correct", "attention", "compiled", "peers", "models", "whole", "tune", "counters"}
+    sections = {"machine", "correct", "attention", "compiled", "peers", "models", "whole", "llama", "tune", "counters"}
     assert {section for section, _ in found} == sections
     assert {key: row["error"] for key, row in found.items() if "error" in row} == {}
     for row in found.values():

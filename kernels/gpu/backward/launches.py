@@ -12,7 +12,6 @@ from rewriter.kernels.gpu.kernel_inputs import row_strides
 from rewriter.kernels.gpu.launch import launch
 from rewriter.kernels.gpu.schedule import BACKWARD_CAPACITY
 from rewriter.kernels.gpu.schedule import MAX_SEGMENTS
-from rewriter.kernels.gpu.schedule import build
 from torch import Tensor
 
 
@@ -23,7 +22,7 @@ def backward(
     a = arguments
     query_config, key_config = a.config("backward_query"), a.config("backward_key")
     tile_rows, tile_heads, chunks = a.tile_shape(query_config.block_m)
-    schedule = build(a.start, a.end, a.query_index, tile_rows, query_config.block_n, BACKWARD_CAPACITY)
+    schedule = a.schedule("backward_query")
     order, order_stride = a.order()
     if grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
@@ -74,12 +73,8 @@ def backward(
         **a.constants(query_config),
     )
 
-    # Where the partial sums of each key begin, and the groups of each segment's list.
     block = key_config.block_n
-    rows_of_key = schedule.last_segment - schedule.first_segment
-    partial_begin = (rows_of_key.cumsum(dim=2, dtype=torch.int32) - rows_of_key).contiguous()
-    groups = (schedule.list_begin.diff(dim=2) + (block - 1)) // block
-    group_begin = torch.nn.functional.pad(groups.cumsum(dim=2, dtype=torch.int32), (1, 0)).contiguous()
+    partial_begin, group_begin = a.places(schedule)
     num_partial = BACKWARD_CAPACITY * a.num_keys
     partial_shape = (a.num_batch, a.num_kv_heads, num_partial)
     partial_key = lse.new_empty(*partial_shape, a.head_dim)

@@ -10,9 +10,8 @@ import pytest
 import torch
 from rewriter.kernels import live_range_attention
 from rewriter.kernels.dispatch import INTERPRETED
-from rewriter.kernels.gpu import forward
 from rewriter.kernels.gpu import schedule
-from rewriter.kernels.gpu.backward import launches as backward
+from rewriter.kernels.gpu import shared_schedule
 from rewriter.kernels.gpu.schedule import Schedule
 
 from rewriter.testing import Case
@@ -49,12 +48,16 @@ def list_without_its_last_key(s: Schedule) -> Schedule:
     return replace(s, list_begin=shorter)
 
 
-@pytest.mark.parametrize("where", [forward, backward], ids=["forward", "backward"])
+@pytest.mark.parametrize("kernel", ["forward", "backward_query"])
 @pytest.mark.parametrize(
     "fault", [end_off_by_one, listed_keys_without_a_mask, run_without_its_right_border, list_without_its_last_key]
 )
-def test_faults_are_found(where: Any, fault: Callable[[Schedule], Schedule], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(where, "build", lambda *arguments: fault(schedule.build(*arguments)))
+def test_faults_are_found(kernel: str, fault: Callable[[Schedule], Schedule], monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*arguments: Any) -> Schedule:
+        made = schedule.build(*arguments)
+        return fault(made) if arguments[-1] == shared_schedule.CAPACITY[kernel] else made
+
+    monkeypatch.setattr(shared_schedule, "build", build)
     messages = []
     for case in CASES:
         try:

@@ -89,6 +89,31 @@ def test_attention_and_its_gradients(as_on_a_gpu: None) -> None:
     assert "Min(" not in str(module.code)
 
 
+def test_layers_that_share_a_schedule(as_on_a_gpu: None) -> None:
+    class Layers(torch.nn.Module):
+        def forward(self, query: Any, key: Any, start: Any, end: Any) -> tuple[torch.Tensor]:
+            schedule = torch.ops.rewriter.schedule(start, end, None, query.size(2), 1, 64, 2, True)
+            for _ in range(3):
+                ranges = (start, end, *[None] * 7)
+                query, _ = torch.ops.rewriter.live_range_attention(query, key, key, *ranges, schedule)
+            return (query.float().sum(),)
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    inputs = [
+        symbolic(mode, name, "d.d." if name in "qk" else "..d", tensor)
+        for name, tensor in {
+            "q": torch.empty(3, 2, 200, 64, dtype=torch.bfloat16, requires_grad=True),
+            "k": torch.empty(3, 2, 300, 64, dtype=torch.bfloat16, requires_grad=True),
+            "s": torch.empty(1, 1, 300, dtype=torch.int32),
+            "e": torch.empty(1, 1, 300, dtype=torch.int32),
+        }.items()
+    ]
+    with mode:
+        module, _ = aot_export_module(Layers(), inputs, trace_joint=True, output_loss_index=0)
+    gradients = ["_query_gradient", "_list_gradients", "_key_gradients"]
+    assert triton_kernels(module) == [*SCHEDULE_KERNELS * 2, *["_forward"] * 3, *gradients * 3]
+
+
 @pytest.mark.parametrize("segments", [False, True])
 def test_running_topk_ranges(segments: bool, as_on_a_gpu: None) -> None:
     class TopK(torch.nn.Module):
