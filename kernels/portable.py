@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rewriter.kernels.arguments import AttentionArguments
+from rewriter.kernels.given_mask import dense_attention
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.separator_cache import compute_ends
 from rewriter.kernels.separator_cache import compute_split
@@ -204,7 +205,44 @@ def running_topk_end(score: Tensor, keep: int, segment: Tensor | None = None) ->
     return torch.zeros_like(dies).scatter(1, order, dies).view(score.shape)
 
 
+def mask_ranges(mask: Tensor, added: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """As `rewriter::mask_ranges`, of a mask that is never ranges: a graph without this package does not ask."""
+    sees = mask.any(dim=-1, keepdim=True)
+    values = torch.zeros((), dtype=dtype, device=mask.device) if added is None else added.to(dtype)
+    hidden = torch.where(sees, -math.inf, 0.0).to(dtype)
+    none = torch.zeros(mask.size(0), mask.size(1), mask.size(3), dtype=torch.int32, device=mask.device)
+    return none, none, torch.zeros((), dtype=torch.bool, device=mask.device), torch.where(mask, values, hidden), sees
+
+
+def attention_under_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor,
+    end: Tensor,
+    is_all: Tensor,
+    shown: Tensor,
+    sees: Tensor,
+    added: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `rewriter::attention_under_mask`, always dense."""
+    del start, end, is_all, added
+    output = dense_attention(query, key, value, shown, sees, bias, sinks, scale, softcap)
+    return output, output.new_zeros(output.shape[:3], dtype=torch.float32)
+
+
+UNDER_A_MASK: dict[Any, Callable[..., Any]] = {
+    torch.ops.rewriter.mask_ranges.default: mask_ranges,
+    torch.ops.rewriter.attention_under_mask.default: attention_under_mask,
+}
+"""For masks that are data."""
+
 PORTABLE: dict[Any, Callable[..., Any]] = {
+    **UNDER_A_MASK,
     torch.ops.rewriter.live_range_attention.default: attention,
     torch.ops.rewriter.key_scores.default: key_scores,
     torch.ops.rewriter.running_topk_end.default: running_topk_end,

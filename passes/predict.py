@@ -99,7 +99,7 @@ def predict(
     inputs: tuple[GraphInput, ...],
     row: ExampleSequence,
 ) -> dict[int, Prediction]:
-    """Predictions by site number; a refused site has none.
+    """Predictions by site number; a refused site has none, nor one whose mask a call gives or whose keys come back.
 
     Args:
         constants: buffers among the graph's inputs, with their values.
@@ -109,7 +109,7 @@ def predict(
     result: dict[int, Prediction] = {}
     known: dict[Any, Prediction] = {}
     for plan in planned:
-        if plan.reason is not None or plan.proof is None:
+        if plan.reason is not None or plan.proof is None or plan.proof.given or plan.proof.others:
             continue
         sizes = tuple(str(shape(n)) for n in (plan.site.query, plan.site.key, plan.site.value))  # type: ignore[arg-type]
         same = (plan.proof.interval, plan.policy, sizes)

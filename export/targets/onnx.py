@@ -25,6 +25,7 @@ from rewriter.export.entry_points import EntryPoint
 from rewriter.export.entry_points import entry_points
 from rewriter.export.targets.written import Written
 from rewriter.kernels.live_ranges import FOREVER
+from rewriter.kernels.portable import UNDER_A_MASK
 from rewriter.kernels.portable import replace_operators
 from rewriter.kernels.portable import with_sinks
 from torch import Tensor
@@ -311,6 +312,7 @@ def _running_topk_end(score: Tensor, keep: int, segment: Tensor | None = None) -
 
 
 SYMBOLIC: dict[Any, Callable[..., Any]] = {
+    **UNDER_A_MASK,
     torch.ops.rewriter.live_range_attention.default: _live_range_attention,
     torch.ops.rewriter.running_topk_end.default: _running_topk_end,
 }

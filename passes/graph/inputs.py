@@ -49,7 +49,8 @@ def _kind(path: str) -> str:
         return "parameter"
     if "._buffers[" in path:
         return "buffer"
-    return "argument" if "._modules[" not in path and re.fullmatch(r"L(\['\w+'\])(\['[\w.]+'\])?", path) else "constant"
+    is_argument = re.fullmatch(r"L(\['\w+'\])(\['[\w.]+'\]|\[\d+\])?", path)
+    return "argument" if "._modules[" not in path and is_argument else "constant"
 
 
 def readable_source(path: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
 from rewriter.kernels.dense import dense_mask
+from rewriter.kernels.given_mask import HIDDEN
 from rewriter.passes.attention.normalize import commit
 from rewriter.passes.attention.site import AttentionSite
 from rewriter.passes.graph.edit import emit
@@ -23,7 +24,9 @@ from rewriter.passes.lower.cache_positions import attend_cache_relative
 from rewriter.passes.lower.kernel import Kernel
 from rewriter.passes.lower.operator import Attend
 from rewriter.passes.lower.operator import AttendDense
+from rewriter.passes.lower.operator import AttendUnderMask
 from rewriter.passes.lower.operator import Schedule
+from rewriter.passes.lower.operator import by_range
 from rewriter.passes.lower.operator import emit_bounds
 from rewriter.passes.lower.operator import emit_document_start
 from rewriter.passes.lower.plan import PlannedSite
@@ -81,6 +84,10 @@ def _replace(
         if plan.kernel in (Kernel.CAUSAL, Kernel.FULL):
             dense = AttendDense(site, plan.kernel is Kernel.CAUSAL)
             (result,) = emit(graph, lambda *inputs: (dense(*inputs),), [query, key, value], inherited(site.node))
+        elif plan.kernel is Kernel.GIVEN:
+            result = _under_given_mask(plan, query, key, value, shared)
+        elif proof.others:
+            result = _over_several_ranges(plan, proof, query, key, value, shared)
         elif plan.rotations is not None:
             result = attend_cache_relative(plan, proof, query, key, value, shared)
         else:
@@ -119,6 +126,76 @@ def _over_live_ranges(site: AttentionSite, has_bias: bool) -> Callable[..., tupl
 def _masked(site: AttentionSite) -> Callable[..., tuple[Tensor]]:
     """Takes query, key, value, the mask, and the rows that see a key."""
     return lambda *inputs: (AttendDense(site)(*inputs),)
+
+
+def _over_several_ranges(
+    plan: PlannedSite, proof: MaskProof, query: Node, key: Node, value: Node, shared: dict[Any, tuple[Node, ...]]
+) -> Node:
+    """A site whose keys have several ranges: each key and value once for each of them, as keys of their own."""
+    site = plan.site
+    graph, count = site.node.graph, len(proof.intervals)
+    sizes = (str(query.meta["val"].shape), str(key.meta["val"].shape))
+    sharing = ("several", proof.intervals, proof.bias, sizes)
+    if sharing not in shared:
+        bounds = [emit_bounds(graph, one, key, {}) for one in by_range(proof)]
+        starts, ends = [b[0] for b in bounds], [b[1] for b in bounds]
+
+        def joined(query: Tensor, *found: Tensor) -> tuple[Tensor, ...]:
+            row = torch.arange(query.size(2), dtype=torch.int32, device=query.device)
+            parts = [found[:count], found[count : 2 * count]]
+            if len(found) > 2 * count:
+                parts.append(found[-1:] * count)
+            return (row, *(torch.cat(torch.broadcast_tensors(*part), dim=2) for part in parts))
+
+        shared[sharing] = emit(graph, joined, [query, *starts, *ends, *bounds[0][4:]])
+    has_bias = proof.bias is not None
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, row: Tensor, start: Tensor, end: Tensor, *rest: Tensor
+    ) -> Any:
+        given = iter(rest)
+        bias = next(given) if has_bias else None
+        keys, values = (torch.cat([t] * count, dim=2) for t in (key, value))
+        return (Attend(site)(query, keys, values, start, end, row, bias, next(given, None)),)
+
+    rest = [] if site.sinks is None else [site.sinks]
+    (result,) = emit(graph, attend, [query, key, value, *shared[sharing], *rest], inherited(site.node))
+    return result
+
+
+def _under_given_mask(
+    plan: PlannedSite, query: Node, key: Node, value: Node, shared: dict[Any, tuple[Node, ...]]
+) -> Node:
+    """A site whose mask a call gives: the mask as the model has it, and its ranges, once for all sites that have the same."""
+    site = plan.site
+    graph, terms = site.node.graph, list(site.masks)
+    sharing = ("given", site.is_causal, site.masks, str(shape(query)[2]), str(shape(key)[2]))
+    is_added = any(term.kind == "add" for term in terms)
+
+    def found(query: Tensor, key: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
+        visible = torch.ones(1, 1, query.size(2), key.size(2), dtype=torch.bool, device=key.device)
+        if site.is_causal:
+            visible = visible.tril()
+        added = None
+        for term, mask in zip(terms, masks, strict=True):
+            mask = mask[(None,) * (4 - mask.dim())]
+            if term.kind == "add":
+                added = mask if added is None else added + mask
+            else:
+                visible = visible & (mask if term.kind == "keep" else ~mask)
+        if added is not None:
+            visible = visible & (added > HIDDEN)
+        own = None if added is None else added.detach()
+        ranges = torch.ops.rewriter.mask_ranges(visible, own, query.dtype)
+        return ranges if added is None else (*ranges, added)
+
+    if sharing not in shared:
+        shared[sharing] = emit(graph, found, [query, key, *(term.node for term in terms)])
+    attend = AttendUnderMask(site, is_added)
+    rest = [] if site.sinks is None else [site.sinks]
+    inputs = [query, key, value, *shared[sharing], *rest]
+    (result,) = emit(graph, lambda *given: (attend(*given),), inputs, inherited(site.node))
+    return result
 
 
 def _emit_mask(graph: Graph, query: Node, key: Node, ranges: tuple[Node, ...]) -> tuple[Node, ...]:

@@ -31,6 +31,7 @@ class Kernel(enum.Enum):
     CAUSAL = "scaled_dot_product_attention, causal"
     FULL = "scaled_dot_product_attention, no mask"
     MASKED = "scaled_dot_product_attention, with a mask"
+    GIVEN = "live_range_attention where the given mask is ranges, else scaled_dot_product_attention"
 
     def on(self, device_type: str) -> str:
         """Its name in a report."""
@@ -49,6 +50,10 @@ def choose_kernel(choice: str, policy: Policy, site: AttentionSite, proof: MaskP
     Args:
         choice: one of `CHOICES`, or `PORTABLE`.
     """
+    if proof.given:
+        return (
+            Kernel.GIVEN if choice != "dense" else "a mask that a call gives is asked at the call whether it is ranges"
+        )
     if choice == "live_range" or (choice in ("auto", PORTABLE) and not _drops_nothing(policy)):
         return Kernel.LIVE_RANGE
     unsupported = _reason_against_dense(policy, site, proof)
@@ -74,7 +79,7 @@ def _is_slow_in_torch(site: AttentionSite) -> bool:
 def plain_kernel(site: AttentionSite, proof: MaskProof) -> Kernel | None:
     """torch's kernel where a proven mask is what it has a flag for: causal, of as many queries as keys, or nothing at all."""
     assert site.query is not None and site.key is not None
-    if proof.bias is not None:
+    if proof.bias is not None or proof.others:
         return None
     starts = {start for start in flatten("max", proof.interval.start) if start != ZERO}
     if proof.interval.end != NEVER_ENDS or len(starts) > 1:
@@ -90,6 +95,8 @@ def plain_kernel(site: AttentionSite, proof: MaskProof) -> Kernel | None:
 def _reason_against_dense(policy: Policy, site: AttentionSite, proof: MaskProof) -> str | None:
     """Why `scaled_dot_product_attention` cannot compute a site, or would do so without a fused kernel."""
     assert site.query is not None and site.key is not None and site.value is not None
+    if proof.others:
+        return f"a mask of several ranges of each key ({proof.name}) is written for live ranges alone"
     if site.softcap is not None:
         return "scaled_dot_product_attention has no softcap"
     if site.sinks is not None:

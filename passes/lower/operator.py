@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -132,6 +133,35 @@ class AttendDense(_InPlaceOfSite):
         return self.returned(masked_attention(query, key, value, mask, sees, self.scale))
 
 
+class AttendUnderMask(_InPlaceOfSite):
+    """The operator for a mask that is data in a site's place; see `rewriter.kernels.given_mask`."""
+
+    def __init__(self, site: AttentionSite, is_added: bool) -> None:
+        super().__init__(site)
+        self.is_added = is_added
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        start: Tensor,
+        end: Tensor,
+        is_all: Tensor,
+        shown: Tensor,
+        sees: Tensor,
+        *rest: Tensor,
+    ) -> Tensor:
+        given = iter(rest)
+        added = next(given) if self.is_added else None
+        query, key, value = widened(query, key, value)
+        found = (start, end, is_all, shown, sees, added)
+        output, _ = torch.ops.rewriter.attention_under_mask(
+            query, key, value, *found, None, next(given, None), self.scale, self.softcap
+        )
+        return self.returned(output)
+
+
 def call_schedule(
     graph: Graph, site: AttentionSite, inputs: list[Node | None], shared: dict[Any, tuple[Node, ...]], sharing: Any
 ) -> tuple[Node, ...]:
@@ -204,10 +234,15 @@ def emit_document_start(graph: Graph, proof: MaskProof, key: Node) -> tuple[Node
     return emit(graph, starts, [key, *data])
 
 
+def by_range(proof: MaskProof) -> list[MaskProof]:
+    """A proof for each range of the keys."""
+    return [replace(proof, interval=interval, others=()) for interval in proof.intervals]
+
+
 def data_of(proof: MaskProof) -> list[Node]:
     """The data that a proof's ranges and bias read."""
-    interval = proof.interval
-    expressions = (interval.start, interval.end, interval.segment, proof.bias)
+    bounds = [bound for i in proof.intervals for bound in (i.start, i.end, i.segment)]
+    expressions = (*bounds, proof.bias)
     return list(dict.fromkeys(n for e in expressions for n in _data_nodes(e)))
 
 

@@ -157,6 +157,10 @@ def _most_tokens(module: GraphModule, planned: list[PlannedSite]) -> int | None:
 def _check(plan: PlannedSite, proof: MaskProof) -> None:
     site, interval = plan.site, proof.interval
     assert site.query is not None and site.key is not None
+    if proof.given:
+        raise NotCacheable(f"a call gives its mask ({proof.name}) for pairs of query and key")
+    if proof.others:
+        raise NotCacheable(f"under its mask ({proof.name}) a key comes back")
     if len(shape(site.key)) != 4:
         raise NotCacheable("heads are folded into the batch")
     if str(shape(site.query)[2]) != str(shape(site.key)[2]):

@@ -7,6 +7,7 @@ is refused.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def check_mask(
     assert site.query is not None and site.key is not None
     nodes = _above([site.query, site.key, *(term.node for term in site.masks)])
     symbols = _symbols(nodes)
-    topks = running_topks(proof.interval.end)
+    topks = [topk for interval in proof.intervals for topk in running_topks(interval.end)]
     traced = sorted(set(symbols.values()), key=str)
     data = _symbols([n for n in nodes if n.op == "placeholder" and isinstance(n.meta["val"], Tensor)])
     loose = {symbols[s] for s in data} - {symbols[s] for s in _symbols([site.query, site.key])}
@@ -64,7 +65,7 @@ def check_mask(
             for more, own in values.items():
                 try:
                     trial = Trial(functions, constants, own, pattern, topks)
-                    difference = _compare(site, trial, _ranges(site, proof, trial))
+                    difference = _compare(site, trial, _ranges(site, proof, trial), proof.given)
                     break
                 except Exception as error:  # whatever the model's own operators raise on these shapes
                     if more or not loose:
@@ -100,7 +101,7 @@ def difference_at(
             if values is not None:
                 trial.known[node] = values
                 read.append(f"{source_of(node).name or node.name} = {values.tolist()}")
-    difference = _compare(site, trial, ranges(trial))
+    difference = _compare(site, trial, ranges(trial), proof.given)
     if difference is None:
         return None
     of_query, of_key = (trial.sizes(node) for node in (site.query, site.key))  # type: ignore[arg-type]
@@ -110,31 +111,37 @@ def difference_at(
     )
 
 
-Ranges = tuple[Tensor, Tensor, Tensor | None]
-"""Start and end `[B|1, Hkv|1, K]`, and the bias of the same sizes or None."""
+Ranges = tuple[list[Tensor], list[Tensor], Tensor | None]
+"""Starts and ends `[B|1, Hkv|1, K]` of each range of the keys, and the bias of the same sizes or None."""
 
 
 def _ranges(site: AttentionSite, proof: MaskProof, trial: Trial) -> Ranges:
     """What a proof's expressions are in a trial."""
     key = trial.sizes(site.key)  # type: ignore[arg-type]
     grid = key_grid(key[0], key[1] if len(key) == 4 else 1, key[-2], torch.device("cpu"))
-    interval = proof.interval
-    start, end = (key_bounds(_scaled_down(e, trial.fewer), trial, grid) for e in (interval.start, interval.end))
-    return start, end, None if proof.bias is None else bias_tensor(proof.bias, trial, grid)
+    starts, ends = (
+        [key_bounds(_scaled_down(getattr(interval, side), trial.fewer), trial, grid) for interval in proof.intervals]
+        for side in ("start", "end")
+    )
+    return starts, ends, None if proof.bias is None else bias_tensor(proof.bias, trial, grid)
 
 
-def _compare(site: AttentionSite, trial: Trial, ranges: Ranges) -> str | None:
+def _compare(site: AttentionSite, trial: Trial, ranges: Ranges, given: bool) -> str | None:
     query, key = (trial.sizes(node) for node in (site.query, site.key))  # type: ignore[arg-type]
     group = query[1] // key[1] if len(query) == 4 else 1
     index = torch.arange(query[-2])[:, None]
-    start, end, bias = ranges
-    proven = (start[:, :, None, :] <= index) & (index < end[:, :, None, :])
-    proven = per_query_head(proven, group)
+    starts, ends, bias = ranges
+    holds = [(s[:, :, None, :] <= index) & (index < e[:, :, None, :]) for s, e in zip(starts, ends, strict=True)]
+    if any(bool((a & b).any()) for a, b in itertools.combinations(holds, 2)):
+        return "two ranges of a key hold the same query"
+    proven = per_query_head(functools.reduce(torch.logical_or, holds), group)
     hidden, logits, added = model_mask(site, trial)
+    if given:  # the mask itself is used besides
+        proven = proven & ~hidden
     expected = logits
     if bias is None:
         expected = torch.zeros_like(logits)
-        if bool(((logits != 0) & (logits > -1e4)).any()):
+        if not given and bool(((logits != 0) & (logits > -1e4)).any()):
             return "an additive mask takes a value that is neither 0 nor masking"
     actual = torch.zeros_like(logits)
     if bias is not None:
@@ -145,6 +152,8 @@ def _compare(site: AttentionSite, trial: Trial, ranges: Ranges) -> str | None:
         return (
             f"batch row {b}, query {i}, key {j} is {'hidden' if bool(hidden[b, h, i, j]) else 'visible'} in the model"
         )
+    if given:
+        return None
     # The same numbers; a sum of several is rounded, and here it is not.
     rounding = torch.finfo(torch.float32).eps * sum(added) if len(added) > 1 else torch.zeros(())
     if not bool(((actual - expected).abs() <= rounding)[~hidden].all()):
@@ -390,7 +399,8 @@ def _sizes(count: int, proof: MaskProof, constants: Mapping[Node, Tensor]) -> li
     """Values for `count` sizes: small ones, and lengths just beyond the constants of the proof."""
     if not count:
         return [()]
-    border = [c + 3 for e in (proof.interval.start, proof.interval.end) for c in constants_of(e) if 2 < c < LONGEST]
+    bounds = [bound for interval in proof.intervals for bound in (interval.start, interval.end)]
+    border = [c + 3 for bound in bounds for c in constants_of(bound) if 2 < c < LONGEST]
     longest = min([LONGEST, *(max(constants[node].shape) for node in proof.constants)])
     lengths = [min(length, longest) for length in dict.fromkeys([5, 9, 34, *border])]
     small = itertools.islice(itertools.product((2, 3), repeat=count), 4)

@@ -149,14 +149,14 @@ _FOLD: dict[str, Callable[..., Any]] = {
 def apply(name: str, *args: Expression) -> Expression:
     """`Apply` with constants folded and the laws of 0, 1, true and false applied."""
     if name in _FOLD and all(isinstance(a, Const) for a in args):
-        return Const(_FOLD[name](*(a.value for a in args)))  # type: ignore[attr-defined]
+        return Const(_wrapped(_FOLD[name](*(a.value for a in args))))  # type: ignore[attr-defined]
     match name, args:
         case ("add", (x, Const(0))) | ("add", (Const(0), x)) | ("mul", (x, Const(1))) | ("mul", (Const(1), x)):
             return x
         case "mul", ((_, Const(0)) | (Const(0), _)):
             return ZERO
         case "add", (Apply("add", (x, Const(a))), Const(b)) if type(a) is int and type(b) is int:
-            return apply("add", x, Const(a + b))
+            return apply("add", x, Const(_wrapped(a + b)))
         case ("and", (x, Const(True))) | ("and", (Const(True), x)):
             return x
         case "and", ((_, Const(False)) | (Const(False), _)):
@@ -190,6 +190,11 @@ def apply(name: str, *args: Expression) -> Expression:
         case "cast", (x, Precision(dtype)) if floating_type(x) == dtype:
             return x
     return Apply(name, args)
+
+
+def _wrapped(value: Any) -> Any:
+    """An integer as int64 holds it."""
+    return (value + 2**63) % 2**64 - 2**63 if type(value) is int else value
 
 
 def _is_made_of_constants(expression: Expression) -> bool:
@@ -271,14 +276,20 @@ def linear_terms(expression: Expression) -> dict[Expression, int] | None:
                 return None
             for term, factor in part.items():
                 total[term] = total.get(term, 0) + factor
-        return total
+        return _without_wraps(total)
     if isinstance(expression, Apply) and expression.name == "mul":
         for constant, other in (expression.args, expression.args[::-1]):
             if isinstance(constant, Const) and isinstance(constant.value, int):
                 part = linear_terms(other)
-                return None if part is None else {t: f * constant.value for t, f in part.items()}
+                return None if part is None else _without_wraps({t: f * constant.value for t, f in part.items()})
         return None
     return {expression: 1} if _is_integer(expression) else None
+
+
+def _without_wraps(terms: dict[Expression, int]) -> dict[Expression, int] | None:
+    """The sum, where int64 holds it for every term up to `LARGEST`; torch's integers wrap round, and the sum here would not."""
+    small = all(abs(factor) <= (2**62 if term == Const(1) else LARGEST) for term, factor in terms.items())
+    return terms if small else None
 
 
 def _is_integer(expression: Expression) -> bool:

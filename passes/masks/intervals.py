@@ -62,15 +62,29 @@ class MaskProof:
         interval: the live ranges.
         bias: the additive part that depends on the key alone and is not known to be 0 or masking; None for none.
         constants: buffers whose values the proof has read.
+        given: a part of the mask is what a call gives for pairs of query and key. Whether its columns are ranges is found at the
+            call; `interval` is what is known before, and holds at least what the mask shows.
+        others: more ranges of the same keys, where they are not one; no two of a key hold the same row.
     """
 
     interval: Interval
     bias: Expression | None
     constants: tuple[Node, ...]
+    given: bool = False
+    others: tuple[Interval, ...] = ()
+
+    @property
+    def intervals(self) -> tuple[Interval, ...]:
+        """All ranges of a key."""
+        return (self.interval, *self.others)
 
     @property
     def name(self) -> str:
-        traits = list(dict.fromkeys(self.interval.traits))
+        traits = list(dict.fromkeys(trait for interval in self.intervals for trait in interval.traits))
+        if self.others:
+            traits.append(f"{len(self.intervals)} ranges")
+        if self.given:
+            traits.append("given at the call")
         if self.bias is not None:
             traits.append("key bias")
         return " + ".join(traits) or "none"

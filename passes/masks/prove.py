@@ -17,8 +17,10 @@ from collections.abc import Callable
 from collections.abc import Mapping
 
 import torch
+from rewriter.kernels.given_mask import HIDDEN
 from rewriter.passes.attention.site import AttentionSite
 from rewriter.passes.attention.site import MaskTerm
+from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.graph.nodes import is_bool
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.graph.origin import describe
@@ -58,6 +60,9 @@ from rewriter.passes.masks.intervals import flatten
 from torch import Tensor
 from torch.fx import Node
 
+MOST_RANGES = 3
+"""Of one key: for each its key and value are there once more."""
+
 MAX_CASES = 16
 """Additive masks with more combinations of values than this are not split."""
 
@@ -86,12 +91,18 @@ def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mappin
         raise Unproven(
             f"a bias is added beside a mask of {analysis.weakest:g}, which need not hide a key then{analysis.origin(biases[0])}"
         )
-    interval = analysis.conjunction(predicates)
+    parts = [part for predicate in predicates for part in flatten("and", _normal(predicate))]
+    given = [part for part in parts if analysis.is_given(part)]
+    if given and (biases or analysis.rank == 3):
+        raise Unproven(
+            f"a mask that a call gives is combined with a bias, or with folded heads{analysis.origin(given[0])}"
+        )
+    interval, *others = analysis.ranges([part for part in parts if part not in given])
     total: Expression | None = None
     for bias in biases:  # summed in fp32 at least
         wide = Precision(torch.promote_types(floating_type(bias) or torch.float32, torch.float32))
         total = bias if total is None else apply("add", total, apply("cast", bias, wide))
-    return MaskProof(interval, total, tuple(analysis.read))
+    return MaskProof(interval, total, tuple(analysis.read), bool(given), tuple(others))
 
 
 class Analysis:
@@ -152,6 +163,8 @@ class Analysis:
             parts = [self.additive(argument, lowest) for argument in element.args]
             biases = parts[0][1] + parts[1][1]
             return apply("and", parts[0][0], parts[1][0]), biases[:1] if len(biases) < 2 else [apply("add", *biases)]
+        if self.is_given(element):
+            return apply("lt", Const(HIDDEN), element), []
         if ROW in axes_of(element):
             values = _cases(element)
             if values is not None:
@@ -184,22 +197,73 @@ class Analysis:
                 visible = apply("and", visible, negate(condition))
         return visible
 
+    def is_given(self, expression: Expression) -> bool:
+        """Whether an expression reads an argument of the call at query and key."""
+        return any(
+            e.node.op == "placeholder"
+            and source_of(e.node).kind == "argument"
+            and {ROW, KEY} <= {axis for index in e.indices for axis in axes_of(index)}
+            for e in elements_of(expression)
+        )
+
     def conjunction(self, predicates: list[Expression]) -> Interval:
-        parts = together(self, [part for predicate in predicates for part in flatten("and", _normal(predicate))])
-        positions = [p for part in parts if (p := document_positions(self, part)) is not None]
-        result = EVERYTHING
+        """The range in which all predicates hold.
+
+        Raises:
+            Unproven: there may be several.
+        """
+        parts, positions = self._parts(predicates)
+        return functools.reduce(self._both, (self._interval(part, positions) for part in parts), EVERYTHING)
+
+    def ranges(self, predicates: list[Expression]) -> list[Interval]:
+        """The ranges in which all predicates hold, at most `MOST_RANGES`, no two of which hold the same row of a key."""
+        parts, positions = self._parts(predicates)
+        result = [EVERYTHING]
         for part in parts:
-            own = self._interval(part, positions)
-            result = Interval(
-                self._later(result.start, own.start),
-                _minimum(result.end, own.end),
-                result.causal or own.causal,
-                result.sliding or own.sliding,
-                _minimum(result.segment, own.segment),
-                result.traits + own.traits,
-                _last(result.document, own.document),
-            )
+            result = [self._both(one, own) for one in result for own in self._alternatives(part, positions)]
+            if len(result) > MOST_RANGES:
+                raise Unproven(f"a mask is a union of {len(result)} ranges of queries, more than {MOST_RANGES}")
         return result
+
+    def _parts(self, predicates: list[Expression]) -> tuple[list[Expression], list[Expression]]:
+        """The parts of a conjunction, and the positions within documents that they are about."""
+        parts = together(self, [part for predicate in predicates for part in flatten("and", _normal(predicate))])
+        return parts, [p for part in parts if (p := document_positions(self, part)) is not None]
+
+    def _both(self, one: Interval, other: Interval) -> Interval:
+        """The rows of both ranges."""
+        return Interval(
+            self._later(one.start, other.start),
+            _minimum(one.end, other.end),
+            one.causal or other.causal,
+            one.sliding or other.sliding,
+            _minimum(one.segment, other.segment),
+            one.traits + other.traits,
+            _last(one.document, other.document),
+        )
+
+    def _alternatives(self, part: Expression, positions: list[Expression]) -> list[Interval]:
+        """The ranges of one predicate; of several, each without the rows of those before it."""
+        try:
+            return [self._interval(part, positions)]
+        except Unproven as reason:
+            found = self._any_of(_alternatives_of(part))
+            if not 0 < len(found) <= MOST_RANGES:
+                raise reason
+            return found
+
+    def _any_of(self, predicates: list[Expression]) -> list[Interval]:
+        """The ranges of each predicate without those of the predicates before; none where one of them is not understood."""
+        found: list[Interval] = []
+        for predicate in predicates:
+            try:
+                own = self.ranges([predicate])
+            except Unproven:
+                return []
+            for before in found:
+                own = [rest for one in own for rest in _without(one, before)]
+            found += own
+        return found
 
     def _later(self, left: Expression, right: Expression) -> Expression:
         """The maximum of two starts; of a key and what is known not to be later, the key."""
@@ -310,7 +374,7 @@ class Analysis:
         for expression, sign in ((left, 1), (right, -1)):
             part = linear_terms(expression)
             if part is None:
-                raise Unproven(f"a mask compares values that are not integers{self.origin(expression)}")
+                raise Unproven(f"a mask compares values that are not integers, or too large{self.origin(expression)}")
             for term, factor in part.items():
                 terms[term] = terms.get(term, 0) + sign * factor
         for position in positions:
@@ -397,6 +461,32 @@ def _split_comparison(comparison: Apply) -> Expression:
             if _COMPARE[comparison.name](x, y):
                 result = apply("or", result, apply("and", p, q))
     return _normal(result)
+
+
+def _alternatives_of(predicate: Expression) -> list[Expression]:
+    """What a predicate is any of, where it is that."""
+    if not isinstance(predicate, Apply):
+        return []
+    if predicate.name == "or":
+        return flatten("or", predicate)
+    if predicate.name == "not" and isinstance(equal := predicate.args[0], Apply) and equal.name == "eq":
+        left, right = equal.args
+        return [apply("lt", left, right), apply("lt", right, left)]
+    return []
+
+
+def _without(interval: Interval, other: Interval) -> list[Interval]:
+    """The rows of a range before and after those of another; either may be empty."""
+    result = []
+    if other.start != ZERO:
+        result.append(
+            Interval(interval.start, _minimum(interval.end, other.start), sliding=True, traits=interval.traits)
+        )
+    if other.end != NEVER_ENDS:
+        # A range that ends before it begins is none; what follows on it begins where it would.
+        after = _maximum(other.start, other.end)
+        result.append(Interval(_maximum(interval.start, after), interval.end, sliding=True, traits=interval.traits))
+    return result
 
 
 def _is_not_negative(terms: Mapping[Expression, int]) -> bool:

@@ -18,6 +18,7 @@ from rewriter.passes.masks.intervals import BATCH
 from rewriter.passes.masks.intervals import HEAD
 from rewriter.passes.masks.intervals import KEY
 from rewriter.passes.masks.intervals import NEVER_ENDS
+from rewriter.passes.masks.intervals import Interval
 from rewriter.passes.masks.intervals import MaskProof
 
 _AXES = {BATCH: "b", HEAD: "h", KEY: "j"}
@@ -44,11 +45,16 @@ _OF_FORMS = {
 
 def in_words(proof: MaskProof) -> str:
     """Which queries see key j, of batch row b and KV head h where these matter."""
-    start, end = proof.interval.start, proof.interval.end
-    begins = "" if start == ZERO else f"{text(start)} <= "
-    ends = "" if end == NEVER_ENDS else f" < {text(end)}"
-    seen = f"queries {begins}i{ends}" if begins or ends else "all queries"
+    seen = ", and to ".join(_rows(interval) for interval in proof.intervals)
+    if proof.given:
+        return f"key j is visible to {seen} that the mask of the call shows; whether they are one range is found at the call"
     return f"key j is visible to {seen}" + ("" if proof.bias is None else f"; {text(proof.bias)} is added to its logit")
+
+
+def _rows(interval: Interval) -> str:
+    begins = "" if interval.start == ZERO else f"{text(interval.start)} <= "
+    ends = "" if interval.end == NEVER_ENDS else f" < {text(interval.end)}"
+    return f"queries {begins}i{ends}" if begins or ends else "all queries"
 
 
 def text(expression: Expression) -> str:

@@ -30,8 +30,10 @@ import sympy
 import torch
 from rewriter.passes.attention.site import AttentionSite
 from rewriter.passes.graph.nodes import shape
+from rewriter.passes.lower.operator import by_range
 from rewriter.passes.lower.operator import data_of
 from rewriter.passes.lower.operator import emit_bounds
+from rewriter.passes.masks.check import Ranges
 from rewriter.passes.masks.check import Trial
 from rewriter.passes.masks.check import difference_at
 from rewriter.passes.masks.check import running_topks
@@ -141,10 +143,10 @@ def _asked(
 ) -> tuple[Answer, int | None, str]:
     import z3
 
-    if running_topks(proof.interval.end):
+    if any(running_topks(interval.end) for interval in proof.intervals):
         return Answer.EVALUATED, None, "a running top-k is not read by the solver"
     emitted = _Emitted.of(site, proof)
-    reading, solver, sizes, question = _question(site, emitted, functions, constants)
+    reading, solver, sizes, question = _question(site, proof, emitted, functions, constants)
     if solver.check() == z3.unsat:
         return Answer.EVALUATED, None, "what is known of the data contradicts itself, from which anything would follow"
     solver.add(question)
@@ -165,9 +167,14 @@ def _asked(
 
 
 def _question(
-    site: AttentionSite, emitted: _Emitted, functions: IndexFunctions, constants: Mapping[Node, Tensor]
+    site: AttentionSite,
+    proof: MaskProof,
+    emitted: _Emitted,
+    functions: IndexFunctions,
+    constants: Mapping[Node, Tensor],
 ) -> tuple[Reading, Any, list[Any], Any]:
-    """What is read, a solver that knows what holds of it, the sizes in it, and the question: where mask and ranges differ."""
+    """What is read, a solver that knows what holds of it, the sizes in it, and the question: where mask and ranges differ, or,
+    where the mask itself is used besides, where it shows what they hide."""
     import z3
     from rewriter.passes.verify.operators import Reading
     from rewriter.passes.verify.reading import LARGEST_DATA
@@ -197,15 +204,18 @@ def _question(
             shown.append(as_bool(element) if term.kind == "keep" else z3.Not(as_bool(element)))
     visible = z3.And(*shown, added > HIDDEN)
     kv_head = h if group == 1 else h / group
-    start, end = (reading.element(node, (b, kv_head, j)) for node in (emitted.start, emitted.end))
-    differ = visible != z3.And(start <= i, i < end)
+    starts, ends = ([reading.element(n, (b, kv_head, j)) for n in nodes] for nodes in (emitted.starts, emitted.ends))
+    holds = [z3.And(start <= i, i < end) for start, end in zip(starts, ends, strict=True)]
+    in_range = z3.Or(*holds)
+    differ = z3.And(visible, z3.Not(in_range)) if proof.given else visible != in_range
+    differ = z3.Or(differ, *(z3.And(*two) for two in itertools.combinations(holds, 2)))
     bias = z3.RealVal(0)
     if emitted.bias is not None:
         bias = as_real(reading.element(emitted.bias, (b, kv_head, j)))
     solver = z3.Solver()
     solver.set("timeout", TIMEOUT)
     solver.add(bias > -LARGEST_DATA, bias < LARGEST_DATA)
-    question = z3.Or(differ, z3.And(visible, added != bias))
+    question = differ if proof.given else z3.Or(differ, z3.And(visible, added != bias))
     solver.add(*inside, *_what_sizes_are(reading, site), *reading.complete())
     return reading, solver, list(reading.symbols.values()), question
 
@@ -229,14 +239,15 @@ class _Emitted:
     Attributes:
         module: from the key, and what the proof reads, to start, end and bias.
         same: of the model's nodes, those that the inputs stand for.
+        starts, ends: of each range of the keys.
         key: the input that is the key; `[B, Hkv, K, D]`, whatever the rank of the model's.
     """
 
     module: GraphModule
     same: dict[Node, Node]
     key: Node
-    start: Node
-    end: Node
+    starts: list[Node]
+    ends: list[Node]
     bias: Node | None
 
     @classmethod
@@ -250,23 +261,27 @@ class _Emitted:
         value = site.key.meta["val"]
         with value.fake_mode:
             key.meta["val"] = value if value.dim() == 4 else value.unsqueeze(1)
-        start, end, _, _, *bias = emit_bounds(graph, proof, key, inputs)
-        graph.output((start, end, *bias))
+        starts, ends = [], []
+        for one in by_range(proof):
+            start, end, _, _, *bias = emit_bounds(graph, one, key, inputs)
+            starts.append(start)
+            ends.append(end)
+        graph.output((*starts, *ends, *bias))
         return cls(
             GraphModule(torch.nn.Module(), graph),
             {own: node for node, own in inputs.items()},
             key,
-            start,
-            end,
+            starts,
+            ends,
             bias[0] if bias else None,
         )
 
-    def computed(self, trial: Trial) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Start, end and bias in a trial."""
+    def computed(self, trial: Trial) -> Ranges:
+        """Starts, ends and bias in a trial."""
         given = [trial[node] for node in self.same.values()]
         sizes = [trial.concrete(size) for size in self.key.meta["val"].shape]
-        start, end, *bias = self.module(*given, torch.zeros(1).expand(sizes))
-        return start, end, bias[0] if bias else None
+        found, count = list(self.module(*given, torch.zeros(1).expand(sizes))), len(self.starts)
+        return found[:count], found[count : 2 * count], found[-1] if self.bias is not None else None
 
 
 def _what_sizes_are(reading: Reading, site: AttentionSite) -> list[Any]:

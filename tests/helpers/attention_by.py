@@ -34,7 +34,7 @@ class _Attention(torch.autograd.Function):
         grads = ctx.run(grad_output, grad_lse, query, key, value, *ctx.saved_tensors, *rest)
         names = ("query", "key", "value", "bias", "sinks")
         by_name = dict(zip(names, grads, strict=True))
-        given = dict(zip(AttentionArguments.parameters(), ctx.inputs, strict=True))
+        given = dict(zip(AttentionArguments.parameters(without=("schedule",)), ctx.inputs, strict=True))
         return (None, None, *(by_name.get(name) if t is not None else None for name, t in given.items()))
 
 
@@ -45,7 +45,7 @@ def attention_by(forward: Attention, backward: Attention) -> Attention:
         query: Tensor, key: Tensor, value: Tensor, live: LiveRanges, *, return_lse: bool = False, **options: Any
     ) -> Any:
         arguments = AttentionArguments(query, key, value, live.start, live.end, **options)
-        output, lse = _Attention.apply(forward, backward, *arguments.astuple())
+        output, lse = _Attention.apply(forward, backward, *arguments.astuple(without=("schedule",)))
         return (output, lse) if return_lse else output
 
     return attention

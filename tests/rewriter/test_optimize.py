@@ -217,7 +217,7 @@ def test_cross_attention_under_a_causal_policy_and_relative_bias_are_refused(law
     assert "this is cross-attention" in reasons["decoder.block.0.layer.1.EncDecAttention"]
 
 
-def test_cross_attention_with_a_mask_from_outside_is_refused() -> None:
+def test_cross_attention_with_a_mask_from_outside() -> None:
     class Cross(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -228,9 +228,12 @@ def test_cross_attention_with_a_mask_from_outside_is_refused() -> None:
 
     hidden = torch.rand(5, 9) < 0.5
     hidden[:, 0] = False
-    (site,) = refused(Cross(), x=torch.randn(3, 5, 16), memory=torch.randn(3, 9, 16), hidden=hidden).refused
-    assert site.module == "reader"
-    assert "input hidden" in site.reason
+    model, given = Cross().eval(), {"x": torch.randn(3, 5, 16), "memory": torch.randn(3, 9, 16)}
+    fast = rewriter.optimize(model, backend="eager", strict=True)
+    for mask in (hidden, torch.ones(5, 9, dtype=torch.bool).triu(5)):  # with holes, and without
+        torch.testing.assert_close(fast(**given, hidden=mask), model(**given, hidden=mask), rtol=1e-4, atol=1e-5)
+    (site,) = fast.report.sites
+    assert site.module == "reader" and site.mask == "given at the call"
 
 
 def test_dropout_in_training_is_refused_and_in_evaluation_is_not(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import typer
 from architectures import ARCHITECTURES
+from random_masks import DATA
 from random_masks import SIZES
 from random_masks import Masks
 from random_masks import Writer
@@ -106,7 +107,7 @@ def of_random(count: int, seed: int, batch: int = 50) -> dict[str, Any]:
             most: list[int | None] = [0] * len(report.sites)
             for number, (rows, length) in enumerate(SIZES):
                 given = inputs(rows, length, seed=number)
-                masks = list(model.masks(model, given["ids"], given["real"], given["positions"]))
+                masks = list(model.masks(model, *(given[name] for name in DATA)))
                 own = [runs_of(mask) for mask in masks]
                 most = [None if m is None or o is None else max(m, o) for m, o in zip(most, own, strict=True)]
             for site, number_of_runs in zip(report.sites, most, strict=True):

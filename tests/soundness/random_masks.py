@@ -1,11 +1,12 @@
 """Random mask-building programs, as source text, and whether what is claimed of them is true.
 
-    python tests/soundness/random_masks.py --count 10000 --out bench/results/soundness.json
+    python tests/soundness/random_masks.py --count 20000 --out bench/results/soundness.json
 
-A program takes `i` `[n, 1]`, `j` `[1, n]`, `n`, `ids` and `real` (int64 `[B, n]`: token ids, 1 where a token is) and gives a
-mask: bool, true where visible, or one that is added to the logits. Many become the attentions of one model, which is
-captured once and then run at sizes that neither the analysis nor its check has seen. A site that is rewritten must give what
-the model's own mask gives; the check by evaluation, which would hide a wrong claim, must have had nothing to say.
+A program takes `i` `[n, 1]`, `j` `[1, n]`, `n`, `ids` and `real` (int64 `[B, n]`: token ids, 1 where a token is), and `given`
+(bool `[B, 1, n, n]`, a mask that the call gives), and makes a mask: bool, true where visible, or one that is added to the
+logits. Many become the attentions of one model, which is captured once and then run at sizes that neither the analysis nor its
+check has seen. A site that is rewritten must give what the model's own mask gives; the check by evaluation, which would hide a
+wrong claim, must have had nothing to say.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ INF = float("inf")
 LOWEST = torch.finfo(torch.float32).min
 SIZES = ((3, 11), (4, 29), (5, 50))
 """Rows and length of the runs; the first is the one that is captured."""
+
+
+DATA = ("ids", "real", "positions", "given")
+"""What programs read."""
 
 
 class Writer:
@@ -92,6 +97,18 @@ class Writer:
                 f"torch.tril(torch.ones(n, n), {small}) {self.pick('!= 0', '== 0', '> 0.5', '== 1')}",
                 "self.triangle[:n, :n]",
                 "(self.triangle[:n, :n] == 0)",
+                f"by_pairs(lambda a, b: a {self.comparison()} b + {small}, i, j)",
+                f"by_pairs(lambda a, b: (a >= b) & (a - b < {window}), i, j)",
+            ),
+            "given": lambda: self.pick(
+                "given", "given", "given.logical_not()", "(given.long() == 1)", "given.transpose(-1, -2)"
+            ),
+            "wraps": lambda: self.pick(
+                f"(j * {2**62} * 4 + j) {self.comparison()} i",
+                f"(i - j) * {2**61} < {window % 4} * {2**61}",
+                f"(j + {2**63 - 1}) {self.comparison()} i",
+                f"(i.int() * {2**30}) {self.comparison()} (j.int() * {2**30})",
+                f"i.to(torch.int8) * 16 {self.comparison()} j.to(torch.int8) * 16",
             ),
             "window": lambda: self.pick(
                 f"{self.row()} - {self.key()} {self.comparison()} {window}",
@@ -149,7 +166,7 @@ class Writer:
             ),
         }
         names = ["causal"] * 6 + ["window"] * 4 + ["padding"] * 4 + ["documents"] * 2 + ["chunk"] * 2 + ["prefix"] * 2
-        names += ["image"]
+        names += ["image", "given", "wraps"]
         return f"({kinds[self.random.choice([*names, 'data'])]()})"
 
     def image(self) -> str:
@@ -235,6 +252,11 @@ class Writer:
         )
 
 
+def by_pairs(function: Callable[[Tensor, Tensor], Tensor], i: Tensor, j: Tensor) -> Tensor:
+    """A function of two indices for all pairs, by `torch.vmap`, as transformers makes masks."""
+    return torch.vmap(torch.vmap(function, in_dims=(None, 0)), in_dims=(0, None))(i[:, 0], j[0])
+
+
 class Masks(nn.Module):
     """One attention per program."""
 
@@ -242,20 +264,22 @@ class Masks(nn.Module):
         super().__init__()
         self.programs = programs
         self.register_buffer("triangle", torch.ones(64, 64, dtype=torch.bool).tril())
-        lines = ["def masks(self, ids, real, positions):", " n = ids.size(1)"]
+        lines = ["def masks(self, ids, real, positions, given):", " n = ids.size(1)"]
         lines += [" i, j = torch.arange(n)[:, None], torch.arange(n)[None, :]"]
         lines += [f" yield {program}" for program in programs]
         # Dynamo reads the source of what it traces.
         source = "\n".join(lines)
         name = f"<masks {abs(hash(source))}>"
         linecache.cache[name] = (len(source), None, [line + "\n" for line in lines], name)
-        space: dict[str, Any] = {"torch": torch, "INF": INF, "LOWEST": LOWEST}
+        space: dict[str, Any] = {"torch": torch, "INF": INF, "LOWEST": LOWEST, "by_pairs": by_pairs}
         exec(compile(source, name, "exec"), space)
         self.masks = space["masks"]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, real: Tensor, positions: Tensor) -> list[Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, real: Tensor, positions: Tensor, given: Tensor
+    ) -> list[Tensor]:
         outputs = []
-        for mask in self.masks(self, ids, real, positions):
+        for mask in self.masks(self, ids, real, positions, given):
             while mask.dim() < 4:
                 mask = mask[None]
             outputs.append(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask))
@@ -272,7 +296,12 @@ def inputs(rows: int, length: int, seed: int) -> dict[str, Tensor]:
     begin = torch.randint(0, 6, (rows, length), generator=generator) == 0
     begin[:, 0] = True
     starts = torch.where(begin, place, 0).cummax(-1).values
+    pair = torch.arange(length)
+    bounds = torch.randint(0, length + 1, (2, rows, 1, 1, length), generator=generator).sort(dim=0).values
+    runs = (bounds[0] <= pair[:, None]) & (pair[:, None] < bounds[1]) | (pair[:, None] == pair)
+    holes = torch.rand(rows, 1, length, length, generator=generator) < 0.7
     return {
+        "given": runs if seed % 2 else holes | (pair[:, None] == pair),
         **{name: torch.randn(rows, 2, length, 8, generator=generator, dtype=torch.float64) for name in ("q", "k", "v")},
         "ids": torch.randint(0, 12, (rows, length), generator=generator),
         "real": real.long(),
@@ -288,6 +317,7 @@ class Tally:
         verified: of the proven, those that a solver says are true at all sizes.
         one_interval: programs of which each key, at all sizes that were tried, is seen by one run of queries, and to which
             nothing is added but 0 and masking values.
+        one_interval_proven: of them, those that are proven.
         wrong: claims that are not true, each as its program and what was seen.
         caught: claims that the check by evaluation refused: wrong ones that the analysis alone would have made.
     """
@@ -296,6 +326,7 @@ class Tally:
     proven: int = 0
     verified: int = 0
     one_interval: int = 0
+    one_interval_proven: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     caught: list[str] = field(default_factory=list)
@@ -305,6 +336,7 @@ class Tally:
         self.proven += other.proven
         self.verified += other.verified
         self.one_interval += other.one_interval
+        self.one_interval_proven += other.one_interval_proven
         self.reasons += other.reasons
         self.wrong += other.wrong
         self.caught += other.caught
@@ -324,7 +356,7 @@ def examine(programs: list[str], tally: Tally) -> None:
             if number == 0:
                 continue  # the sizes that were traced
             expected = model(**given)
-            masks = list(model.masks(model, given["ids"], given["real"], given["positions"]))
+            masks = list(model.masks(model, *(given[name] for name in DATA)))
         may_be_ranges = [known and is_one_interval(mask) for known, mask in zip(may_be_ranges, masks, strict=True)]
         for program, site, a, e, mask in zip(programs, fast.report.sites, actual, expected, masks, strict=True):
             if site.rewritten:
@@ -334,6 +366,8 @@ def examine(programs: list[str], tally: Tally) -> None:
                     tally.wrong.append(f"{program}  # said to be {site.mask}; sizes {rows, length}")
     assert len(fast.report.graphs) == 1, "the programs were captured more than once"
     tally.one_interval += sum(may_be_ranges)
+    sites = zip(may_be_ranges, fast.report.sites, strict=True)
+    tally.one_interval_proven += sum(one and site.rewritten for one, site in sites)
     for program, site in zip(programs, fast.report.sites, strict=True):
         tally.proven += site.rewritten
         tally.verified += site.rewritten and site.proof == "verified"
@@ -393,7 +427,7 @@ if __name__ == "__main__":
     import typer
 
     def main(
-        count: Annotated[int, typer.Option(help="Programs.")] = 10_000,
+        count: Annotated[int, typer.Option(help="Programs.")] = 20_000,
         seed: Annotated[int, typer.Option(help="Of the first one.")] = 0,
         out: Annotated[Path | None, typer.Option(help="File of the results.")] = None,
         workers: Annotated[int, typer.Option(help="Processes.")] = 2,
@@ -404,7 +438,8 @@ if __name__ == "__main__":
         def save(tally: Tally) -> None:
             if out is not None:
                 plain = {"seed": seed, "count": tally.count, "proven": tally.proven, "verified": tally.verified}
-                plain |= {"one_interval": tally.one_interval, "wrong": tally.wrong}
+                plain |= {"one_interval": tally.one_interval, "one_interval_proven": tally.one_interval_proven}
+                plain |= {"wrong": tally.wrong}
                 plain |= {"caught": tally.caught, "refused": dict(tally.reasons.most_common())}
                 out.write_text(json.dumps(plain, indent=1) + "\n")
 
@@ -413,7 +448,8 @@ if __name__ == "__main__":
             f"{tally.count:,} masks, {tally.proven:,} proven ({tally.proven / tally.count:.0%}), {len(tally.wrong)} wrong"
         )
         print(
-            f"{tally.verified:,} of them for all sizes; {tally.one_interval:,} are one interval for each key where tried"
+            f"{tally.verified:,} of them for all sizes; {tally.one_interval:,} are one interval for each key where tried, "
+            f"{tally.one_interval_proven:,} of these proven ({tally.one_interval_proven / max(1, tally.one_interval):.0%})"
         )
         print(f"{len(tally.caught)} claims refused by the check; {time.perf_counter() - began:.0f} s")
         for line in (*tally.wrong[:20], *tally.caught[:20]):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from random_masks import DATA
 from random_masks import SIZES
 from random_masks import Masks
 from random_masks import inputs
@@ -105,7 +106,7 @@ def test_in_other_words_it_is_the_same_mask(name: str) -> None:
     model = Masks([plain, *programs])
     # They are what they are said to be: the words are right.
     given = inputs(*SIZES[1], seed=3)
-    first, *others = model.masks(model, given["ids"], given["real"], given["positions"])
+    first, *others = model.masks(model, *(given[name] for name in DATA))
     shown = first.expand(SIZES[1][0], 1, SIZES[1][1], SIZES[1][1])
     for program, mask in zip(programs, others, strict=True):
         visible = mask if mask.dtype == torch.bool else mask > -1e4

@@ -1,4 +1,4 @@
-"""`j <= i or i // c == j // c` is one interval for each key; with a gap between the two it is not, and is refused."""
+"""`j <= i or i // c == j // c` is one interval for each key; with a gap between the two it is two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from rewriter.passes.masks.evaluate import key_bounds
 from rewriter.passes.masks.evaluate import key_grid
 from rewriter.passes.masks.interpret import IndexFunctions
 from rewriter.passes.masks.intervals import MaskProof
-from rewriter.passes.masks.intervals import Unproven
 from rewriter.passes.masks.prove import prove_mask
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -44,6 +43,15 @@ def test_a_key_is_seen_from_the_begin_of_its_chunk_for_ever(chunk_first: bool) -
     assert not interval.causal and interval.traits == ("causal", "chunks of 4")
 
 
-def test_a_gap_is_refused() -> None:
-    with pytest.raises(Unproven, match="a union of two ranges of queries"):
-        proof(True, CHUNK + 2)
+def test_a_gap_leaves_two_ranges() -> None:
+    grid = key_grid(1, 1, LENGTH, torch.device("cpu"))
+    index = torch.arange(LENGTH)[:, None]
+    found = proof(True, CHUNK + 2)
+    holds = []
+    for interval in found.intervals:
+        start, end = (key_bounds(e, {}, grid).flatten() for e in (interval.start, interval.end))
+        holds.append((start <= index) & (index < end))
+    key = index.T
+    assert 2 <= len(holds) <= 3 and int(torch.stack(holds).sum(dim=0).max()) == 1
+    expected = (key + CHUNK + 2 <= index) | (index // CHUNK == key // CHUNK)
+    assert torch.equal(torch.stack(holds).any(dim=0), expected)

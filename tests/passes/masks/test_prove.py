@@ -29,9 +29,27 @@ def first_token(ids: Tensor) -> Tensor:
     return ((ids >= 12).cumsum(-1) == 0).sum(-1)[:, None, None, None]
 
 
+def behind(s: Tensor) -> Tensor:
+    """`[Q, K]`: how far a key is behind its query."""
+    row, key = row_and_key(s.size(-1))
+    return row - key
+
+
 # name -> (scores, token ids) -> masked scores, and what the report must say the mask is
 EAGER: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "no mask": (lambda s, ids: s, "none"),
+    "near and far": (
+        lambda s, ids: s.masked_fill(~((behind(s) < 2) | (behind(s) > 6)), -INF),
+        "window 2 + at least 7 behind + 2 ranges",
+    ),
+    "all but one, of real tokens": (
+        lambda s, ids: s.masked_fill((behind(s) == 1) | (ids == 3)[:, None, None, :], -INF),
+        "window 1 + at least 2 behind + padding + 2 ranges",
+    ),
+    "a window, and another one at a distance": (
+        lambda s, ids: s.masked_fill(~((behind(s).abs() < 2) | ((behind(s) > 5) & (behind(s) < 9))), -INF),
+        "at most 1 ahead + window 2 + at least 6 behind + window 9 + 3 ranges",
+    ),
     "tril == 0": (lambda s, ids: s.masked_fill(torch.tril(torch.ones(s.shape[-2:])) == 0, -INF), "causal"),
     "not tril of bool": (
         lambda s, ids: s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool).tril(), -1e9),
@@ -132,14 +150,8 @@ EAGER: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
 REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "made from the scores": (lambda s, ids: s.masked_fill(s < s.mean(-1, keepdim=True), -INF), "data|heads"),
     "random": (lambda s, ids: s.masked_fill(torch.rand(s.shape[-2:]) < 0.2, -INF), "not integers"),
-    "a union of two ranges": (
-        lambda s, ids: s.masked_fill(
-            ~(
-                (row_and_key(s.size(-1))[0] - row_and_key(s.size(-1))[1] < 2)
-                | (row_and_key(s.size(-1))[0] - row_and_key(s.size(-1))[1] > 6)
-            ),
-            -INF,
-        ),
+    "a union of four ranges": (
+        lambda s, ids: s.masked_fill(~((behind(s) < 2) | (behind(s) == 5) | (behind(s) == 9) | (behind(s) > 12)), -INF),
         "union of two ranges",
     ),
     "documents that need not be runs": (

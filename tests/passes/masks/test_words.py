@@ -50,8 +50,8 @@ def test_a_proof_in_words(words: str) -> None:
 
 EXAMPLES: dict[str, tuple[Visible, int, list[list[int]]]] = {
     "every second query": (lambda i, j, ids: (i - j) % 2 == 0, 0, [[0], [2]]),
-    "near and far": (lambda i, j, ids: (i == j) | (i - j > 2), 0, [[0], [3]]),
-    "all but one": (lambda i, j, ids: i != j + 1, 0, [[0], [2]]),
+    "near and far": (lambda i, j, ids: (i == j) | ((i - j > 2) & (i * j < 9)), 0, [[0], [3]]),
+    "all but two": (lambda i, j, ids: (i - j - 1) * (i - j - 1) > 0, 0, [[0], [2]]),
 }
 
 

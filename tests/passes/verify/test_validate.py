@@ -69,6 +69,9 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "chunks": shown(lambda i, j, ids: (j <= i) & (i // 4 == j // 4)),
     "blocks": shown(lambda i, j, ids: j // 4 <= i // 4),
     "causal or the same chunk": shown(lambda i, j, ids: (j <= i) | (i // 4 == j // 4)),
+    "near and far": shown(lambda i, j, ids: (i - j < 2) | (i - j > 6)),
+    "a window or a chunk ahead": shown(lambda i, j, ids: ((i - j).abs() <= 3) | (i // 8 == j // 8 + 1)),
+    "all but one": shown(lambda i, j, ids: (i != j) & (ids != 0)[:, None, None, :]),
     "padding": shown(lambda i, j, ids: (j <= i) & (ids != 0)[:, None, None, :]),
     "separators": shown(lambda i, j, ids: (j <= i) & ((i - j < 4) | (ids == 3)[:, None, None, :])),
     "documents": shown(lambda i, j, ids: (j <= i) & (packed(ids)[:, None, :, None] == packed(ids)[:, None, None, :])),
@@ -137,10 +140,10 @@ def later(expression_: Any, by: int) -> Any:
 
 def interval_changed(change: Callable[[Interval], Interval]) -> Callable[[Any], Any]:
     def faulty(original: Any) -> Any:
-        def conjunction(self: Any, predicates: Any) -> Interval:
-            return change(original(self, predicates))
+        def ranges(self: Any, predicates: Any) -> list[Interval]:
+            return [change(interval) for interval in original(self, predicates)]
 
-        return conjunction
+        return ranges
 
     return faulty
 
@@ -173,26 +176,25 @@ def always(value: Any) -> Callable[[Any], Any]:
 
 
 def without_data(original: Any) -> Any:
-    def conjunction(self: Any, predicates: Any) -> Interval:
-        interval = original(self, predicates)
-        return Interval(Axis(KEY), NEVER_ENDS, traits=interval.traits)
+    def ranges(self: Any, predicates: Any) -> list[Interval]:
+        return [Interval(Axis(KEY), NEVER_ENDS, traits=i.traits) for i in original(self, predicates)]
 
-    return conjunction
+    return ranges
 
 
 # name -> (where, attribute, what stands in its place, the mask whose claim is wrong then)
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], str]] = {
-    "an end one query late": (prove.Analysis, "conjunction", with_ends(end=1), "window"),
-    "an end one query early": (prove.Analysis, "conjunction", with_ends(end=-1), "window"),
-    "a start one query late": (prove.Analysis, "conjunction", with_ends(start=1), "causal"),
-    "a start one query early": (prove.Analysis, "conjunction", with_ends(start=-1), "causal"),
-    "an end of blocks that is late": (prove.Analysis, "conjunction", with_ends(end=1), "chunks"),
-    "a document's end that is late": (prove.Analysis, "conjunction", with_ends(end=1), "documents"),
-    "data is forgotten": (prove.Analysis, "conjunction", without_data, "padding"),
-    "a prefix is forgotten": (prove.Analysis, "conjunction", without_data, "a prefix by row"),
-    "a window is forgotten": (prove.Analysis, "conjunction", without_data, "symmetric window"),
-    "a length is forgotten": (prove.Analysis, "conjunction", without_data, "half of the row"),
-    "separators are forgotten": (prove.Analysis, "conjunction", with_ends(end=3), "separators"),
+    "an end one query late": (prove.Analysis, "ranges", with_ends(end=1), "window"),
+    "an end one query early": (prove.Analysis, "ranges", with_ends(end=-1), "window"),
+    "a start one query late": (prove.Analysis, "ranges", with_ends(start=1), "causal"),
+    "a start one query early": (prove.Analysis, "ranges", with_ends(start=-1), "causal"),
+    "an end of blocks that is late": (prove.Analysis, "ranges", with_ends(end=1), "chunks"),
+    "a document's end that is late": (prove.Analysis, "ranges", with_ends(end=1), "documents"),
+    "data is forgotten": (prove.Analysis, "ranges", without_data, "padding"),
+    "a prefix is forgotten": (prove.Analysis, "ranges", without_data, "a prefix by row"),
+    "a window is forgotten": (prove.Analysis, "ranges", without_data, "symmetric window"),
+    "a length is forgotten": (prove.Analysis, "ranges", without_data, "half of the row"),
+    "separators are forgotten": (prove.Analysis, "ranges", with_ends(end=3), "separators"),
     "the smaller of two starts": (prove, "_maximum", lambda original: prove._minimum, "half of the row"),
     "the later of two ends": (prove, "_minimum", lambda original: prove._maximum, "chunks"),
     "branches in the wrong order": (handlers, "_where", swapped_branches, "added"),
@@ -224,18 +226,36 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], str]] = {
         lambda original: lambda *args: {**original(*args), BATCH: original(*args)[BATCH] * 0},
         "padding",
     ),
+    "a range of several is lost": (
+        prove.Analysis,
+        "ranges",
+        lambda original: lambda self, predicates: original(self, predicates)[:1],
+        "near and far",
+    ),
+    "a range comes twice": (
+        prove.Analysis,
+        "ranges",
+        lambda original: lambda self, predicates: 2 * original(self, predicates)[:1],
+        "causal",
+    ),
+    "what two ranges share is in both": (
+        prove,
+        "_without",
+        lambda original: lambda interval, other: [interval],
+        "a window or a chunk ahead",
+    ),
     "a bias that is lost": (
         prove,
         "MaskProof",
-        lambda original: lambda interval, bias, constants: original(interval, None, constants),
+        lambda original: lambda interval, bias, *rest: original(interval, None, *rest),
         "added twice, and a bias",
     ),
     "a bias that is doubled": (
         prove,
         "MaskProof",
         lambda original: (
-            lambda interval, bias, constants: original(
-                interval, None if bias is None else Apply("add", (bias, bias)), constants
+            lambda interval, bias, *rest: original(
+                interval, None if bias is None else Apply("add", (bias, bias)), *rest
             )
         ),
         "added twice, and a bias",
@@ -258,7 +278,8 @@ def test_a_fault_in_the_analysis_is_found_without_running_the_model(name: str, m
         monkeypatch.setattr(owner, attribute, faulty)
     site = explained(mask)
     assert not site.rewritten
-    what = r"disagrees with the model's: (batch row|the key bias|an additive mask takes a value that is neither 0)"
+    faults = ("batch row", "the key bias", "two ranges of a key", "an additive mask takes a value that is neither 0")
+    what = f"disagrees with the model's: ({'|'.join(faults)})"
     assert re.search(what, site.reason), (site.reason, site.proof_detail)
     assert "queries and" in site.reason
     if "bias" not in name:
@@ -269,7 +290,7 @@ def test_a_fault_in_the_analysis_is_found_without_running_the_model(name: str, m
 def test_a_counterexample_names_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validate, "_known", {})
     monkeypatch.setattr(pipeline, "check_mask", lambda *_: None)
-    monkeypatch.setattr(prove.Analysis, "conjunction", without_data(prove.Analysis.conjunction))
+    monkeypatch.setattr(prove.Analysis, "ranges", without_data(prove.Analysis.ranges))
     reason = explained("padding").reason
     row, values = (
         re.search(r"batch row (\d+), query \d+, key (\d+) is hidden in the model", reason).groups(),

@@ -1,0 +1,296 @@
+"""Attention under a mask that is data, such as one that the caller gives: over live ranges where its columns are ranges.
+
+What such a mask is, no proof can say before the call. One pass over it does, once a call: where each column is one run of rows,
+`live_range_attention` computes the same and skips what is dead; elsewhere it is torch's dense attention under the mask itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from rewriter.kernels.dense import masked_attention
+from rewriter.kernels.live_ranges import FOREVER
+from rewriter.kernels.reference import per_query_head
+from torch import Tensor
+
+HIDDEN = -1e4
+"""What is added to a logit hides its key from here on."""
+
+ROWS = 512
+"""Rows of a mask that are looked at together."""
+
+
+@torch.library.custom_op("rewriter::mask_ranges", mutates_args=())
+def mask_ranges(
+    mask: Tensor, added: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The live range of each column of a mask, and whether it is all of the mask; waits for the answer.
+
+    Args:
+        mask: bool `[B, H, Q, K]`, true where visible.
+        added: what is added to the logits, `[B|1, H|1, Q, K]`; the mask hides all of at most -1e4.
+        dtype: of the query.
+
+    Returns:
+        start, end, int32 `[B, H, K]`, of rows aligned to the bottom right: the first and the last that see a key; bool `[]`, true
+        where all rows between them see it, too, and nothing but 0 is added where it is visible. Where not, for dense attention,
+        what it adds, of this dtype, `[B, H, Q, K]`, and bool `[B, H, Q, 1]`, the rows that see a key; else without values.
+    """
+    shown = torch.empty(mask.shape, dtype=dtype, device=mask.device)
+    sees = torch.empty(*mask.shape[:3], 1, dtype=torch.bool, device=mask.device)
+    ranges = _column_runs(mask)
+    if ranges is None or (added is not None and bool(((added != 0) & mask).any())):
+        sees = mask.any(dim=-1, keepdim=True)
+        values = torch.zeros((), dtype=dtype, device=mask.device) if added is None else added.to(dtype)
+        shown = torch.where(mask, values, torch.where(sees, -math.inf, 0.0).to(dtype))
+        none = torch.zeros(*mask.shape[:2], mask.size(3), dtype=torch.int32, device=mask.device)
+        return none, none.clone(), torch.zeros((), dtype=torch.bool, device=mask.device), shown, sees
+    return *ranges, torch.ones((), dtype=torch.bool, device=mask.device), shown, sees
+
+
+def _column_runs(mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Start and end of the one run of rows in each column, None where a column has several; 0, 0 where it has none."""
+    num_queries, num_keys = mask.shape[2:]
+    begins = mask[:, :, :1].sum(dim=2, dtype=torch.int32)
+    count = begins.clone()
+    for first in range(1, num_queries, ROWS):
+        rows, before = mask[:, :, first : first + ROWS], mask[:, :, first - 1 : first - 1 + ROWS]
+        begins += (rows & ~before[:, :, : rows.size(2)]).sum(dim=2, dtype=torch.int32)
+        count += rows.sum(dim=2, dtype=torch.int32)
+        if mask.device.type == "cpu" and bool((begins > 1).any()):
+            return None  # without a look at the rest; a GPU would be waited for at each part
+    if bool((begins > 1).any()):
+        return None
+    offset = num_keys - num_queries
+    start = mask.to(torch.uint8).argmax(dim=2).to(torch.int32)
+    end = torch.where(start + count == num_queries, FOREVER, start + count + offset)
+    return torch.where(count > 0, start + offset, 0), torch.where(count > 0, end, 0)
+
+
+@mask_ranges.register_fake
+def _(mask: Tensor, added: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    start = mask.new_empty(mask.size(0), mask.size(1), mask.size(3), dtype=torch.int32)
+    is_all, shown = mask.new_empty((), dtype=torch.bool), mask.new_empty(mask.shape, dtype=dtype)
+    return start, torch.empty_like(start), is_all, shown, mask.new_empty(*mask.shape[:3], 1)
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shown: Tensor,
+    sees: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """`[B, Hq, Q, Dv]` by torch's operators; a row that sees no key is 0. Arguments as of `attention_under_mask`."""
+    group = query.size(1) // key.size(1)
+    added = per_query_head(shown, group)
+    if bias is not None:
+        added = added + per_query_head(bias, group)[:, :, None]
+    if softcap is None and sinks is None:
+        return masked_attention(query, key, value, added.to(query.dtype), per_query_head(sees, group), scale)
+    weights, _, _, values = _weights(query, key, value, added, sinks, scale, softcap)
+    return (weights @ values).to(query.dtype).masked_fill(~per_query_head(sees, group), 0)
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    added: Tensor,
+    sinks: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The softmax's weights, the derivative of the softcap, keys and values of each query head; with a sink, as a last key."""
+    group = query.size(1) // key.size(1)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys, values = (t.repeat_interleave(group, dim=1).to(wide) for t in (key, value))
+    logits = query.to(wide) @ keys.transpose(2, 3) * (1 / math.sqrt(query.size(3)) if scale is None else scale)
+    slope = torch.ones((), dtype=wide, device=query.device)
+    if softcap is not None:
+        tanh = torch.tanh(logits / softcap)
+        logits, slope = softcap * tanh, 1 - tanh * tanh
+    logits = logits + added
+    if sinks is not None:
+        logits = torch.cat((logits, sinks.to(wide)[:, None, None].expand(*logits.shape[:3], 1)), dim=3)
+        values = torch.nn.functional.pad(values, (0, 0, 0, 1))
+    return torch.softmax(logits, dim=-1), slope, keys, values
+
+
+def dense_gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shown: Tensor,
+    sees: Tensor,
+    added: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, bias, sinks and what is added of `dense_attention`: the weights are computed anew."""
+    group, num_keys = query.size(1) // key.size(1), key.size(2)
+    total = per_query_head(shown, group)
+    if bias is not None:
+        total = total + per_query_head(bias, group)[:, :, None]
+    weights, slope, keys, values = _weights(query, key, value, total, sinks, scale, softcap)
+    grad = grad.masked_fill(~per_query_head(sees, group), 0).to(weights.dtype)
+    of_weights = grad @ values.transpose(2, 3)
+    of_logits = weights * (of_weights - (weights * of_weights).sum(dim=-1, keepdim=True))
+    of_sinks = None if sinks is None else of_logits[..., num_keys].sum(dim=(0, 2)).to(sinks.dtype)
+    of_logits = of_logits[..., :num_keys]
+    of_bias = of_added = None
+    if bias is not None:
+        per_head = of_logits.sum(dim=2).unflatten(1, (key.size(1), group)).sum(dim=2)
+        of_bias = per_head.sum_to_size(bias.shape).to(bias.dtype)
+    if added is not None:
+        per_head = of_logits.unflatten(1, (key.size(1), group)).sum(dim=2) if added.size(1) > 1 else of_logits
+        of_added = per_head.sum_to_size(added.shape).to(added.dtype)
+    of_products = of_logits * slope * (1 / math.sqrt(query.size(3)) if scale is None else scale)
+    of_keys, of_values = (
+        whole.unflatten(1, (key.size(1), group)).sum(dim=2)
+        for whole in (
+            of_products.transpose(2, 3) @ query.to(keys.dtype),
+            weights[..., :num_keys].transpose(2, 3) @ grad,
+        )
+    )
+    of_query = (of_products @ keys).to(query.dtype)
+    return of_query, of_keys.to(key.dtype), of_values.to(value.dtype), of_bias, of_sinks, of_added
+
+
+@torch.library.custom_op("rewriter::attention_under_mask", mutates_args=())
+def attention_under_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor,
+    end: Tensor,
+    is_all: Tensor,
+    shown: Tensor,
+    sees: Tensor,
+    added: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention under a mask of which `mask_ranges` has found start, end, `is_all`, `shown` and `sees`.
+
+    Args:
+        query, key, value, bias, sinks, scale, softcap: as of `rewriter.kernels.live_range_attention`.
+        added: what `shown` and the ranges were made of, for its gradient, which is dense. Needed only where one is asked for.
+
+    Returns:
+        `[B, Hq, Q, Dv]`, and `[B, Hq, Q]` for the backward alone, the log-sum-exp where the mask is ranges, else 0.
+    """
+    if bool(is_all):
+        return torch.ops.rewriter.live_range_attention(
+            query, key, value, start, end, None, None, bias, sinks, None, scale, softcap
+        )
+    output = dense_attention(query, key, value, shown, sees, bias, sinks, scale, softcap)
+    output = output.transpose(1, 2).contiguous().transpose(1, 2)  # heads innermost, as over live ranges
+    return output, output.new_zeros(output.shape[:3], dtype=torch.float32)
+
+
+@attention_under_mask.register_fake
+def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.ops.rewriter.live_range_attention(query, key, value, *rest[:2])
+
+
+@torch.library.custom_op("rewriter::attention_under_mask_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor,
+    end: Tensor,
+    is_all: Tensor,
+    shown: Tensor,
+    sees: Tensor,
+    added: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    of_added: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if of_added and bool(is_all):  # what is added was 0 where the ranges show a key
+        rows = torch.arange(key.size(2) - query.size(2), key.size(2), dtype=torch.int32, device=key.device)[:, None]
+        mask = (start[:, :, None] <= rows) & (rows < end[:, :, None])
+        sees = mask.any(dim=-1, keepdim=True)
+        shown = torch.where(mask | ~sees, 0.0, -math.inf)
+    elif bool(is_all):
+        of_query, of_key, of_value, of_bias, of_sinks = torch.ops.rewriter.live_range_attention_backward(
+            *(grad, torch.zeros_like(lse), query, key, value, output, lse),
+            *(start, end, None, None, bias, sinks, None, scale, softcap),
+        )
+        return of_query, of_key, of_value, of_bias, of_sinks, query.new_empty(0)
+    grads = dense_gradients(grad, query, key, value, shown, sees, added, bias, sinks, scale, softcap)
+    if not of_added:
+        grads = (*grads[:5], None)
+    of_query, of_key, of_value, of_bias, of_sinks, own = (
+        query.new_empty(0) if t is None else t.contiguous() for t in grads
+    )
+    return of_query, of_key, of_value, of_bias, of_sinks, own
+
+
+@_backward.register_fake
+def _backward_fake(grad: Tensor, output: Tensor, lse: Tensor, *inputs: Any) -> Any:
+    given = dict(zip(_NAMES, inputs, strict=False))  # what has its default may be left out
+    query = given["query"]
+    of_added = given["added"] if inputs[-1] is True else None
+    inputs = (*(given.get(name) for name in ("query", "key", "value", "bias", "sinks")), of_added)
+    return tuple(
+        query.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs
+    )
+
+
+_NAMES = (
+    "query",
+    "key",
+    "value",
+    "start",
+    "end",
+    "is_all",
+    "shown",
+    "sees",
+    "added",
+    "bias",
+    "sinks",
+    "scale",
+    "softcap",
+)
+_ADDED = _NAMES.index("added")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    given = dict(zip(_NAMES, inputs, strict=True))
+    ctx.tensors = [name for name, value in given.items() if isinstance(value, Tensor)]
+    ctx.others = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+    ctx.save_for_backward(*output, *(given[name] for name in ctx.tensors))
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    output, lse, *tensors = ctx.saved_tensors
+    given = {**dict(zip(ctx.tensors, tensors, strict=True)), **ctx.others}
+    of_added = len(ctx.needs_input_grad) > _ADDED and ctx.needs_input_grad[_ADDED]
+    inputs = (grad, output, lse, *(given[name] for name in _NAMES), of_added)
+    grads = torch.ops.rewriter.attention_under_mask_backward(*inputs)
+    by_name = dict(zip(("query", "key", "value", "bias", "sinks", "added"), grads, strict=True))
+    if not of_added:
+        del by_name["added"]
+    return tuple(by_name.get(name) if given[name] is not None else None for name in _NAMES)
+
+
+attention_under_mask.register_autograd(_autograd, setup_context=_setup_context)

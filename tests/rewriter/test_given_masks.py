@@ -1,0 +1,118 @@
+"""Masks that a call gives as `[B, 1, Q, K]`: the same model, over live ranges where the columns are ranges."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from rewriter.kernels import given_mask
+
+import rewriter
+from rewriter import Exact
+from rewriter import SlidingWindow
+from rewriter.errors import RewriteError
+
+TOKENS = 24
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes)).eval()
+
+
+def masks(kind: str, length: int) -> torch.Tensor:
+    """bool `[2, 1, length, length]`."""
+    generator = torch.Generator().manual_seed(length)
+    index = torch.arange(length)
+    causal = index[:, None] >= index
+    if kind == "documents":
+        own = causal & (index[:, None] // 7 == index // 7)
+    elif kind == "a window":
+        own = causal & (index[:, None] - index < 5)
+    else:  # a tree of drafts: each sees the text and its own ancestors, so that some keys are seen in several runs
+        own = (torch.rand(length, length, generator=generator) < 0.5) & causal | torch.eye(length, dtype=torch.bool)
+    other = own.clone()
+    other[:, :3] = torch.eye(length, dtype=torch.bool)[:, :3]
+    return torch.stack((own, other))[:, None]
+
+
+def as_added(mask: torch.Tensor) -> torch.Tensor:
+    return torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
+    """How often a site's mask was not ranges."""
+    counts: collections.Counter[str] = collections.Counter()
+    dense = given_mask.dense_attention
+
+    def call(*arguments: Any) -> torch.Tensor:
+        counts["dense"] += 1
+        return dense(*arguments)
+
+    monkeypatch.setattr(given_mask, "dense_attention", call)
+    return counts
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_the_model_and_its_gradients(backend: str, counted: collections.Counter[str]) -> None:
+    model = llama()
+    fast = rewriter.optimize(model, Exact(), backend=backend, strict="verified" if rewriter.passes.HAS_SOLVER else True)
+    for kind, form in (("documents", "bool"), ("a tree", "bool"), ("a window", "added"), ("a tree", "added")):
+        for length in (TOKENS, TOKENS + 9):
+            ids, mask = torch.randint(64, (2, length)), masks(kind, length)
+            given = mask if form == "bool" else as_added(mask)
+            counted.clear()
+            losses = [m(input_ids=ids, attention_mask=given, labels=ids, use_cache=False).loss for m in (model, fast)]
+            torch.testing.assert_close(*losses)
+            grads = [torch.autograd.grad(loss, model.model.embed_tokens.weight)[0] for loss in losses]
+            torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+            assert counted["dense"] == (2 if kind == "a tree" else 0)  # of two layers, the forward alone
+    assert len(fast.report.graphs) == 2  # bool, and added
+    site = fast.report.sites[0]
+    assert site.mask == "given at the call" and "found at the call" in site.visible and not site.reason
+
+
+def test_values_that_are_neither_0_nor_masking_are_added() -> None:
+    model = llama()
+    fast = rewriter.optimize(model, Exact(), backend="eager", strict=True)
+    ids = torch.randint(64, (2, TOKENS))
+    given = as_added(masks("a window", TOKENS)) + torch.randn(2, 1, TOKENS, TOKENS)
+    with torch.no_grad():
+        results = [m(input_ids=ids, attention_mask=given, use_cache=False).logits for m in (model, fast)]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_mask_that_learns(backend: str) -> None:
+    model = llama()
+    fast = rewriter.optimize(model, Exact(), backend=backend, strict=True)
+    ids = torch.randint(64, (2, TOKENS))
+    given = as_added(masks("a window", TOKENS)).requires_grad_()
+    grads = []
+    for m in (model, fast):
+        loss = m(input_ids=ids, attention_mask=given, labels=ids, use_cache=False).loss
+        grads.append(torch.autograd.grad(loss, given)[0])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    assert grads[0].abs().max() > 0
+
+
+def test_a_policy_that_drops_keys_says_why_not() -> None:
+    fast = rewriter.optimize(llama(), SlidingWindow(4), backend="eager", strict=True)
+    ids = torch.randint(64, (2, TOKENS))
+    with pytest.raises(RewriteError, match=r"a mask that a call gives .* use Exact\(\)"):
+        fast(input_ids=ids, attention_mask=masks("a window", TOKENS), use_cache=False)
+
+
+def test_a_call_with_one_and_a_call_without() -> None:
+    fast = rewriter.optimize(llama(), Exact(), backend="eager", strict=True)
+    ids = torch.randint(64, (2, TOKENS))
+    with torch.no_grad():
+        plain = fast(input_ids=ids, use_cache=False)
+        given = fast(input_ids=ids, attention_mask=masks("a window", TOKENS), use_cache=False)
+    assert plain.logits.shape == given.logits.shape
+    assert not torch.allclose(plain.logits, given.logits)
