@@ -210,7 +210,8 @@ def capture_forward(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> Rew
 def _forward(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> EntryPoint:
     tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
-        if any(size < 2 for size in tensor.shape[:2]):
+        # The second size of four is that of channels, or of a mask's heads, and fixed.
+        if any(size < 2 for size in tensor.shape[: 1 if tensor.dim() == 4 else 2]):
             raise ExportError(f"{name} is {list(tensor.shape)}; give an example with at least two rows of two tokens")
     if any(p.positions == "cache" for p in optimized.policy.parts()):
         ids = tensors["input_ids"]

@@ -27,6 +27,7 @@ from rewriter.export.targets.written import Written
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.portable import UNDER_A_MASK
 from rewriter.kernels.portable import replace_operators
+from rewriter.kernels.separator_cache import compute_ends
 from rewriter.kernels.portable import with_sinks
 from torch import Tensor
 
@@ -71,10 +72,10 @@ def open_calls(path: Path, report: ExportReport) -> dict[str, Callable[..., Any]
 def check_policy(optimized: OptimizedModel) -> None:
     """Raises `ExportError` where a policy has no form in standard operators."""
     for policy in optimized.policy.parts():
-        if policy.is_program or policy.positions == "cache" or getattr(policy, "max_separators", None) is not None:
+        if policy.is_program or policy.positions == "cache" or getattr(policy, "capacity", None) is not None:
             raise ExportError(
-                f"{policy} has no form in ONNX's standard operators: which keys it drops is found by a search over the tokens; "
-                "export it with aot_inductor, or take SeparatorMask without max_separators"
+                f"{policy} has no form in ONNX's standard operators: when it drops keys is found by a search over the tokens; "
+                "export it with aot_inductor, or take SeparatorMask without a capacity"
             )
 
 
@@ -315,5 +316,6 @@ SYMBOLIC: dict[Any, Callable[..., Any]] = {
     **UNDER_A_MASK,
     torch.ops.rewriter.live_range_attention.default: _live_range_attention,
     torch.ops.rewriter.running_topk_end.default: _running_topk_end,
+    torch.ops.rewriter.separator_cache_ends.default: compute_ends,
 }
 """The operators as calls of functions of the file."""

@@ -229,6 +229,7 @@ def test_other_packages(
     ("name", "policy"),
     [
         ("llama", SeparatorMask(SEPARATORS, initial=1, window=5)),
+        ("llama", SeparatorMask(SEPARATORS, initial=1, window=5, max_separators=2)),
         ("qwen3", DynamicMask(5)),
         pytest.param("gemma2", Exact(), marks=pytest.mark.soak),
         pytest.param("gpt2", PerLayer({0: Exact(), "default": SlidingWindow(5, sinks=1)}), marks=pytest.mark.soak),
@@ -298,8 +299,26 @@ def test_an_operator_that_onnx_lacks_is_named(tiny_model: Callable[..., nn.Modul
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("exporter", ["onnx", "aot_inductor"])
+def test_a_mask_that_the_call_gives(exporter: str, tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
+    model = tiny_model("llama", "sdpa")
+    fast = prepared(model, Exact())
+    index = torch.arange(12)
+    mask = ((index[:, None] >= index) & (index[:, None] // 5 == index // 5)).expand(2, 1, 12, 12).contiguous()
+    kwargs = {"input_ids": torch.randint(3, 64, (2, 12)), "attention_mask": mask, "use_cache": False}
+    path = tmp_path / ("model.onnx" if exporter == "onnx" else "model.pt2")
+    options = {} if exporter == "onnx" else {"cache": False}
+    report = getattr(export, exporter)(fast, kwargs=kwargs, path=path, **options)
+    assert report.agrees, report.compared
+    holes = mask.clone()
+    holes[:, :, 8, 6] = False
+    given = {"input_ids": kwargs["input_ids"], "attention_mask": holes}
+    expected = model(**given, use_cache=False).logits
+    torch.testing.assert_close(export.load(path)(**given), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_refusals_come_before_anything_is_compiled(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
-    policy = SeparatorMask(SEPARATORS, initial=1, window=3, max_separators=2)
+    policy = SeparatorMask(SEPARATORS, initial=1, window=3, max_separators=2, capacity=8)
     fast = prepared(tiny_model("llama", "sdpa"), policy)
     for exporter in (export.onnx, export.tensorrt):
         with pytest.raises(export.ExportError, match="has no form in ONNX's standard operators"):

@@ -27,6 +27,7 @@ from rewriter import export
     [
         ("llama", Exact()),
         ("llama", SeparatorMask(SEPARATORS, initial=1, window=5)),
+        ("llama", SeparatorMask(SEPARATORS, initial=1, window=3, max_separators=2)),
         ("qwen3", DynamicMask(5)),
         ("gpt2", SlidingWindow(5, sinks=1)),
         pytest.param("gemma2", Exact(), marks=pytest.mark.soak),

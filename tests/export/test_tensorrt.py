@@ -33,6 +33,7 @@ BUILDS_FOR_OTHERS = hasattr(tensorrt_engine.installed(), "ComputeCapability")
 CASES = [
     ("llama", Exact()),
     ("llama", SeparatorMask(SEPARATORS, initial=1, window=3)),
+    ("llama", SeparatorMask(SEPARATORS, initial=1, window=3, max_separators=2)),
     ("llama", DynamicMask(keep=4)),
     ("qwen3", SlidingWindow(5, sinks=1)),
     ("gemma2", SlidingWindow(5)),
