@@ -26,28 +26,51 @@ ROWS = 512
 def mask_ranges(
     mask: Tensor, added: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The live range of each column of a mask, and whether it is all of the mask; waits for the answer.
+    """The live range of each column of a mask, and whether they are all of the mask; waits for the answer.
 
     Args:
         mask: bool `[B, H, Q, K]`, true where visible.
-        added: what is added to the logits, `[B|1, H|1, Q, K]`; the mask hides all of at most -1e4.
+        added: what is added to the logits besides, `[B|1, H|1, Q, K]`.
         dtype: of the query.
 
     Returns:
         start, end, int32 `[B, H, K]`, of rows aligned to the bottom right: the first and the last that see a key; bool `[]`, true
-        where all rows between them see it, too, and nothing but 0 is added where it is visible. Where not, for dense attention,
-        what it adds, of this dtype, `[B, H, Q, K]`, and bool `[B, H, Q, 1]`, the rows that see a key; else without values.
+        where all rows between them see it, too, and each row has a key to which nothing is added, or is padding: the same number
+        of at most -1e4 everywhere. Where not, for dense attention, what is added, `[B, H, Q, K]`, of the wider of both dtypes,
+        and bool `[B, H, Q, 1]`, the rows that see a key; else these two are without values.
     """
-    shown = torch.empty(mask.shape, dtype=dtype, device=mask.device)
-    sees = torch.empty(*mask.shape[:3], 1, dtype=torch.bool, device=mask.device)
-    ranges = _column_runs(mask)
-    if ranges is None or (added is not None and bool(((added != 0) & mask).any())):
-        sees = mask.any(dim=-1, keepdim=True)
-        values = torch.zeros((), dtype=dtype, device=mask.device) if added is None else added.to(dtype)
-        shown = torch.where(mask, values, torch.where(sees, -math.inf, 0.0).to(dtype))
-        none = torch.zeros(*mask.shape[:2], mask.size(3), dtype=torch.int32, device=mask.device)
-        return none, none.clone(), torch.zeros((), dtype=torch.bool, device=mask.device), shown, sees
-    return *ranges, torch.ones((), dtype=torch.bool, device=mask.device), shown, sees
+    wide = dtype if added is None else torch.promote_types(dtype, added.dtype)
+    ranges = _column_runs(mask if added is None else mask & (added > HIDDEN))
+    if ranges is not None and (added is None or _hides_or_adds_nothing(mask, added)):
+        shown = torch.empty(mask.shape, dtype=wide, device=mask.device)
+        sees = torch.empty(*mask.shape[:3], 1, dtype=torch.bool, device=mask.device)
+        return *ranges, torch.ones((), dtype=torch.bool, device=mask.device), shown, sees
+    shown, sees = for_dense(mask, added, wide)
+    none = torch.zeros(*mask.shape[:2], mask.size(3), dtype=torch.int32, device=mask.device)
+    return none, none.clone(), torch.zeros((), dtype=torch.bool, device=mask.device), shown, sees
+
+
+def _hides_or_adds_nothing(mask: Tensor, added: Tensor) -> bool:
+    """Whether each row has a key to which 0 is added, beside which at most -1e4 hides, and nothing else; or is padding."""
+    others = ((added != 0) & (added > HIDDEN) & mask).any()
+    has_key = (mask & (added == 0)).any(dim=-1)
+    return not bool(others) and bool((has_key | _is_padding(mask, added)).all())
+
+
+def _is_padding(mask: Tensor, added: Tensor) -> Tensor:
+    """bool `[B, H, Q]`: rows in which all that is not hidden by the mask has one number of at most -1e4 added."""
+    values = torch.where(mask, added, -math.inf)
+    high = values.amax(dim=-1)
+    return (high <= HIDDEN) & torch.where(mask, added, math.inf).amin(dim=-1).ge(high)
+
+
+def for_dense(mask: Tensor, added: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What dense attention adds to the logits, and the rows that see a key; a row without one has 0 everywhere."""
+    sees = mask.any(dim=-1, keepdim=True)
+    if added is not None:
+        sees = sees & ~_is_padding(mask, added)[..., None]
+    values = torch.zeros((), dtype=dtype, device=mask.device) if added is None else added.to(dtype)
+    return torch.where(sees, torch.where(mask, values, -math.inf), 0.0).to(dtype), sees
 
 
 def _column_runs(mask: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -72,7 +95,8 @@ def _column_runs(mask: Tensor) -> tuple[Tensor, Tensor] | None:
 @mask_ranges.register_fake
 def _(mask: Tensor, added: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     start = mask.new_empty(mask.size(0), mask.size(1), mask.size(3), dtype=torch.int32)
-    is_all, shown = mask.new_empty((), dtype=torch.bool), mask.new_empty(mask.shape, dtype=dtype)
+    wide = dtype if added is None else torch.promote_types(dtype, added.dtype)
+    is_all, shown = mask.new_empty((), dtype=torch.bool), mask.new_empty(mask.shape, dtype=wide)
     return start, torch.empty_like(start), is_all, shown, mask.new_empty(*mask.shape[:3], 1)
 
 
@@ -92,8 +116,8 @@ def dense_attention(
     added = per_query_head(shown, group)
     if bias is not None:
         added = added + per_query_head(bias, group)[:, :, None]
-    if softcap is None and sinks is None:
-        return masked_attention(query, key, value, added.to(query.dtype), per_query_head(sees, group), scale)
+    if softcap is None and sinks is None and added.dtype == query.dtype:
+        return masked_attention(query, key, value, added, per_query_head(sees, group), scale)
     weights, _, _, values = _weights(query, key, value, added, sinks, scale, softcap)
     return (weights @ values).to(query.dtype).masked_fill(~per_query_head(sees, group), 0)
 
@@ -227,9 +251,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if of_added and bool(is_all):  # what is added was 0 where the ranges show a key
         rows = torch.arange(key.size(2) - query.size(2), key.size(2), dtype=torch.int32, device=key.device)[:, None]
-        mask = (start[:, :, None] <= rows) & (rows < end[:, :, None])
-        sees = mask.any(dim=-1, keepdim=True)
-        shown = torch.where(mask | ~sees, 0.0, -math.inf)
+        shown, sees = for_dense((start[:, :, None] <= rows) & (rows < end[:, :, None]), None, torch.float32)
     elif bool(is_all):
         of_query, of_key, of_value, of_bias, of_sinks = torch.ops.rewriter.live_range_attention_backward(
             *(grad, torch.zeros_like(lse), query, key, value, output, lse),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rewriter.kernels.arguments import AttentionArguments
 from rewriter.kernels.given_mask import dense_attention
+from rewriter.kernels.given_mask import for_dense
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.separator_cache import compute_ends
 from rewriter.kernels.separator_cache import compute_split
@@ -207,11 +208,9 @@ def running_topk_end(score: Tensor, keep: int, segment: Tensor | None = None) ->
 
 def mask_ranges(mask: Tensor, added: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """As `rewriter::mask_ranges`, of a mask that is never ranges: a graph without this package does not ask."""
-    sees = mask.any(dim=-1, keepdim=True)
-    values = torch.zeros((), dtype=dtype, device=mask.device) if added is None else added.to(dtype)
-    hidden = torch.where(sees, -math.inf, 0.0).to(dtype)
+    wide = dtype if added is None else torch.promote_types(dtype, added.dtype)
     none = torch.zeros(mask.size(0), mask.size(1), mask.size(3), dtype=torch.int32, device=mask.device)
-    return none, none, torch.zeros((), dtype=torch.bool, device=mask.device), torch.where(mask, values, hidden), sees
+    return none, none, torch.zeros((), dtype=torch.bool, device=mask.device), *for_dense(mask, added, wide)
 
 
 def attention_under_mask(

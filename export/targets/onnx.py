@@ -27,8 +27,8 @@ from rewriter.export.targets.written import Written
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.portable import UNDER_A_MASK
 from rewriter.kernels.portable import replace_operators
-from rewriter.kernels.separator_cache import compute_ends
 from rewriter.kernels.portable import with_sinks
+from rewriter.kernels.separator_cache import compute_ends
 from torch import Tensor
 
 from rewriter.errors import ArtifactError

@@ -49,7 +49,7 @@ def _kind(path: str) -> str:
         return "parameter"
     if "._buffers[" in path:
         return "buffer"
-    is_argument = re.fullmatch(r"L(\['\w+'\])(\['[\w.]+'\]|\[\d+\])?", path)
+    is_argument = re.fullmatch(r"L(\['\w+'\])(\['[\w.]+'\]|\[\d+\])*", path)
     return "argument" if "._modules[" not in path and is_argument else "constant"
 
 

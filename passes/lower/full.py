@@ -14,7 +14,6 @@ import torch
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
 from rewriter.kernels.dense import dense_mask
-from rewriter.kernels.given_mask import HIDDEN
 from rewriter.passes.attention.normalize import commit
 from rewriter.passes.attention.site import AttentionSite
 from rewriter.passes.graph.edit import emit
@@ -169,7 +168,8 @@ def _under_given_mask(
     """A site whose mask a call gives: the mask as the model has it, and its ranges, once for all sites that have the same."""
     site = plan.site
     graph, terms = site.node.graph, list(site.masks)
-    sharing = ("given", site.is_causal, site.masks, str(shape(query)[2]), str(shape(key)[2]))
+    sizes = (str(shape(query)[2]), str(shape(key)[2]), query.meta["val"].dtype)
+    sharing = ("given", site.is_causal, site.masks, *sizes)
     is_added = any(term.kind == "add" for term in terms)
 
     def found(query: Tensor, key: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
@@ -183,9 +183,9 @@ def _under_given_mask(
                 added = mask if added is None else added + mask
             else:
                 visible = visible & (mask if term.kind == "keep" else ~mask)
+        own = None
         if added is not None:
-            visible = visible & (added > HIDDEN)
-        own = None if added is None else added.detach()
+            visible, own = torch.broadcast_tensors(visible, added.detach())
         ranges = torch.ops.rewriter.mask_ranges(visible, own, query.dtype)
         return ranges if added is None else (*ranges, added)
 

@@ -149,14 +149,14 @@ _FOLD: dict[str, Callable[..., Any]] = {
 def apply(name: str, *args: Expression) -> Expression:
     """`Apply` with constants folded and the laws of 0, 1, true and false applied."""
     if name in _FOLD and all(isinstance(a, Const) for a in args):
-        return Const(_wrapped(_FOLD[name](*(a.value for a in args))))  # type: ignore[attr-defined]
+        return Const(_FOLD[name](*(a.value for a in args)))  # type: ignore[attr-defined]
     match name, args:
         case ("add", (x, Const(0))) | ("add", (Const(0), x)) | ("mul", (x, Const(1))) | ("mul", (Const(1), x)):
             return x
         case "mul", ((_, Const(0)) | (Const(0), _)):
             return ZERO
         case "add", (Apply("add", (x, Const(a))), Const(b)) if type(a) is int and type(b) is int:
-            return apply("add", x, Const(_wrapped(a + b)))
+            return apply("add", x, Const(a + b))
         case ("and", (x, Const(True))) | ("and", (Const(True), x)):
             return x
         case "and", ((_, Const(False)) | (Const(False), _)):
@@ -190,11 +190,6 @@ def apply(name: str, *args: Expression) -> Expression:
         case "cast", (x, Precision(dtype)) if floating_type(x) == dtype:
             return x
     return Apply(name, args)
-
-
-def _wrapped(value: Any) -> Any:
-    """An integer as int64 holds it."""
-    return (value + 2**63) % 2**64 - 2**63 if type(value) is int else value
 
 
 def _is_made_of_constants(expression: Expression) -> bool:
@@ -276,20 +271,58 @@ def linear_terms(expression: Expression) -> dict[Expression, int] | None:
                 return None
             for term, factor in part.items():
                 total[term] = total.get(term, 0) + factor
-        return _without_wraps(total)
+        return total
     if isinstance(expression, Apply) and expression.name == "mul":
         for constant, other in (expression.args, expression.args[::-1]):
             if isinstance(constant, Const) and isinstance(constant.value, int):
                 part = linear_terms(other)
-                return None if part is None else _without_wraps({t: f * constant.value for t, f in part.items()})
+                return None if part is None else {t: f * constant.value for t, f in part.items()}
         return None
     return {expression: 1} if _is_integer(expression) else None
 
 
-def _without_wraps(terms: dict[Expression, int]) -> dict[Expression, int] | None:
-    """The sum, where int64 holds it for every term up to `LARGEST`; torch's integers wrap round, and the sum here would not."""
-    small = all(abs(factor) <= (2**62 if term == Const(1) else LARGEST) for term, factor in terms.items())
-    return terms if small else None
+LONGEST = 2**22
+"""Integers are taken to be what they are, and not to wrap, for indices and data up to this: texts of four million tokens."""
+
+
+def may_wrap(expression: Expression, dtype: torch.dtype) -> bool:
+    """Whether an integer's value need not fit a type, in which it would begin anew."""
+    limits = torch.iinfo(dtype)
+    low, high = _value_range(expression)
+    return low < limits.min or high > limits.max
+
+
+def _value_range(expression: Expression) -> tuple[int, int]:
+    """The least and the largest value of an integer expression, of indices below `LONGEST` and data up to it."""
+    if isinstance(expression, Const):
+        # Infinities and fractions are no integers, and asked of nothing.
+        value = int(expression.value) if math.isfinite(expression.value) else 0
+        return value, value
+    if isinstance(expression, (Axis, Size)):
+        return 0, LONGEST
+    if not isinstance(expression, Apply):
+        return -LONGEST, LONGEST
+    ranges = [_value_range(a) for a in expression.args[expression.name == "where" :] if not isinstance(a, Precision)]
+    match expression.name, ranges:
+        case "add", [(a, b), (c, d)]:
+            return a + c, b + d
+        case "mul", [(a, b), (c, d)]:
+            products = (a * c, a * d, b * c, b * d)
+            return min(products), max(products)
+        case "join", [(a, b), (c, d), (_, n)]:
+            return a + c, b * max(n, 1) + d
+        case (("where" | "max" | "min"), _):
+            return min(low for low, _ in ranges), max(high for _, high in ranges)
+        case "abs", [(a, b)]:
+            return 0, max(abs(a), abs(b))
+        case (("floordiv" | "quotient" | "remainder"), [(a, b), (c, d)]):
+            most = max(abs(a), abs(b), abs(c), abs(d)) if expression.name == "remainder" else max(abs(a), abs(b))
+            return -most, most
+        case "cast", [own]:
+            return own
+        case (("number" | "lt" | "le" | "eq" | "and" | "or" | "not"), _):
+            return 0, 1
+    return -LONGEST, LONGEST
 
 
 def _is_integer(expression: Expression) -> bool:

@@ -14,7 +14,6 @@ from rewriter.passes.graph.nodes import arguments
 from rewriter.passes.graph.nodes import is_bool
 from rewriter.passes.graph.nodes import rank
 from rewriter.passes.graph.nodes import shape
-from rewriter.passes.masks.expression import LARGEST
 from rewriter.passes.masks.expression import TRUE
 from rewriter.passes.masks.expression import ZERO
 from rewriter.passes.masks.expression import Apply
@@ -129,18 +128,6 @@ _NARROW = (torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16)
 def _is_narrow_integer(node: Node) -> bool:
     """Whether sums and products of a node's type wrap where indices need not."""
     return node.meta["val"].dtype in (torch.uint8, torch.int8, torch.int16)
-
-
-LARGEST_FACTOR = 2**10
-"""Of an index in int32: texts of up to a million tokens are far from where the product wraps."""
-
-
-def _leaves_int32(name: str, left: Expression, right: Expression, node: Node) -> bool:
-    """Whether a sum or a product in int32 wraps at sizes that there may be."""
-    limit = LARGEST_FACTOR if name == "mul" else LARGEST
-    numbers = [abs(x.value) for x in (left, right) if isinstance(x, Const)]
-    is_product = name == "mul" and not numbers and all(map(reads_index, (left, right)))
-    return node.meta["val"].dtype == torch.int32 and (is_product or any(n > limit for n in numbers))
 
 
 def _may_wrap(node: Node, value: Expression | None) -> bool:
@@ -306,7 +293,7 @@ def _binary(functions: IndexFunctions, node: Node) -> Expression | None:
     logical = [is_bool(a) or isinstance(a, bool) for a in node.args[:2]]
     if name in ("add", "mul", "sub", "rsub") and not all(logical):
         left, right = (apply("number", x) if b else x for x, b in zip((left, right), logical, strict=True))
-    if not is_bool(node) and (_is_narrow_integer(node) or _leaves_int32(name, left, right, node)):
+    if not is_bool(node) and _is_narrow_integer(node):
         return None  # it may wrap
     left, right = (with_exact_indices(x) if is_bool(node) else cast(x, node) for x in (left, right))
     alpha: Any = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)

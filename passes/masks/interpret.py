@@ -20,6 +20,7 @@ from rewriter.passes.masks.expression import Element
 from rewriter.passes.masks.expression import Expression
 from rewriter.passes.masks.expression import Size
 from rewriter.passes.masks.expression import broadcast
+from rewriter.passes.masks.expression import may_wrap
 from torch.fx import Node
 
 
@@ -61,7 +62,7 @@ class IndexFunctions:
             return _size(value, node)
         if self.is_opened(node):
             result = HANDLERS[node.target](self, node)
-            if result is not None:
+            if result is not None and not _wraps(result, value):
                 return result
         return data(node)
 
@@ -88,6 +89,12 @@ class IndexFunctions:
         if not isinstance(argument, Node) or not isinstance(argument.meta.get("val"), torch.Tensor):
             return self.scalar(argument)
         return broadcast(self.element(argument), shape(argument), rank(out))
+
+
+def _wraps(result: Expression, value: Any) -> bool:
+    """Whether an integer tensor's element need not fit its type."""
+    is_integer = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+    return is_integer and may_wrap(result, value.dtype)
 
 
 def data(node: Node) -> Expression:

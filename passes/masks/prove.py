@@ -248,12 +248,13 @@ class Analysis:
             return [self._interval(part, positions)]
         except Unproven as reason:
             found = self._any_of(_alternatives_of(part))
-            if not 0 < len(found) <= MOST_RANGES:
+            if not found:
                 raise reason
             return found
 
     def _any_of(self, predicates: list[Expression]) -> list[Interval]:
-        """The ranges of each predicate without those of the predicates before; none where one of them is not understood."""
+        """The ranges of each predicate without those of the predicates before; none where one of them is not understood, or as
+        soon as they are too many: each may cut each in two."""
         found: list[Interval] = []
         for predicate in predicates:
             try:
@@ -262,7 +263,11 @@ class Analysis:
                 return []
             for before in found:
                 own = [rest for one in own for rest in _without(one, before)]
+                if len(own) > MOST_RANGES:
+                    return []
             found += own
+            if len(found) > MOST_RANGES:
+                return []
         return found
 
     def _later(self, left: Expression, right: Expression) -> Expression:
@@ -374,7 +379,7 @@ class Analysis:
         for expression, sign in ((left, 1), (right, -1)):
             part = linear_terms(expression)
             if part is None:
-                raise Unproven(f"a mask compares values that are not integers, or too large{self.origin(expression)}")
+                raise Unproven(f"a mask compares values that are not integers{self.origin(expression)}")
             for term, factor in part.items():
                 terms[term] = terms.get(term, 0) + sign * factor
         for position in positions:

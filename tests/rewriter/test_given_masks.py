@@ -116,3 +116,45 @@ def test_a_call_with_one_and_a_call_without() -> None:
         given = fast(input_ids=ids, attention_mask=masks("a window", TOKENS), use_cache=False)
     assert plain.logits.shape == given.logits.shape
     assert not torch.allclose(plain.logits, given.logits)
+
+
+class Attend(torch.nn.Module):
+    """Attention by hand, its mask added in the mask's own dtype."""
+
+    def forward(self, query: torch.Tensor, mask: Any) -> torch.Tensor:
+        mask = mask["full_attention"] if isinstance(mask, dict) else mask
+        logits = query @ query.transpose(2, 3) * 8**-0.5 + mask
+        return torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype) @ query
+
+
+def test_rows_whose_values_all_lie_far_below_0_are_not_hidden() -> None:
+    """As ALiBi has it where the bias of the first keys is counted from the last one."""
+    index = torch.arange(64)
+    mask = torch.where(index <= index[:, None], -300.0 * (63 - index), -torch.inf)[None, None]
+    query, model = torch.randn(1, 2, 64, 8), Attend()
+    fast = rewriter.optimize(model, Exact(), backend="eager", strict=True)
+    torch.testing.assert_close(fast(query, mask), model(query, mask), rtol=1e-5, atol=1e-5)
+    mask[0, 0, :5] = torch.finfo(torch.float32).min  # padding: an average in the original
+    actual, expected = fast(query, mask), model(query, mask)
+    assert not actual[:, :, :5].any()
+    torch.testing.assert_close(actual[:, :, 5:], expected[:, :, 5:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_wider_mask_is_not_rounded(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, mask = torch.randn(1, 2, 32, 8), 30 + 3 * torch.randn(1, 1, 32, 32)
+    model = Attend()
+    fast = rewriter.optimize(model, Exact(), backend="eager", strict=True)
+    exact = model(query.to(dtype).double(), mask.double())
+    errors = [float((m(query.to(dtype), mask).double() - exact).norm() / exact.norm()) for m in (model, fast)]
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_one_in_a_dictionary_as_transformers_takes_it() -> None:
+    query, mask = torch.randn(2, 2, TOKENS, 8), as_added(masks("a window", TOKENS))
+    model = Attend()
+    fast = rewriter.optimize(model, Exact(), backend="eager", strict=True)
+    given = {"full_attention": mask, "sliding_attention": mask}
+    torch.testing.assert_close(fast(query, given), model(query, given), rtol=1e-5, atol=1e-5)
+    assert fast.report.sites[0].mask == "given at the call"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -188,6 +189,49 @@ def test_proven(name: str) -> None:
     (site,) = optimized.report.sites
     assert set(site.mask.split(" + ")) == set(expected.split(" + "))
     assert len(optimized.report.graphs) == 1
+
+
+def int32(s: Tensor) -> tuple[Tensor, Tensor]:
+    row, key = row_and_key(s.size(-1))
+    return row.int(), key.int()
+
+
+def twenty_times(index: Tensor) -> Tensor:
+    for _ in range(20):
+        index = index + index
+    return index
+
+
+# Of an index of 2,048 and more these wrap, and hide other keys than at the sizes that are tried.
+WRAPPING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a chain of products": lambda i, j: j * 1024 * 1024 <= i * 1024 * 1024,
+    "a chain of sums": lambda i, j: twenty_times(j) <= twenty_times(i),
+    "a factor of a sum": lambda i, j: torch.add(j * 0, j, alpha=2**20) <= torch.add(i * 0, i, alpha=2**20),
+    "a cast": lambda i, j: (j.long() * 2**20).int() <= (i.long() * 2**20).int(),
+    "an offset": lambda i, j: j + 2**30 + (2**30 - 2000) <= i + 2**30 + (2**30 - 2000),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPING)
+def test_what_wraps_beyond_the_sizes_that_are_tried_is_not_claimed(name: str) -> None:
+    model = Attention(lambda s, ids: s.masked_fill(~WRAPPING[name](*int32(s)), -INF))
+    optimized = rewriter.optimize(model, backend="eager")
+    ids, _ = batches()
+    optimized(ids)
+    (site,) = optimized.report.sites
+    assert (not site.rewritten and "through data" in site.reason) or "compares the query with data" in site.reason
+
+
+@pytest.mark.parametrize("largest", [sys.maxsize, 2**62, 2**31], ids=str)
+def test_a_window_that_never_ends_is_proven(largest: int) -> None:
+    def masked(s: Tensor, ids: Tensor) -> Tensor:
+        row, key = row_and_key(s.size(-1))
+        return s.masked_fill(~((key <= row) & (key > row - largest)), -INF)
+
+    model = Attention(masked)
+    optimized = rewriter.optimize(model, backend="eager", strict=True)
+    ids, _ = batches()
+    torch.testing.assert_close(optimized(ids), model(ids), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", REFUSED)
