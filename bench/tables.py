@@ -230,6 +230,23 @@ def real_model(read: Results) -> str:
     )
 
 
+def quality_real(read: Results) -> str:
+    """`bench/quality_real.py`: bits per token by position, and how many more than the original's at the end."""
+    result = read("quality-real")
+    ends = [2**n for n in range(9, result["length"].bit_length()) if 2**n < result["length"]] + [result["length"]]
+    header = ("", "pairs kept", *(f"to {end:,}" for end in ends), "the last part, of the original's")
+    last = {row["text"]: row["bits"][-1] for row in result["rows"] if row["family"] == "original"}
+    rows = []
+    for row in result["rows"]:
+        share = f"{row['share']:.1%}"
+        if "reason" in row:
+            rows.append((row["family"], share, *["-"] * (len(ends) + 1)))
+            continue
+        rise = row["bits"][-1] / last[row["text"]] - 1
+        rows.append((row["family"], share, *(f"{bits:.3f}" for bits in row["bits"]), f"{rise:+.1%}"))
+    return markdown(header, rows)
+
+
 def crossover(read: Results) -> str:
     """Speed relative to torch's causal kernel, measured and predicted, of 8 query heads of 64."""
     result = read("crossover-cpu")
@@ -608,6 +625,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "work-ratio": work_ratio,
     "grouping": grouping,
     "real-model": real_model,
+    "quality-real": quality_real,
     "crossover": crossover,
     "never-slower": never_slower,
     "memory": memory,
