@@ -33,6 +33,7 @@ class IndexFunctions:
 
     def __init__(self, modified: frozenset[Node] = frozenset()) -> None:
         self.modified = modified
+        self.wrapping: set[Node] = set()  # integers that may wrap, which are data of any size
         self._known: dict[Node, Expression] = {}
         self._numbered: dict[Any, Node] = {}
 
@@ -64,6 +65,8 @@ class IndexFunctions:
             result = HANDLERS[node.target](self, node)
             if result is not None and not _wraps(result, value):
                 return result
+            if result is not None:
+                self.wrapping.add(node)
         return data(node)
 
     def representative(self, node: Node) -> Node:

@@ -380,6 +380,8 @@ class Analysis:
             part = linear_terms(expression)
             if part is None:
                 raise Unproven(f"a mask compares values that are not integers{self.origin(expression)}")
+            if any(e.node in self.functions.wrapping for e in elements_of(expression)):
+                raise Unproven(f"a mask compares integers that may wrap{self.origin(expression)}")
             for term, factor in part.items():
                 terms[term] = terms.get(term, 0) + sign * factor
         for position in positions:
