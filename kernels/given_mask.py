@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rewriter.kernels.dense import masked_attention
 from rewriter.kernels.live_ranges import FOREVER
+from rewriter.kernels.live_ranges import LiveRanges
 from rewriter.kernels.reference import per_query_head
 from torch import Tensor
 
@@ -45,9 +46,17 @@ def mask_ranges(
         shown = torch.empty(mask.shape, dtype=wide, device=mask.device)
         sees = torch.empty(*mask.shape[:3], 1, dtype=torch.bool, device=mask.device)
         return *ranges, torch.ones((), dtype=torch.bool, device=mask.device), shown, sees
-    shown, sees = for_dense(mask, added, wide)
-    none = torch.zeros(*mask.shape[:2], mask.size(3), dtype=torch.int32, device=mask.device)
-    return none, none.clone(), torch.zeros((), dtype=torch.bool, device=mask.device), shown, sees
+    return without_ranges(mask, added, dtype)
+
+
+def without_ranges(
+    mask: Tensor, added: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `mask_ranges` returns for a mask that is no ranges; by torch's operators alone."""
+    wide = dtype if added is None else torch.promote_types(dtype, added.dtype)
+    none = torch.zeros(mask.size(0), mask.size(1), mask.size(3), dtype=torch.int32, device=mask.device)
+    is_all = torch.zeros((), dtype=torch.bool, device=mask.device)
+    return none, none.clone(), is_all, *_for_dense(mask, added, wide)
 
 
 def _hides_or_adds_nothing(mask: Tensor, added: Tensor) -> bool:
@@ -64,7 +73,7 @@ def _is_padding(mask: Tensor, added: Tensor) -> Tensor:
     return (high <= HIDDEN) & torch.where(mask, added, math.inf).amin(dim=-1).ge(high)
 
 
-def for_dense(mask: Tensor, added: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _for_dense(mask: Tensor, added: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What dense attention adds to the logits, and the rows that see a key; a row without one has 0 everywhere."""
     sees = mask.any(dim=-1, keepdim=True)
     if added is not None:
@@ -113,13 +122,17 @@ def dense_attention(
 ) -> Tensor:
     """`[B, Hq, Q, Dv]` by torch's operators; a row that sees no key is 0. Arguments as of `attention_under_mask`."""
     group = query.size(1) // key.size(1)
-    added = per_query_head(shown, group)
-    if bias is not None:
-        added = added + per_query_head(bias, group)[:, :, None]
+    added = _with_bias(shown, bias, group)
     if softcap is None and sinks is None and added.dtype == query.dtype:
         return masked_attention(query, key, value, added, per_query_head(sees, group), scale)
     weights, _, _, values = _weights(query, key, value, added, sinks, scale, softcap)
     return (weights @ values).to(query.dtype).masked_fill(~per_query_head(sees, group), 0)
+
+
+def _with_bias(shown: Tensor, bias: Tensor | None, group: int) -> Tensor:
+    """All that is added to the logits, `[B|1, Hq|1, Q, K]`."""
+    added = per_query_head(shown, group)
+    return added if bias is None else added + per_query_head(bias, group)[:, :, None]
 
 
 def _weights(
@@ -162,10 +175,7 @@ def dense_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, bias, sinks and what is added of `dense_attention`: the weights are computed anew."""
     group, num_keys = query.size(1) // key.size(1), key.size(2)
-    total = per_query_head(shown, group)
-    if bias is not None:
-        total = total + per_query_head(bias, group)[:, :, None]
-    weights, slope, keys, values = _weights(query, key, value, total, sinks, scale, softcap)
+    weights, slope, keys, values = _weights(query, key, value, _with_bias(shown, bias, group), sinks, scale, softcap)
     grad = grad.masked_fill(~per_query_head(sees, group), 0).to(weights.dtype)
     of_weights = grad @ values.transpose(2, 3)
     of_logits = weights * (of_weights - (weights * of_weights).sum(dim=-1, keepdim=True))
@@ -250,8 +260,8 @@ def _backward(
     of_added: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if of_added and bool(is_all):  # what is added was 0 where the ranges show a key
-        rows = torch.arange(key.size(2) - query.size(2), key.size(2), dtype=torch.int32, device=key.device)[:, None]
-        shown, sees = for_dense((start[:, :, None] <= rows) & (rows < end[:, :, None]), None, torch.float32)
+        rows = torch.arange(key.size(2) - query.size(2), key.size(2), dtype=torch.int32, device=key.device)
+        shown, sees = _for_dense(LiveRanges(start, end).visible(rows), None, torch.float32)
     elif bool(is_all):
         of_query, of_key, of_value, of_bias, of_sinks = torch.ops.rewriter.live_range_attention_backward(
             *(grad, torch.zeros_like(lse), query, key, value, output, lse),

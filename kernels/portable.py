@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rewriter.kernels.arguments import AttentionArguments
 from rewriter.kernels.given_mask import dense_attention
-from rewriter.kernels.given_mask import for_dense
+from rewriter.kernels.given_mask import without_ranges
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.separator_cache import compute_ends
 from rewriter.kernels.separator_cache import compute_split
@@ -206,13 +206,6 @@ def running_topk_end(score: Tensor, keep: int, segment: Tensor | None = None) ->
     return torch.zeros_like(dies).scatter(1, order, dies).view(score.shape)
 
 
-def mask_ranges(mask: Tensor, added: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """As `rewriter::mask_ranges`, of a mask that is never ranges: a graph without this package does not ask."""
-    wide = dtype if added is None else torch.promote_types(dtype, added.dtype)
-    none = torch.zeros(mask.size(0), mask.size(1), mask.size(3), dtype=torch.int32, device=mask.device)
-    return none, none, torch.zeros((), dtype=torch.bool, device=mask.device), *for_dense(mask, added, wide)
-
-
 def attention_under_mask(
     query: Tensor,
     key: Tensor,
@@ -235,10 +228,10 @@ def attention_under_mask(
 
 
 UNDER_A_MASK: dict[Any, Callable[..., Any]] = {
-    torch.ops.rewriter.mask_ranges.default: mask_ranges,
+    torch.ops.rewriter.mask_ranges.default: without_ranges,
     torch.ops.rewriter.attention_under_mask.default: attention_under_mask,
 }
-"""For masks that are data."""
+"""For masks that are data: always dense, as a graph without this package does not ask whether they are ranges."""
 
 PORTABLE: dict[Any, Callable[..., Any]] = {
     **UNDER_A_MASK,

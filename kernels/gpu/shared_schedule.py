@@ -7,6 +7,7 @@ up as `rewriter::schedule` did.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence
 
 import torch
@@ -71,9 +72,7 @@ def make(
         return make_fake(start, end, query_index, num_queries, group, head_dim, element_size, backward)
     index, order = ordered_index(query_index, num_queries, start.size(2), start.device)
     tensors = [index] if order is None else [order, index]
-    for kernel in list(CAPACITY)[: 1 + backward]:
-        config = launch_config(architecture(start.device), kernel, element_size, head_dim)
-        tile_rows = tile_shape(group, config.block_m)[0]
+    for kernel, config, tile_rows in _tiles(start.device, group, head_dim, element_size, backward):
         schedule = build(start, end, index, tile_rows, config.block_n, CAPACITY[kernel])
         tensors += schedule.made()
         if kernel == "backward_query":
@@ -89,6 +88,15 @@ def places_in_lists(schedule: Schedule, block: int) -> tuple[Tensor, Tensor]:
     partial_begin = (rows_of_key.cumsum(dim=2, dtype=torch.int32) - rows_of_key).contiguous()
     groups = (schedule.list_begin.diff(dim=2) + (block - 1)) // block
     return partial_begin, torch.nn.functional.pad(groups.cumsum(dim=2, dtype=torch.int32), (1, 0)).contiguous()
+
+
+def _tiles(
+    device: torch.device, group: int, head_dim: int, element_size: int, backward: bool
+) -> Iterator[tuple[str, LaunchConfig, int]]:
+    """Each kernel with a schedule of its own, its entry of the launch table, and the query rows of its tile."""
+    for kernel in list(CAPACITY)[: 1 + backward]:
+        config = launch_config(architecture(device), kernel, element_size, head_dim)
+        yield kernel, config, tile_shape(group, config.block_m)[0]
 
 
 def num_tensors(*, indexed: bool, backward: bool) -> int:
@@ -111,9 +119,7 @@ def make_fake(
     index = start.new_empty(num_index_rows, num_queries)
     tensors = [index] if query_index is None else [torch.empty_like(index), index]
     rows = num_rows(start, end, index)
-    for kernel in list(CAPACITY)[: 1 + backward]:
-        config = launch_config(architecture(start.device), kernel, element_size, head_dim)
-        tile_rows = tile_shape(group, config.block_m)[0]
+    for kernel, _, tile_rows in _tiles(start.device, group, head_dim, element_size, backward):
         sizes = made_sizes(num_queries, start.size(2), tile_rows, CAPACITY[kernel])
         tensors += [start.new_empty(*rows, *sizes[name]) for name in MADE]
     if backward:

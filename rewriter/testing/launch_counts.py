@@ -61,8 +61,8 @@ class _Computing(TorchDispatchMode):
 def launch_counts(architecture: str = "sm90") -> Iterator[LaunchCount]:
     """Of each operator, for bf16 tensors of one row of 2,048 tokens."""
 
-    def tensor(heads: int, length: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(1, heads, length, HEAD_DIM, dtype=dtype, device="meta")
+    def tensor(heads: int, length: int) -> Tensor:
+        return torch.empty(1, heads, length, HEAD_DIM, dtype=torch.bfloat16, device="meta")
 
     query, key, value = tensor(QUERY_HEADS, TOKENS), tensor(KV_HEADS, TOKENS), tensor(KV_HEADS, TOKENS)
     live, score = LiveRanges.causal(TOKENS, device="meta"), torch.empty(1, KV_HEADS, TOKENS, device="meta")
