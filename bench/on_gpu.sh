@@ -11,10 +11,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${OUT:-bench/results}")
 python=${PYTHON:-python3}
-package=build/gpu
-mkdir -p "$out"
-rm -rf "$package"
-mkdir -p "$package"
+mkdir -p "$out" build
+# A folder of this call alone: another call at the same time must not take the sources away from under it.
+package=$(mktemp -d build/gpu.XXXXXX)
+trap 'rm -rf "$package"' EXIT
 cp -r rewriter "$package/"
 cp -r kernels passes export "$package/rewriter/"
 if [ "$out" != "$(realpath bench/results)" ]; then cp -n bench/results/gpu-*.json "$out/" 2>/dev/null || true; fi
@@ -28,4 +28,4 @@ print("compiled beforehand:", gpu_cache.install(gpu_cache.FOLDER, pathlib.Path(o
     ;;
 esac
 # -P: the package and not the folder of the same name here.
-exec "$python" -P bench/gpu_session.py --out "$out" "$@"
+"$python" -P bench/gpu_session.py --out "$out" "$@"

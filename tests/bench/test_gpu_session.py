@@ -94,6 +94,22 @@ def test_an_unknown_section_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1 and "speed" in done.stderr and "correct" in done.stderr
 
 
+def test_a_second_call_leaves_the_sources_of_the_first(tmp_path: Path) -> None:
+    """What stands for Python here calls the script once more, and then looks for what it was to run."""
+    python = tmp_path / "python"
+    python.write_text(
+        """#!/usr/bin/env bash
+own=${PYTHONPATH%%:*}
+if [ -z "${INNER:-}" ]; then INNER=1 bash bench/on_gpu.sh --rehearse; fi
+ls "$own/rewriter/kernels/gpu/forward.py"
+"""
+    )
+    python.chmod(0o755)
+    found = run(["bash", "bench/on_gpu.sh", "--rehearse"], OUT=str(tmp_path), PYTHON=str(python)).split()
+    assert len(found) == 2 and found[0] != found[1]
+    assert not any(Path(path).exists() for path in found)
+
+
 CACHE = """
 import json, sys
 from pathlib import Path
