@@ -18,13 +18,15 @@ from rewriter.kernels.given_mask import without_ranges
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.separator_cache import compute_ends
 from rewriter.kernels.separator_cache import compute_split
-from rewriter.kernels.topk import MAX_TRACED_KEYS
 from rewriter.kernels.topk import ordered_bits
 from torch import Tensor
 from torch.fx import GraphModule
 
 TILE = 128
 """Query rows of a tile."""
+
+MAX_KEYS = 2**20
+"""Of a running top-k: the steps of its loop are fixed while a graph is traced for any length."""
 
 
 def attention(
@@ -173,6 +175,9 @@ def running_topk_end(score: Tensor, keep: int, segment: Tensor | None = None) ->
         rank = (segment.long() << 32) + ordered_bits(rank)
     order = rank.expand(score.shape).flatten(0, 1).contiguous().argsort(dim=1, descending=True, stable=True)
     num_rows, num_keys = order.shape
+    torch._check(
+        num_keys <= MAX_KEYS, lambda: f"a portable running top-k takes at most {MAX_KEYS} keys, got {num_keys}"
+    )
     prefix = torch.arange(num_keys, dtype=torch.int32, device=score.device).expand(num_rows, -1).contiguous()
     start = torch.zeros_like(prefix)
 
@@ -198,7 +203,7 @@ def running_topk_end(score: Tensor, keep: int, segment: Tensor | None = None) ->
             torch.where(right, answer + (1 << bit), answer).to(torch.int32),
         )
 
-    bit = torch.full((), (MAX_TRACED_KEYS - 1).bit_length() - 1, dtype=torch.int32, device=score.device)
+    bit = torch.full((), (MAX_KEYS - 1).bit_length() - 1, dtype=torch.int32, device=score.device)
     carried = (bit, order.to(torch.int32), start, prefix, torch.full_like(prefix, keep - 1), start.clone())
     answer = torch.while_loop(lambda bit, *_: bit >= 0, body, carried)[-1]
     # Place r of the order dies at the keep-th oldest of the r better keys, those before it.

@@ -3,8 +3,8 @@
 A key's score does not depend on the query, so a key that has left the top w never returns: w better keys exist, in
 every longer prefix too. Key j dies at the first query whose prefix holds w keys that beat it. In the order from the best
 key to the worst, the keys that beat the r-th are those before it, so that query is the w-th smallest of the first r
-indices: an order statistic of every prefix of that order. A wavelet matrix answers all prefixes at once, one stable
-partition and one cumulative sum per bit of the index.
+indices: an order statistic of every prefix of that order. On the CPU a wavelet matrix answers all prefixes at once, one
+stable partition and one cumulative sum per bit of the index; on a GPU keys count (`kernels/gpu/running_topk.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from rewriter.kernels.gpu import running_topk as gpu
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.live_ranges import LiveRanges
 from torch import Tensor
-
-MAX_TRACED_KEYS = 2**20
 
 
 def running_topk_ranges(score: Tensor, keep: int, *, segment: Tensor | None = None) -> LiveRanges:
@@ -54,16 +52,21 @@ def running_topk_ranges(score: Tensor, keep: int, *, segment: Tensor | None = No
 def _end(score: Tensor, keep: int, segment: Tensor | None) -> Tensor:
     if not runs_triton(score):
         return torch.ops.rewriter.running_topk_end_cpu(score, keep, segment)
-    return end_by_partition(score, keep, segment)
+    return gpu.ends(best_first(score, segment), keep).view(score.shape)
+
+
+def best_first(score: Tensor, segment: Tensor | None) -> Tensor:
+    """int64 `[B * H, K]`, the keys of each row from the best to the worst."""
+    rank = torch.nan_to_num(score.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    if segment is not None:
+        rank = (segment.long() << 32) + ordered_bits(rank)
+    # A stable descending sort puts the older of equals first.
+    return rank.expand(score.shape).flatten(0, 1).contiguous().argsort(dim=1, descending=True, stable=True)
 
 
 def end_by_partition(score: Tensor, keep: int, segment: Tensor | None) -> Tensor:
     num_keys = score.size(2)
-    rank = torch.nan_to_num(score.float(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    if segment is not None:
-        rank = (segment.long() << 32) + ordered_bits(rank)
-    # The best key first; a stable descending sort puts the older of equals first.
-    order = rank.expand(score.shape).flatten(0, 1).contiguous().argsort(dim=1, descending=True, stable=True)
+    order = best_first(score, segment)
     end = torch.full_like(order, FOREVER)
     if num_keys > keep:
         # The r-th best key dies where the prefix holds `keep` of the r better ones: at the `keep`-th oldest of them.
@@ -103,23 +106,25 @@ def _prefix_order_statistic(values: Tensor, count: int) -> Tensor:
     wanted = torch.full_like(prefix, count - 1)
     answer = torch.zeros_like(wanted)
     values = values.to(torch.int32)
-    descend = gpu.descend if runs_triton(values) else _descend
-    for bit in reversed(range(_num_bits(num_keys))):
+    for bit in reversed(range(max(1, (num_keys - 1).bit_length()))):
         ones_before = torch.nn.functional.pad(((values >> bit) & 1).cumsum(dim=1, dtype=torch.int32), (1, 0))
-        values = descend(values, ones_before, bounds, wanted, answer, bit)
+        values = _descend(values, ones_before, bounds, wanted, answer, bit)
     return answer.long()
 
 
-def _num_bits(num_keys: int) -> int:
-    """Bits of an index. While a graph is traced for any length: of a million keys, so that no length is fixed."""
-    if isinstance(num_keys, int):
-        return max(1, (num_keys - 1).bit_length())
-    torch._check(num_keys <= MAX_TRACED_KEYS, lambda: f"a traced running top-k takes at most {MAX_TRACED_KEYS} keys")
-    return (MAX_TRACED_KEYS - 1).bit_length()
-
-
 def _descend(values: Tensor, ones_before: Tensor, bounds: Tensor, wanted: Tensor, answer: Tensor, bit: int) -> Tensor:
-    """As `rewriter.kernels.gpu.running_topk.descend`, in torch."""
+    """Partitions `values` by a bit and moves every prefix's bounds into the part that holds its order statistic.
+
+    Args:
+        values: int32 `[R, K]`, this level's order.
+        ones_before: int32 `[R, K + 1]`, how many of the values before each place have the bit.
+        bounds: int32 `[2, R, P]`, the places where each prefix's values begin and end; changed in place.
+        wanted: int32 `[R, P]`, which of these values is sought; changed in place.
+        answer: int32 `[R, P]`, the bits found so far; changed in place.
+
+    Returns:
+        int32 `[R, K]`, the next level's order.
+    """
     num_zeros = values.size(1) - ones_before[:, -1:]
     ones_at = torch.stack([ones_before.gather(1, bound.long()) for bound in bounds])
     zeros_at = bounds - ones_at

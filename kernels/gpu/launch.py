@@ -28,7 +28,7 @@ HEAD_DIMS = (64, 128, 256)
 
 UNSPECIALIZED = (
     *("num_queries", "num_keys", "num_tiles", "num_splits", "num_partial", "list_size"),
-    *("num_values", "num_prefixes", "bit", "num_blocks"),
+    *("num_blocks", "num_chunks", "chunk"),
     *("range_stride_b", "range_stride_h", "stride_order_b", "stride_bias_b", "stride_bias_h", "stride_key_index_b"),
     *("stride_start_b", "stride_start_h", "stride_end_b", "stride_end_h", "stride_query_index_b"),
 )

@@ -1,73 +1,125 @@
-"""One level of the wavelet matrix behind `running_topk_ranges`, for all prefixes at once."""
+"""When each key leaves a running top-w, in three launches: the w-th oldest of the better keys, by counting.
+
+Keys stand in the order from the best to the worst; the key at place r dies at the w-th oldest of the r keys before it. Time is
+cut into at most `MAX_CHUNKS` chunks and the order into blocks. How many keys of the first chunks stand before a block is counted
+once, in a table; a key finds its chunk in the table by bisection, what its own block adds counted on the way, and then its place
+in the chunk.
+"""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from rewriter.kernels.dispatch import INTERPRETED
 from rewriter.kernels.gpu.launch import UNSPECIALIZED
 from rewriter.kernels.gpu.launch import launch
+from rewriter.kernels.live_ranges import FOREVER
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK = 256 if INTERPRETED else 64
+"""Places of a block; a chunk's keys are looked at so many at once. Triton's interpreter runs the programs one after the other."""
+
+MIN_CHUNK = 256
+"""Keys of a chunk at least. A shorter one makes a larger table, a longer one more comparisons for each key."""
+
+MAX_CHUNKS = 512
+"""The table has a number for each chunk and block: 4 MiB a row of 131,072 keys."""
+
+STEPS = MAX_CHUNKS.bit_length() - 1
+"""Of the bisection among chunks."""
 
 
-def descend(values: Tensor, ones_before: Tensor, bounds: Tensor, wanted: Tensor, answer: Tensor, bit: int) -> Tensor:
-    """Partitions `values` by a bit and moves every prefix's bounds into the part that holds its order statistic.
+def ends(order: Tensor, keep: int) -> Tensor:
+    """The first index at which `keep` better keys exist, or the key's own; without one `FOREVER`.
+
+    O(K^2 / 64) comparisons and K^2 / 4,096 numbers of scratch memory up to 131,072 keys, then O(K) numbers.
 
     Args:
-        values: int32 `[R, K]`, this level's order.
-        ones_before: int32 `[R, K + 1]`, how many of the values before each place have the bit.
-        bounds: int32 `[2, R, P]`, the places where each prefix's values begin and end; changed in place.
-        wanted: int32 `[R, P]`, which of these values is sought; changed in place.
-        answer: int32 `[R, P]`, the bits found so far; changed in place.
+        order: int64 `[R, K]`, the keys of each row from the best to the worst: a permutation of 0 .. K - 1.
 
     Returns:
-        int32 `[R, K]`, the next level's order.
+        int32 `[R, K]`, by key.
     """
-    moved = torch.empty_like(values)
-    num_rows, num_values = values.shape
-    launch(_descend, (num_rows, -(-num_values // BLOCK)))(
-        values, ones_before, bounds, wanted, answer, moved, num_values, wanted.size(1), bit, BLOCK=BLOCK, num_warps=4
-    )
-    return moved
+    num_rows, num_keys = order.shape
+    chunk = BLOCK * torch.sym_max(MIN_CHUNK // BLOCK, -(-num_keys // (MAX_CHUNKS * BLOCK)))
+    num_chunks, num_blocks = -(-num_keys // chunk), -(-num_keys // BLOCK)
+    place, end = (torch.empty_like(order, dtype=torch.int32) for _ in range(2))
+    counts = torch.empty(num_rows, num_chunks, num_blocks, dtype=torch.int32, device=order.device)
+    sizes = (num_keys, num_blocks, num_chunks, chunk)
+    grid = (num_rows, num_blocks)
+    launch(_count_older, grid)(order, place, counts, *sizes, BLOCK=BLOCK, num_warps=4)
+    until = counts.cumsum(dim=2, dtype=torch.int32)
+    launch(_ends, grid)(order, place, until, end, *sizes, keep, BLOCK=BLOCK, STEPS=STEPS, FOREVER=FOREVER, num_warps=8)
+    return end
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def _descend(
-    values_ptr,
-    ones_before_ptr,
-    bounds_ptr,
-    wanted_ptr,
-    answer_ptr,
-    moved_ptr,
-    num_values,
-    num_prefixes,
-    bit,
+def _count_older(order_ptr, place_ptr, counts_ptr, num_keys, num_blocks, num_chunks, chunk, BLOCK: tl.constexpr):
+    """Each key's place in the order; and how many keys of a block are in each chunk or older."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_block = tl.program_id(1)
+    o_places = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_places = o_places < num_keys
+    b_keys = tl.load(order_ptr + i_row * num_keys + o_places, mask=m_places, other=2**31 - 1)
+    tl.store(place_ptr + i_row * num_keys + b_keys, o_places, mask=m_places)
+    for first in range(0, num_chunks, BLOCK):
+        o_chunks = first + tl.arange(0, BLOCK)
+        m_older = b_keys[None, :] < ((o_chunks + 1) * chunk)[:, None]
+        p_counts = counts_ptr + (i_row * num_chunks + o_chunks) * num_blocks + i_block
+        tl.store(p_counts, tl.sum((m_older & m_places[None, :]).to(tl.int32), 1), mask=o_chunks < num_chunks)
+
+
+@triton.jit
+def _better_until(until_ptr, b_chunk, b_keys, o_places, m_dies, num_blocks, chunk, BLOCK: tl.constexpr):
+    """How many keys before each place are in a chunk or older: of the blocks before, and of the place's own."""
+    m_before = m_dies & (b_chunk >= 0) & (o_places >= BLOCK)
+    p_until = until_ptr + b_chunk.to(tl.int64) * num_blocks + (o_places // BLOCK - 1)
+    b_count = tl.load(p_until, mask=m_before, other=0)
+    m_older = b_keys[None, :] < ((b_chunk + 1) * chunk)[:, None]
+    return b_count + tl.sum((m_older & (o_places[None, :] < o_places[:, None])).to(tl.int32), 1)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _ends(
+    order_ptr,
+    place_ptr,
+    until_ptr,
+    end_ptr,
+    num_keys,
+    num_blocks,
+    num_chunks,
+    chunk,
+    keep,
     BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    FOREVER: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    o_places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_values = o_places < num_values
-    p_ones = ones_before_ptr + i_row * (num_values + 1)
-    num_zeros = num_values - tl.load(p_ones + num_values)
-    b_values = tl.load(values_ptr + i_row * num_values + o_places, mask=m_values, other=0)
-    b_ones = tl.load(p_ones + o_places, mask=m_values, other=0)
-    o_moved = tl.where(((b_values >> bit) & 1) == 1, num_zeros + b_ones, o_places - b_ones)
-    tl.store(moved_ptr + i_row * num_values + o_moved, b_values, mask=m_values)
-
-    m_prefixes = o_places < num_prefixes
-    p_prefixes = i_row * num_prefixes + o_places
-    p_upper = bounds_ptr + tl.num_programs(0).to(tl.int64) * num_prefixes + p_prefixes
-    lower = tl.load(bounds_ptr + p_prefixes, mask=m_prefixes, other=0)
-    upper = tl.load(p_upper, mask=m_prefixes, other=0)
-    wanted = tl.load(wanted_ptr + p_prefixes, mask=m_prefixes, other=0)
-    ones_lower = tl.load(p_ones + lower, mask=m_prefixes, other=0)
-    ones_upper = tl.load(p_ones + upper, mask=m_prefixes, other=0)
-    zeros = (upper - ones_upper) - (lower - ones_lower)
-    m_ones = wanted >= zeros
-    tl.store(bounds_ptr + p_prefixes, tl.where(m_ones, num_zeros + ones_lower, lower - ones_lower), mask=m_prefixes)
-    tl.store(p_upper, tl.where(m_ones, num_zeros + ones_upper, upper - ones_upper), mask=m_prefixes)
-    tl.store(wanted_ptr + p_prefixes, tl.where(m_ones, wanted - zeros, wanted), mask=m_prefixes)
-    answer = tl.load(answer_ptr + p_prefixes, mask=m_prefixes, other=0)
-    tl.store(answer_ptr + p_prefixes, tl.where(m_ones, answer | (1 << bit), answer), mask=m_prefixes)
+    i_block = tl.program_id(1)
+    o_places = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_places = o_places < num_keys
+    m_dies = m_places & (o_places >= keep)
+    b_keys = tl.load(order_ptr + i_row * num_keys + o_places, mask=m_places, other=2**31 - 1).to(tl.int32)
+    place_ptr += i_row * num_keys
+    until_ptr += i_row * num_chunks * num_blocks
+    # The first chunk until which there are enough better keys.
+    low = tl.zeros([BLOCK], tl.int32)
+    high = low + (num_chunks - 1)
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        b_better = _better_until(until_ptr, middle, b_keys, o_places, m_dies, num_blocks, chunk, BLOCK)
+        m_open = low < high
+        high = tl.where(m_open & (b_better >= keep), middle, high)
+        low = tl.where(m_open & (b_better < keep), middle + 1, low)
+    b_wanted = keep - _better_until(until_ptr, low - 1, b_keys, o_places, m_dies, num_blocks, chunk, BLOCK)
+    b_end = low * chunk
+    for first in range(0, chunk, BLOCK):
+        o_keys = (low * chunk)[:, None] + first + tl.arange(0, BLOCK)[None, :]
+        m_keys = m_dies[:, None] & (o_keys < num_keys)
+        b_place = tl.load(place_ptr + o_keys, mask=m_keys, other=2**31 - 1)
+        b_is_better = (b_place < o_places[:, None]).to(tl.int32)
+        b_end += tl.sum((tl.cumsum(b_is_better, 1) < b_wanted[:, None]).to(tl.int32), 1)
+        b_wanted -= tl.sum(b_is_better, 1)
+    b_end = tl.where(m_dies, tl.maximum(b_end, b_keys), FOREVER)
+    tl.store(end_ptr + i_row * num_keys + b_keys, b_end, mask=m_places)

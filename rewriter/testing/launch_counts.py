@@ -25,7 +25,8 @@ from rewriter.kernels.gpu.forward import forward
 from rewriter.kernels.gpu.kernel_inputs import KernelInputs
 from rewriter.kernels.gpu.key_scores import key_scores
 from rewriter.kernels.gpu.launch import record_launches
-from rewriter.kernels.topk import end_by_partition
+from rewriter.kernels.gpu.running_topk import ends
+from rewriter.kernels.topk import best_first
 
 QUERY_HEADS, KV_HEADS, TOKENS, HEAD_DIM, KEEP = 8, 2, 2048, 64, 64
 
@@ -90,7 +91,7 @@ def launch_counts(architecture: str = "sm90") -> Iterator[LaunchCount]:
         "gradients by themselves": (None, gradients),
         "attention of one token": (None, lambda given: decode(inputs(given, tensor(QUERY_HEADS, 1)))),
         "scores of keys": (None, lambda given: key_scores(inputs(given), lse, "mean")),
-        "ranges of a running top-k": (None, lambda _: end_by_partition(score, KEEP, None)),
+        "ranges of a running top-k": (None, lambda _: ends(best_first(score, None), KEEP)),
     }
     for name, (given, call) in calls.items():
         with _Computing() as computing, record_launches(architecture) as recorded:
