@@ -59,6 +59,8 @@ TINY = Shape(32, 32, 1, 1, heads=2, kv_heads=1, vocabulary=64, prefill=(24,), tr
 """Of a rehearsal."""
 
 ORIGINAL, COMPILED, FLEX = "original", "original, inductor", "FlexAttention, inductor"
+RECORDED = ", CUDA graph"
+"""Behind the name of a policy: each token of a generation is one graph."""
 
 
 def policies(keep: int) -> dict[str, rewriter.Policy]:
@@ -92,6 +94,7 @@ def llama_rows(machine: Machine, sizes: Sizes) -> Iterator[Row]:
     """Each size, length and contestant: prefill, training step, tokens of a generation."""
     shapes = {"tiny": TINY} if machine.rehearsed else SHAPES
     names = [ORIGINAL, "window"] if machine.rehearsed else [ORIGINAL, COMPILED, FLEX, *policies(sizes.keep)]
+    recorded = [] if machine.rehearsed else [name + RECORDED for name in policies(sizes.keep)]
     backend = "eager" if machine.rehearsed else "inductor"
     for label, shape in shapes.items():
         for what, lengths, layers, measured in (
@@ -100,7 +103,7 @@ def llama_rows(machine: Machine, sizes: Sizes) -> Iterator[Row]:
             ("generation", (shape.prompt,), shape.layers, generate),
         ):
             for length in lengths:
-                for name in names:
+                for name in [*names, *recorded] if what == "generation" else names:
                     if name in (COMPILED, FLEX) and what == "generation":
                         continue  # transformers compiles the original's there by itself
                     make = partial(contestant_of, machine, shape, layers, name, backend, sizes.keep)
@@ -132,8 +135,9 @@ def model_of(device: str, shape: Shape, layers: int, attention: str) -> Any:
 
 def contestant_of(machine: Machine, shape: Shape, layers: int, name: str, backend: str, keep: int) -> Any:
     model = model_of(machine.device, shape, layers, "flex_attention" if name == FLEX else "sdpa")
-    if name in policies(keep):
-        return rewriter.optimize(model, policies(keep)[name], backend=backend, strict=True)
+    policy = policies(keep).get(name.removesuffix(RECORDED))
+    if policy is not None:
+        return rewriter.optimize(model, policy, backend=backend, strict=True, cuda_graphs=name.endswith(RECORDED))
     return model if name == ORIGINAL else torch.compile(model, dynamic=False)
 
 

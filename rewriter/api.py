@@ -48,6 +48,7 @@ def optimize(
     backend: str = "inductor",
     strict: bool | str = False,
     kernel: str = "auto",
+    cuda_graphs: bool = False,
     cache: str | Path | None = None,
     example_inputs: Mapping[str, Any] | Sequence[Any] | None = None,
     dump: str | Path | None = None,
@@ -65,6 +66,9 @@ def optimize(
             where a mask is proven to be exactly causal, or to hide nothing, and the policy drops nothing, and live-range
             attention elsewhere, and on a CPU; "live_range" takes that everywhere; "dense" torch's everywhere, with a mask of
             `[Q, K]` where one is needed. The results are the same; `fast.report` names the kernel of each site.
+        cuda_graphs: whether the step of one token over a cache, in `generate` say, is recorded as a CUDA graph and replayed, for
+            a model on a CUDA device: its many small kernels then follow one another without the CPU. The graph is made at the
+            second token of each cache, and is gone with it.
         example_inputs: keyword arguments (a mapping) or positional ones to capture the model with now; otherwise it is
             captured at its first call. A policy with parameters needs to know the sites now: what is left out is then
             the model's own `dummy_inputs`, which the models of transformers have.
@@ -89,6 +93,7 @@ def optimize(
         backend=backend,
         strict=strict,
         kernel=kernel,
+        cuda_graphs=cuda_graphs,
         cache=None if cache is None else Path(cache).absolute(),
         dump=None if dump is None else Path(dump),
         progress=progress,
@@ -110,6 +115,7 @@ def from_pretrained(
     backend: str | None = None,
     strict: bool | str | None = None,
     kernel: str | None = None,
+    cuda_graphs: bool | None = None,
     cache: str | Path | None = None,
     **options: Any,
 ) -> OptimizedModel:
@@ -119,7 +125,7 @@ def from_pretrained(
         folder: of `save_pretrained`, or of a Trainer's checkpoint.
         model_class: loads the model, by `model_class.from_pretrained(folder, **options)`; when left out, the class that the
             configuration names, and for a folder of adapters peft's `AutoPeftModelForCausalLM`.
-        backend, strict, kernel: as for `optimize`; as they were when left out.
+        backend, strict, kernel, cuda_graphs: as for `optimize`; as they were when left out.
         cache: as for `optimize`.
         options: of the model's `from_pretrained`, such as `dtype` or `device_map`.
 
@@ -137,6 +143,7 @@ def from_pretrained(
         backend=settings["backend"] if backend is None else backend,
         strict=settings["strict"] if strict is None else strict,
         kernel=settings.get("kernel", "auto") if kernel is None else kernel,
+        cuda_graphs=settings.get("cuda_graphs", False) if cuda_graphs is None else cuda_graphs,
         cache=None if cache is None else Path(cache).absolute(),
     )
     _check_choices(fast.backend, fast.kernel, fast.strict)

@@ -65,7 +65,7 @@ class OptimizedModel(ModelWrapper):
     Attributes:
         model: the original, whose parameters are shared.
         policy: the policy it was built with.
-        backend, strict, kernel, cache, dump: as they were given to `optimize`.
+        backend, strict, kernel, cuda_graphs, cache, dump: as they were given to `optimize`.
         policy_parameters: the policy's own parameters, by site number and name; empty for most policies.
         report: every attention site, rewritten or refused, and why; filled at the first call.
     """
@@ -75,6 +75,7 @@ class OptimizedModel(ModelWrapper):
     backend: str
     strict: bool | str
     kernel: str
+    cuda_graphs: bool
     cache: Path | None
     dump: Path | None
     report: Report
@@ -97,6 +98,7 @@ class OptimizedModel(ModelWrapper):
         backend: str,
         strict: bool | str,
         kernel: str = "auto",
+        cuda_graphs: bool = False,
         cache: Path | None = None,
         dump: Path | None = None,
         progress: bool = True,
@@ -107,6 +109,7 @@ class OptimizedModel(ModelWrapper):
         self.backend = backend
         self.strict = strict
         self.kernel = kernel
+        self.cuda_graphs = cuda_graphs
         self.cache = cache
         self.dump = dump
         self.report = Report(subject=Subject.of(model, policy))
@@ -200,6 +203,7 @@ class OptimizedModel(ModelWrapper):
             backend=self.backend,
             strict=self.strict,
             kernel=self.kernel,
+            cuda_graphs=self.cuda_graphs,
             cache=self.cache,
             dump=self.dump,
             progress=self._progress.enabled,
@@ -515,6 +519,7 @@ class OptimizedModel(ModelWrapper):
             "backend": self.backend,
             "strict": self.strict,
             "kernel": self.kernel,
+            "cuda_graphs": self.cuda_graphs,
             "parameter_sites": {str(layer): identity for layer, identity in self._parameter_sites.items()},
         }
         write(save_directory, self.model, settings, self.state_dict() if state_dict is None else state_dict, **options)
@@ -541,6 +546,7 @@ class OptimizedModel(ModelWrapper):
                 self.policy,
                 self.policy_parameters,
                 backend=self.backend,
+                cuda_graphs=self.cuda_graphs,
                 dump=None if self.dump is None else self.dump / "cached",
                 on_rewritten=self._take,
             )

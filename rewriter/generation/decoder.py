@@ -28,6 +28,8 @@ from rewriter.generation.model_facts import ARGUMENTS
 from rewriter.generation.model_facts import signature_of
 from rewriter.generation.model_facts import takes_use_cache
 from rewriter.generation.model_facts import vocabulary_of
+from rewriter.generation.recorded_step import RecordedStep
+from rewriter.generation.recorded_step import check_records
 from rewriter.generation.trial import TRIAL_LENGTH
 from rewriter.generation.trial import check_alone
 from rewriter.generation.trial import check_in_pieces
@@ -47,6 +49,7 @@ class Decoder:
         model: captured as it is now.
         policy, policy_parameters: by site number and name.
         backend: "inductor" or "eager".
+        cuda_graphs: whether the step of one token is recorded as a CUDA graph.
         dump: folder for the graphs before and after each pass, or None.
         on_rewritten: called with what the passes did.
 
@@ -68,6 +71,7 @@ class Decoder:
         policy_parameters: nn.ModuleDict,
         *,
         backend: str,
+        cuda_graphs: bool,
         dump: Path | None,
         on_rewritten: Callable[[Analysed], None],
     ) -> None:
@@ -75,6 +79,8 @@ class Decoder:
         self.policy = policy
         self.policy_parameters = policy_parameters
         self.takes_rows = "logits_to_keep" in signature_of(self.model)
+        if cuda_graphs:
+            check_records(self.device)
         missing = [name for name in ARGUMENTS if name not in signature_of(self.model)]
         if missing:
             raise CacheError(
@@ -115,6 +121,10 @@ class Decoder:
             self.prefill = CodeOfSizes(self.graphs.prefill, any_size)
             self.decode = CodeOfSizes(self.graphs.decode)
             self.own = {name: CodeOfSizes(graph, any_size) for name, graph in self.graphs.own.items()}
+        if cuda_graphs:
+            self.decode = RecordedStep(
+                self.decode, [n for n, given in enumerate(result.inputs) if _is_of_each_call(given)]
+            )
 
     @property
     def is_current(self) -> bool:
