@@ -30,13 +30,15 @@ import rewriter
 from rewriter import DynamicMask
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
+from rewriter.comparison.budget import at_budget
 from rewriter.demo.models import load_smollm2
+from rewriter.errors import PolicyError
 
 TEXTS = Path(__file__).parent / "texts"
 SHARES = (1 / 2, 1 / 4, 1 / 8)
 SINKS = 4
 LOCAL = 64
-"""Last keys that a dynamic mask shows besides the best, for text needs its neighbours; half of all where these are fewer."""
+"""Last keys that a dynamic mask shows besides the best, for text needs its neighbours."""
 
 ORIGINAL = "original"
 FAMILIES = ("window and sinks", "separators", "dynamic mask, untrained")
@@ -48,47 +50,14 @@ def borders(length: int) -> list[int]:
     return [0, *powers, length]
 
 
-def kept_pairs(length: int, window: int, first: int, forever: Tensor) -> int:
-    """(query, key) pairs under a window, with `first` keys and those marked in `forever`, bool `[length]`, never forgotten."""
-    stays = forever.clone()
-    stays[:first] = True
-    left = torch.arange(length) - window  # the newest key that the window has left
-    counts = torch.nn.functional.pad(stays.long().cumsum(0), (1, 0))
-    outside = counts[(left + 1).clamp(min=0)]
-    return int((torch.arange(length) + 1).clamp(max=window).sum() + outside.sum())
-
-
-def window_for(share: float, length: int, first: int, forever: Tensor) -> int | None:
-    """The widest window under which no more than this share of the causal pairs is kept; None where none is narrow enough."""
-    most = share * length * (length + 1) / 2
-    low, high = 0, length
-    while low < high:
-        middle = (low + high + 1) // 2
-        if kept_pairs(length, middle, first, forever) <= most:
-            low = middle
-        else:
-            high = middle - 1
-    return low or None
-
-
 def policies(tokenizer: Any, ids: Tensor) -> Iterator[tuple[str, float, rewriter.Policy | None]]:
     """Family, share of the pairs, and the policy that keeps it on these ids; None where the family cannot."""
-    length = ids.size(-1)
-    separators = SeparatorMask.from_tokenizer(tokenizer)
-    of_text = torch.isin(ids.flatten(), torch.tensor(separators.separators))
-    none = torch.zeros(length, dtype=torch.bool)
-    for share in SHARES:
-        window = window_for(share, length, SINKS, none)
-        assert window is not None
-        yield FAMILIES[0], share, SlidingWindow(window, sinks=SINKS)
-        window = window_for(share, length, separators.initial, of_text)
-        narrow = None if window is None else SeparatorMask.from_tokenizer(tokenizer, window=window)
-        yield FAMILIES[1], share, narrow
-        # Each query sees its `keep` best keys, and the last ones: together at most as many as a window of this width.
-        keep = window_for(share, length, 0, none)
-        assert keep is not None
-        local = min(LOCAL, keep // 2)
-        yield FAMILIES[2], share, DynamicMask(keep - local, local=local)
+    contestants = (SlidingWindow(1, sinks=SINKS), SeparatorMask.from_tokenizer(tokenizer), DynamicMask(1, local=LOCAL))
+    for share, (family, policy) in itertools.product(SHARES, zip(FAMILIES, contestants, strict=True)):
+        try:
+            yield family, share, at_budget(policy, share, ids)
+        except PolicyError:
+            yield family, share, None
 
 
 @torch.no_grad()

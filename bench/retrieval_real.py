@@ -27,7 +27,6 @@ import torch
 import typer
 from quality_real import SINKS
 from quality_real import TEXTS
-from quality_real import window_for
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -36,7 +35,9 @@ import rewriter
 from rewriter import Exact
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
+from rewriter.comparison.budget import at_budget
 from rewriter.demo.models import load_smollm2
+from rewriter.errors import PolicyError
 
 TEXT = TEXTS / "from-sand-hill-to-pine.txt"
 NAMES = (
@@ -165,17 +166,13 @@ def score(answer: str, question: Question) -> float:
 
 def contestants(tokenizer: Any, ids: Tensor, shares: tuple[float, ...]) -> dict[str, rewriter.Policy | float]:
     """By name a policy, or the share of the tokens that truncation keeps; windows are those of these ids."""
-    length = ids.size(1)
-    separators = SeparatorMask.from_tokenizer(tokenizer)
-    of_text = torch.isin(ids.flatten(), torch.tensor(separators.separators))
     found: dict[str, rewriter.Policy | float] = {"dense": Exact()}
     for share in shares:
-        window = window_for(share, length, SINKS, torch.zeros(length, dtype=torch.bool))
-        assert window is not None
-        found[f"window and sinks, {share:.0%}"] = SlidingWindow(window, sinks=SINKS)
-        narrow = window_for(share, length, separators.initial, of_text)
-        if narrow is not None:
-            found[f"separators, {share:.0%}"] = SeparatorMask.from_tokenizer(tokenizer, window=narrow)
+        found[f"window and sinks, {share:.0%}"] = at_budget(SlidingWindow(1, sinks=SINKS), share, ids)
+        try:
+            found[f"separators, {share:.0%}"] = at_budget(SeparatorMask.from_tokenizer(tokenizer), share, ids)
+        except PolicyError:
+            print(f"more than {share:.0%} of the context are separators", flush=True)
         found[f"truncation, {share:.0%}"] = share
     return found
 

@@ -1,8 +1,9 @@
-"""The command line: `rewriter demo`, `rewriter explain`, `rewriter export` and `rewriter verify`."""
+"""The command line: `rewriter demo`, `rewriter explain`, `rewriter compare`, `rewriter export` and `rewriter verify`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 from typing import Any
@@ -14,7 +15,7 @@ _POLICY_HELP = (
     'As JSON: {"policy": "SlidingWindow", "window": 256, "sinks": 4}; '
     '{"policy": "SeparatorMask", "separators": "from tokenizer"} takes the separators from the model\'s tokenizer.'
 )
-
+_FROM_TOKENIZER = '"from tokenizer"'
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Attention keys have live ranges.")
 
@@ -81,7 +82,9 @@ def explain(
         raise typer.BadParameter(f"{model} has no config.json; give the folder of a transformers model")
     ids = torch.zeros(3, 16, dtype=torch.int64)
     try:
-        policies = [_policy(each, model) for each in policy or ['{"policy": "Exact"}']]
+        policies = [
+            _policy(each, lambda: _tokenizer(model, _FROM_TOKENIZER)) for each in policy or ['{"policy": "Exact"}']
+        ]
         for chosen in policies:
             if any(part.needs_input_ids for part in chosen.parts()) and text is None:
                 raise typer.BadParameter(
@@ -121,6 +124,116 @@ def explain(
 
 
 @app.command()
+def compare(
+    model: Annotated[
+        str, typer.Argument(help="Folder of a transformers model; or bundled, or smollm2, the models of the demo.")
+    ],
+    text: Annotated[Path, typer.Option(help="File to read.")],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{_POLICY_HELP} Give several. Where a budget is given, its size can be left out. A window with sinks, and "
+            "separators, when left out.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of the pairs that each policy keeps; several are tried one by one.", show_default=False
+        ),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a row.", min=2)] = 2048,
+    rows: Annotated[int, typer.Option(help="Most rows that are read.", min=1)] = 2,
+    questions: Annotated[int, typer.Option(help="Notes in the text that are asked for.", min=0)] = 8,
+    html: Annotated[Path | None, typer.Option(help="Also write the table as a page.", show_default=False)] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write it as JSON.", show_default=False)] = None,
+) -> None:
+    """Read a text with a model under several policies: perplexity, recall, pairs, time and memory in one table."""
+    from rich.progress import BarColumn
+    from rich.progress import MofNCompleteColumn
+    from rich.progress import Progress
+    from rich.progress import TextColumn
+    from rich.progress import TimeElapsedColumn
+
+    from rewriter.comparison import compare as run
+    from rewriter.errors import PolicyError
+    from rewriter.errors import RewriteError
+
+    if not text.is_file():
+        raise typer.BadParameter(f"--text {text}: there is no such file")
+    if not policy and not budget:
+        raise typer.BadParameter("give --policy with its size, or --budget")
+    instance, tokenizer = _model_and_tokenizer(model)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        chosen = [_policy(_with_size(each) if budget else each, lambda: tokenizer) for each in policy or _COMPARED]
+        with Progress(*columns, console=_console(), transient=True) as progress:
+            task = progress.add_task("")
+            found = run(
+                instance,
+                tokenizer,
+                chosen,
+                text.read_text(encoding="utf-8"),
+                length=length,
+                rows=rows,
+                budgets=budget or (),
+                num_questions=questions,
+                on_step=lambda step, done, of: progress.update(task, description=step, completed=done, total=of),
+            )
+    except (PolicyError, RewriteError) as error:
+        raise typer.BadParameter(str(error)) from None
+    _console().print(found)
+    if html is not None:
+        found.to_html(html)
+    if json is not None:
+        found.to_json(json)
+
+
+_COMPARED = (
+    '{"policy": "SlidingWindow", "sinks": 4}',
+    '{"policy": "SeparatorMask", "separators": "from tokenizer"}',
+)
+
+
+def _with_size(policy: str) -> str:
+    """A policy as JSON, with a size that a budget will set where it has none."""
+    import dataclasses
+    import json
+
+    from rewriter.public import Policy
+
+    try:
+        data = json.loads(policy)
+    except json.JSONDecodeError:
+        return policy  # what reads it says what is wrong
+    kind = Policy.known.get(str(data.get("policy"))) if isinstance(data, dict) else None
+    if kind is not None and dataclasses.is_dataclass(kind):
+        for field in dataclasses.fields(kind):
+            if field.name in ("window", "keep") and field.default is dataclasses.MISSING:
+                data.setdefault(field.name, 1)
+    return json.dumps(data)
+
+
+def _model_and_tokenizer(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    from rewriter.demo.models import MODELS
+
+    if name in MODELS:
+        try:
+            return MODELS[name]()
+        except ModuleNotFoundError as error:
+            raise typer.BadParameter(str(error)) from None
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise typer.BadParameter(
+            f"{name} has no config.json; give the folder of a transformers model, or one of {', '.join(MODELS)}"
+        )
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), _tokenizer(folder, "compare")
+
+
+@app.command()
 def export(
     model: Annotated[Path, typer.Option(help="Folder of a transformers model.")],
     to: Annotated[str, typer.Option(help="aot, onnx or tensorrt.")],
@@ -147,7 +260,7 @@ def export(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"--dtype must be float32, bfloat16 or float16, got {dtype}")
     try:
-        chosen = _policy(policy, model)
+        chosen = _policy(policy, lambda: _tokenizer(model, _FROM_TOKENIZER))
         instance = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
         fast = optimize(instance, chosen, backend="eager")
         ids = torch.ones(2, 16, dtype=torch.int64)
@@ -257,12 +370,12 @@ def verify(
         raise typer.Exit(1)
 
 
-def _policy(text: str, model: Path) -> Any:
+def _policy(text: str, tokenizer: Callable[[], Any]) -> Any:
     """The policy that `--policy` says."""
     import rewriter.public  # noqa: F401  (all policies are known then)
     from rewriter.policies.reading import read_policy
 
-    return read_policy(text, lambda: _tokenizer(model, '"from tokenizer"'))
+    return read_policy(text, tokenizer)
 
 
 def _tokenizer(model: Path, wanted_by: str) -> Any:

@@ -8,6 +8,8 @@ from rewriter.api import optimize
 from rewriter.chunked.calibrate import MIXED_CALIBRATION
 from rewriter.chunked.calibrate import Calibrate
 from rewriter.chunked.policy import ChunkedEviction
+from rewriter.comparison import Comparison
+from rewriter.comparison import compare
 from rewriter.errors import ArtifactError
 from rewriter.errors import AttentionInputError
 from rewriter.errors import CacheError
@@ -38,6 +40,7 @@ __all__ = [
     "Calibrate",
     "CaptureError",
     "ChunkedEviction",
+    "Comparison",
     "DynamicMask",
     "Error",
     "Exact",
@@ -54,6 +57,7 @@ __all__ = [
     "SlidingWindow",
     "SpeedWarning",
     "VerifyError",
+    "compare",
     "explain",
     "from_pretrained",
     "optimize",

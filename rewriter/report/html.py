@@ -24,10 +24,10 @@ DIFFERENCES = 400
 """Most lines of a difference between two graphs that are shown; both graphs are there whole."""
 
 
-def page(report: Report, beside: Sequence[Report] = ()) -> str:
-    """HTML of the newest graph, and a table that compares it with other reports."""
+def template(name: str, folder: Path) -> jinja2.Template:
+    """A page's template in a folder; `style.html.j2` is the same for all pages."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader((folder, Path(__file__).parent)),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -35,8 +35,13 @@ def page(report: Report, beside: Sequence[Report] = ()) -> str:
     )
     environment.filters["bytes"] = readable_bytes
     environment.filters["number"] = _readable
+    return environment.get_template(name)
+
+
+def page(report: Report, beside: Sequence[Report] = ()) -> str:
+    """HTML of the newest graph, and a table that compares it with other reports."""
     graph = report.graphs[-1] if report.graphs else None
-    return environment.get_template("page.html.j2").render(
+    return template("page.html.j2", Path(__file__).parent).render(
         report=report,
         groups=report.groups,
         totals=_totals(report.groups),
