@@ -19,11 +19,11 @@ zoo: $(INSTALLED)
 	$(BIN)/python tests/zoo/examine.py --out bench/results/zoo.json
 	$(BIN)/python bench/tables.py
 
-# Up to an hour: the tests that `make test` leaves out, and ten thousand random masks.
+# Up to an hour: the tests that `make test` leaves out, and twenty thousand random masks.
 soak: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist loadgroup -m soak
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m soak tests/kernels
-	$(BIN)/python tests/soundness/random_masks.py --count 10000 --out bench/results/soundness.json
+	$(BIN)/python tests/soundness/random_masks.py --count 20000 --out bench/results/soundness.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -550,6 +550,8 @@ def soundness(read: Results) -> str:
     rows += [
         ("one range of queries for each key at all sizes that were tried, proven or not", f"{stored['one_interval']:,}")
     ]
+    share = f"{stored['one_interval_proven']:,} ({stored['one_interval_proven'] / stored['one_interval']:.0%})"
+    rows += [("proven of these", share)]
     rows += [(f"refused: {reason}", f"{count:,}") for reason, count in sorted(counts.items(), key=lambda c: -c[1])]
     rows += [("proven, and wrong at a size that nothing had seen", f"{len(stored['wrong']):,}")]
     rows += [("proven, and refused by the check by evaluation", f"{len(stored['caught']):,}")]

@@ -25,6 +25,7 @@ from rewriter.api import optimize
 from rewriter.comparison.budget import at_budget
 from rewriter.comparison.recall import Question
 from rewriter.comparison.recall import questions
+from rewriter.comparison.texts import rows_of
 from rewriter.errors import CacheError
 from rewriter.errors import PolicyError
 from rewriter.errors import RewriteError
@@ -188,7 +189,7 @@ def compare(
         PolicyError: a policy cannot be applied to one call, or cannot keep so little as a budget.
         RewriteError: the text is too short, or as `rewriter.optimize` with `strict`: no attention is left out.
     """
-    ids = _rows_of(tokenizer, text, length, rows)
+    ids = rows_of(tokenizer, text, length, rows)
     given = list(policies)
     for policy in given:
         if policy.is_program:
@@ -250,22 +251,6 @@ class _Steps:
 
     def end(self) -> None:
         self.on_step("", self.count, self.count)
-
-
-def _rows_of(tokenizer: Any, text: str, length: int, rows: int) -> list[Tensor]:
-    """int64 `[1, length]` each; with the token in front that the tokenizer puts in front of a text."""
-    if length < 2 or rows < 1:
-        raise RewriteError(f"length must be at least 2 tokens and rows at least 1, got {length} and {rows}")
-    tokens = tokenizer(text, add_special_tokens=False).input_ids
-    whole = tokenizer(text[:100]).input_ids
-    front = whole[:1] if whole[:1] == [tokenizer.bos_token_id] else []
-    own = length - len(front)
-    if len(tokens) < own:
-        own = len(tokens)
-    if own < 2:
-        raise RewriteError(f"the text has {len(tokens)} tokens; give a longer one")
-    count = min(rows, len(tokens) // own)
-    return [torch.tensor([[*front, *tokens[n * own : (n + 1) * own]]]) for n in range(count)]
 
 
 def _borders(length: int) -> list[int]:
