@@ -558,6 +558,16 @@ def soundness(read: Results) -> str:
     return markdown((f"of {stored['count']:,} random masks", "masks"), rows)
 
 
+def given_masks(read: Results) -> str:
+    """`given_masks.py`."""
+    rows = []
+    for row in read("given-masks")["rows"]:
+        own = row["seconds"]["rewriter"]
+        speeds = (f"{row['seconds'][name] / own:.2f}x" for name in ("original", "compiled"))
+        rows.append((f"{row['length']:,}", row["mask"], row["form"], *speeds))
+    return markdown(("tokens", "mask", "given as", "of the original", "of `torch.compile`"), rows)
+
+
 def proofs(read: Results) -> str:
     """`tests/soundness/proofs.py`."""
     rows = []
@@ -645,6 +655,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "retrieval": retrieval,
     "retrieval-by-depth": retrieval_by_depth,
     "soundness": soundness,
+    "given-masks": given_masks,
     "proofs": proofs,
     "zoo": zoo,
 }

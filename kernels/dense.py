@@ -44,13 +44,14 @@ def _is_grouped(query: Tensor, key: Tensor) -> bool:
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sees: Tensor, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sees: Tensor | None, scale: float | None
 ) -> Tensor:
-    """`[B, Hq, Q, D]` under a `dense_mask`; grouped heads are not repeated, a row that sees no key is 0."""
+    """`[B, Hq, Q, D]` under a `dense_mask`; grouped heads are not repeated, a row that sees no key is 0. All see one where `sees`
+    is None."""
     output = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scale, enable_gqa=_is_grouped(query, key)
     )
-    return output.masked_fill(~sees, 0)
+    return output if sees is None else output.masked_fill(~sees, 0)
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:

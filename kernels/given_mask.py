@@ -22,64 +22,101 @@ HIDDEN = -1e4
 ROWS = 512
 """Rows of a mask that are looked at together."""
 
+SHOWN, RANGES, ADDED = range(3)
+"""What a mask was found to be: neither of the next two; ranges; what the call adds, which may be added as it is."""
+
 
 @torch.library.custom_op("rewriter::mask_ranges", mutates_args=())
 def mask_ranges(
-    mask: Tensor, added: Tensor | None, dtype: torch.dtype
+    mask: Tensor | None, added: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The live range of each column of a mask, and whether they are all of the mask; waits for the answer.
 
     Args:
-        mask: bool `[B, H, Q, K]`, true where visible.
-        added: what is added to the logits besides, `[B|1, H|1, Q, K]`.
+        mask: bool `[B, H, Q, K]`, true where visible; None for all. One of the two is given.
+        added: what is added to the logits besides, `[B, H, Q, K]`.
         dtype: of the query.
 
     Returns:
-        start, end, int32 `[B, H, K]`, of rows aligned to the bottom right: the first and the last that see a key; bool `[]`, true
-        where all rows between them see it, too, and each row has a key to which nothing is added, or is padding: the same number
-        of at most -1e4 everywhere. Where not, for dense attention, what is added, `[B, H, Q, K]`, of the wider of both dtypes,
-        and bool `[B, H, Q, 1]`, the rows that see a key; else these two are without values.
+        start, end, int32 `[B, H, K]`, of rows aligned to the bottom right: the first and the last that see a key; int32 `[]`, the
+        form: `RANGES` where all rows between them see it, too, and each row has a key to which nothing is added, or is padding:
+        the same number of at most -1e4 everywhere; `ADDED` where there is no `mask`, no row is padding, and `added` is of
+        `dtype`; else `SHOWN`, and then, for dense attention, what is added, `[B, H, Q, K]`, of the wider of both dtypes, and
+        bool `[B, H, Q, 1]`, the rows that see a key. These two are without values in the other forms.
     """
+    given = _given(mask, added)
     wide = dtype if added is None else torch.promote_types(dtype, added.dtype)
-    ranges = _column_runs(mask if added is None else mask & (added > HIDDEN))
+    ranges = _column_runs(_visible(mask, added))
     if ranges is not None and (added is None or _hides_or_adds_nothing(mask, added)):
-        shown = torch.empty(mask.shape, dtype=wide, device=mask.device)
-        sees = torch.empty(*mask.shape[:3], 1, dtype=torch.bool, device=mask.device)
-        return *ranges, torch.ones((), dtype=torch.bool, device=mask.device), shown, sees
-    return without_ranges(mask, added, dtype)
+        form = RANGES
+    elif mask is None and added is not None and added.dtype == dtype and not bool(_is_padding(mask, added).any()):
+        form = ADDED
+    else:
+        return without_ranges(mask, added, dtype)
+    if ranges is None:
+        ranges = _no_ranges(given)
+    shown = torch.empty(given.shape, dtype=wide, device=given.device)
+    sees = torch.empty(*given.shape[:3], 1, dtype=torch.bool, device=given.device)
+    return *ranges, torch.full((), form, dtype=torch.int32, device=given.device), shown, sees
 
 
 def without_ranges(
-    mask: Tensor, added: Tensor | None, dtype: torch.dtype
+    mask: Tensor | None, added: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `mask_ranges` returns for a mask that is no ranges; by torch's operators alone."""
+    given = _given(mask, added)
     wide = dtype if added is None else torch.promote_types(dtype, added.dtype)
-    none = torch.zeros(mask.size(0), mask.size(1), mask.size(3), dtype=torch.int32, device=mask.device)
-    is_all = torch.zeros((), dtype=torch.bool, device=mask.device)
-    return none, none.clone(), is_all, *_for_dense(mask, added, wide)
+    form = torch.full((), SHOWN, dtype=torch.int32, device=given.device)
+    return *_no_ranges(given), form, *_for_dense(mask, added, wide)
 
 
-def _hides_or_adds_nothing(mask: Tensor, added: Tensor) -> bool:
+def _given(mask: Tensor | None, added: Tensor | None) -> Tensor:
+    given = added if mask is None else mask
+    if given is None:
+        raise ValueError("a mask, what is added, or both must be given, got neither")
+    return given
+
+
+def _no_ranges(given: Tensor) -> tuple[Tensor, Tensor]:
+    none = torch.zeros(given.size(0), given.size(1), given.size(3), dtype=torch.int32, device=given.device)
+    return none, none.clone()
+
+
+def _visible(mask: Tensor | None, added: Tensor | None) -> Tensor:
+    """bool `[B, H, Q, K]`: what neither hides."""
+    if added is None:
+        assert mask is not None
+        return mask
+    shows = added > HIDDEN
+    return shows if mask is None else shows & mask
+
+
+def _hides_or_adds_nothing(mask: Tensor | None, added: Tensor) -> bool:
     """Whether each row has a key to which 0 is added, beside which at most -1e4 hides, and nothing else; or is padding."""
-    others = ((added != 0) & (added > HIDDEN) & mask).any()
-    has_key = (mask & (added == 0)).any(dim=-1)
+    others = ((added != 0) & _visible(mask, added)).any()
+    has_key = ((added == 0) if mask is None else mask & (added == 0)).any(dim=-1)
     return not bool(others) and bool((has_key | _is_padding(mask, added)).all())
 
 
-def _is_padding(mask: Tensor, added: Tensor) -> Tensor:
+def _is_padding(mask: Tensor | None, added: Tensor) -> Tensor:
     """bool `[B, H, Q]`: rows in which all that is not hidden by the mask has one number of at most -1e4 added."""
-    values = torch.where(mask, added, -math.inf)
-    high = values.amax(dim=-1)
-    return (high <= HIDDEN) & torch.where(mask, added, math.inf).amin(dim=-1).ge(high)
+    above, below = (added, added) if mask is None else (torch.where(mask, added, end) for end in (-math.inf, math.inf))
+    high = above.amax(dim=-1)
+    return (high <= HIDDEN) & below.amin(dim=-1).ge(high)
 
 
-def _for_dense(mask: Tensor, added: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _for_dense(mask: Tensor | None, added: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What dense attention adds to the logits, and the rows that see a key; a row without one has 0 everywhere."""
-    sees = mask.any(dim=-1, keepdim=True)
+    given = _given(mask, added)
+    sees = torch.ones(*given.shape[:3], 1, dtype=torch.bool, device=given.device)
+    if mask is not None:
+        sees = mask.any(dim=-1, keepdim=True)
     if added is not None:
         sees = sees & ~_is_padding(mask, added)[..., None]
-    values = torch.zeros((), dtype=dtype, device=mask.device) if added is None else added.to(dtype)
-    return torch.where(sees, torch.where(mask, values, -math.inf), 0.0).to(dtype), sees
+    values = torch.zeros((), dtype=dtype, device=given.device) if added is None else added.to(dtype)
+    if mask is not None:
+        values = torch.where(mask, values, -math.inf)
+    return torch.where(sees, values, 0.0).to(dtype), sees
 
 
 def _column_runs(mask: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -102,11 +139,12 @@ def _column_runs(mask: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 @mask_ranges.register_fake
-def _(mask: Tensor, added: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    start = mask.new_empty(mask.size(0), mask.size(1), mask.size(3), dtype=torch.int32)
+def _(mask: Tensor | None, added: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = _given(mask, added)
+    start = given.new_empty(given.size(0), given.size(1), given.size(3), dtype=torch.int32)
     wide = dtype if added is None else torch.promote_types(dtype, added.dtype)
-    is_all, shown = mask.new_empty((), dtype=torch.bool), mask.new_empty(mask.shape, dtype=wide)
-    return start, torch.empty_like(start), is_all, shown, mask.new_empty(*mask.shape[:3], 1)
+    form, shown = given.new_empty((), dtype=torch.int32), given.new_empty(given.shape, dtype=wide)
+    return start, torch.empty_like(start), form, shown, given.new_empty(*given.shape[:3], 1, dtype=torch.bool)
 
 
 def dense_attention(
@@ -114,19 +152,25 @@ def dense_attention(
     key: Tensor,
     value: Tensor,
     shown: Tensor,
-    sees: Tensor,
+    sees: Tensor | None,
     bias: Tensor | None,
     sinks: Tensor | None,
     scale: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """`[B, Hq, Q, Dv]` by torch's operators; a row that sees no key is 0. Arguments as of `attention_under_mask`."""
+    """`[B, Hq, Q, Dv]` by torch's operators; a row that sees no key is 0. Arguments as of `attention_under_mask`; all rows see a
+    key where `sees` is None."""
     group = query.size(1) // key.size(1)
     added = _with_bias(shown, bias, group)
     if softcap is None and sinks is None and added.dtype == query.dtype:
-        return masked_attention(query, key, value, added, per_query_head(sees, group), scale)
+        rows = None if sees is None else per_query_head(sees, group)
+        return masked_attention(query, key, value, added, rows, scale)
     weights, _, _, values = _weights(query, key, value, added, sinks, scale, softcap)
-    return (weights @ values).to(query.dtype).masked_fill(~per_query_head(sees, group), 0)
+    return _zero_elsewhere((weights @ values).to(query.dtype), sees, group)
+
+
+def _zero_elsewhere(rows: Tensor, sees: Tensor | None, group: int) -> Tensor:
+    return rows if sees is None else rows.masked_fill(~per_query_head(sees, group), 0)
 
 
 def _with_bias(shown: Tensor, bias: Tensor | None, group: int) -> Tensor:
@@ -166,7 +210,7 @@ def dense_gradients(
     key: Tensor,
     value: Tensor,
     shown: Tensor,
-    sees: Tensor,
+    sees: Tensor | None,
     added: Tensor | None,
     bias: Tensor | None,
     sinks: Tensor | None,
@@ -176,7 +220,7 @@ def dense_gradients(
     """Gradients of query, key, value, bias, sinks and what is added of `dense_attention`: the weights are computed anew."""
     group, num_keys = query.size(1) // key.size(1), key.size(2)
     weights, slope, keys, values = _weights(query, key, value, _with_bias(shown, bias, group), sinks, scale, softcap)
-    grad = grad.masked_fill(~per_query_head(sees, group), 0).to(weights.dtype)
+    grad = _zero_elsewhere(grad, sees, group).to(weights.dtype)
     of_weights = grad @ values.transpose(2, 3)
     of_logits = weights * (of_weights - (weights * of_weights).sum(dim=-1, keepdim=True))
     of_sinks = None if sinks is None else of_logits[..., num_keys].sum(dim=(0, 2)).to(sinks.dtype)
@@ -207,7 +251,7 @@ def attention_under_mask(
     value: Tensor,
     start: Tensor,
     end: Tensor,
-    is_all: Tensor,
+    form: Tensor,
     shown: Tensor,
     sees: Tensor,
     added: Tensor | None = None,
@@ -216,22 +260,31 @@ def attention_under_mask(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention under a mask of which `mask_ranges` has found start, end, `is_all`, `shown` and `sees`.
+    """Attention under a mask of which `mask_ranges` has found start, end, form, `shown` and `sees`.
 
     Args:
         query, key, value, bias, sinks, scale, softcap: as of `rewriter.kernels.live_range_attention`.
-        added: what `shown` and the ranges were made of, for its gradient, which is dense. Needed only where one is asked for.
+        added: what was given to `mask_ranges`, before it was expanded; for its gradient, which is dense, too.
 
     Returns:
         `[B, Hq, Q, Dv]`, and `[B, Hq, Q]` for the backward alone, the log-sum-exp where the mask is ranges, else 0.
     """
-    if bool(is_all):
+    if int(form) == RANGES:
         return torch.ops.rewriter.live_range_attention(
             query, key, value, start, end, None, None, bias, sinks, None, scale, softcap
         )
-    output = dense_attention(query, key, value, shown, sees, bias, sinks, scale, softcap)
+    shown, rows_that_see = _as_shown(form, shown, sees, added)
+    output = dense_attention(query, key, value, shown, rows_that_see, bias, sinks, scale, softcap)
     output = output.transpose(1, 2).contiguous().transpose(1, 2)  # heads innermost, as over live ranges
     return output, output.new_zeros(output.shape[:3], dtype=torch.float32)
+
+
+def _as_shown(form: Tensor, shown: Tensor, sees: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What dense attention adds, and the rows that see a key; None for all."""
+    if int(form) == SHOWN:
+        return shown, sees
+    assert added is not None
+    return added.detach().expand(shown.shape), None
 
 
 @attention_under_mask.register_fake
@@ -249,7 +302,7 @@ def _backward(
     value: Tensor,
     start: Tensor,
     end: Tensor,
-    is_all: Tensor,
+    form: Tensor,
     shown: Tensor,
     sees: Tensor,
     added: Tensor | None = None,
@@ -259,16 +312,19 @@ def _backward(
     softcap: float | None = None,
     of_added: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if of_added and bool(is_all):  # what is added was 0 where the ranges show a key
+    rows_that_see: Tensor | None
+    if of_added and int(form) == RANGES:  # what is added was 0 where the ranges show a key
         rows = torch.arange(key.size(2) - query.size(2), key.size(2), dtype=torch.int32, device=key.device)
-        shown, sees = _for_dense(LiveRanges(start, end).visible(rows), None, torch.float32)
-    elif bool(is_all):
+        shown, rows_that_see = _for_dense(LiveRanges(start, end).visible(rows), None, torch.float32)
+    elif int(form) == RANGES:
         of_query, of_key, of_value, of_bias, of_sinks = torch.ops.rewriter.live_range_attention_backward(
             *(grad, torch.zeros_like(lse), query, key, value, output, lse),
             *(start, end, None, None, bias, sinks, None, scale, softcap),
         )
         return of_query, of_key, of_value, of_bias, of_sinks, query.new_empty(0)
-    grads = dense_gradients(grad, query, key, value, shown, sees, added, bias, sinks, scale, softcap)
+    else:
+        shown, rows_that_see = _as_shown(form, shown, sees, added)
+    grads = dense_gradients(grad, query, key, value, shown, rows_that_see, added, bias, sinks, scale, softcap)
     if not of_added:
         grads = (*grads[:5], None)
     of_query, of_key, of_value, of_bias, of_sinks, own = (
@@ -294,7 +350,7 @@ _NAMES = (
     "value",
     "start",
     "end",
-    "is_all",
+    "form",
     "shown",
     "sees",
     "added",

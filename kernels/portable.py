@@ -217,7 +217,7 @@ def attention_under_mask(
     value: Tensor,
     start: Tensor,
     end: Tensor,
-    is_all: Tensor,
+    form: Tensor,
     shown: Tensor,
     sees: Tensor,
     added: Tensor | None = None,
@@ -227,7 +227,7 @@ def attention_under_mask(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `rewriter::attention_under_mask`, always dense."""
-    del start, end, is_all, added
+    del start, end, form, added
     output = dense_attention(query, key, value, shown, sees, bias, sinks, scale, softcap)
     return output, output.new_zeros(output.shape[:3], dtype=torch.float32)
 

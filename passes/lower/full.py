@@ -173,19 +173,22 @@ def _under_given_mask(
     is_added = any(term.kind == "add" for term in terms)
 
     def found(query: Tensor, key: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
-        visible = torch.ones(1, 1, query.size(2), key.size(2), dtype=torch.bool, device=key.device)
+        # Inductor's code for bool tensors of this size takes longer than the look: a mask goes on as it is where it can.
+        sizes = (query.size(2), key.size(2))
+        visible = added = None
         if site.is_causal:
-            visible = visible.tril()
-        added = None
+            visible = torch.ones(1, 1, *sizes, dtype=torch.bool, device=key.device).tril()
         for term, mask in zip(terms, masks, strict=True):
             mask = mask[(None,) * (4 - mask.dim())]
             if term.kind == "add":
                 added = mask if added is None else added + mask
             else:
-                visible = visible & (mask if term.kind == "keep" else ~mask)
-        own = None
-        if added is not None:
-            visible, own = torch.broadcast_tensors(visible, added.detach())
+                shows = mask if term.kind == "keep" else ~mask
+                visible = shows if visible is None else visible & shows
+        own = None if added is None else added.detach()
+        if visible is not None and own is not None:
+            visible, own = torch.broadcast_tensors(visible, own)
+        visible, own = (None if t is None else t.expand(*t.shape[:2], *sizes) for t in (visible, own))
         ranges = torch.ops.rewriter.mask_ranges(visible, own, query.dtype)
         return ranges if added is None else (*ranges, added)
 

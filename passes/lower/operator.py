@@ -147,7 +147,7 @@ class AttendUnderMask(_InPlaceOfSite):
         value: Tensor,
         start: Tensor,
         end: Tensor,
-        is_all: Tensor,
+        form: Tensor,
         shown: Tensor,
         sees: Tensor,
         *rest: Tensor,
@@ -155,7 +155,7 @@ class AttendUnderMask(_InPlaceOfSite):
         given = iter(rest)
         added = next(given) if self.is_added else None
         query, key, value = widened(query, key, value)
-        found = (start, end, is_all, shown, sees, added)
+        found = (start, end, form, shown, sees, added)
         output, _ = torch.ops.rewriter.attention_under_mask(
             query, key, value, *found, None, next(given, None), self.scale, self.softcap
         )

@@ -11,9 +11,9 @@ from rewriter.errors import RewriteError
 
 
 def rows_of(tokenizer: Any, text: str, length: int, rows: int) -> list[Tensor]:
-    """At most `rows` of `length` tokens each, int64 `[1, length]`, with the token in front that the tokenizer puts in front of a text.
+    """At most `rows` of `length` tokens each, int64 `[1, length]`; a text that is shorter is one row.
 
-    A text that is shorter is one row.
+    Each begins with the token that the tokenizer puts in front of a text, if it does.
 
     Raises:
         RewriteError: the text, or what is asked of it, is too short.

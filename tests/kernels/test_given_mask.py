@@ -11,7 +11,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
+from rewriter.kernels.given_mask import ADDED
+from rewriter.kernels.given_mask import RANGES
 from rewriter.kernels.given_mask import ROWS
+from rewriter.kernels.given_mask import SHOWN
 from rewriter.kernels.given_mask import attention_under_mask
 from rewriter.kernels.given_mask import mask_ranges
 
@@ -51,11 +54,11 @@ def test_ranges_are_the_columns_runs(queries: int, more: int, seed: int, kind: s
         mask = (bounds[0][:, :, None] <= index) & (index < bounds[1][:, :, None])
     else:
         mask = torch.rand(2, 1, queries, keys, generator=generator) < 0.5
-    start, end, is_all, *_ = mask_ranges(mask.to(DEVICE), None, torch.float32)
+    start, end, form, *_ = mask_ranges(mask.to(DEVICE), None, torch.float32)
     shown = LiveRanges(start, end).visible(torch.arange(more, keys, dtype=torch.int32, device=DEVICE)).cpu()
     edges = torch.nn.functional.pad(mask, (0, 0, 1, 1))
-    assert bool(is_all) == bool(((edges[:, :, 1:] != edges[:, :, :-1]).sum(dim=2) <= 2).all())
-    if is_all:
+    assert (int(form) == RANGES) == bool(((edges[:, :, 1:] != edges[:, :, :-1]).sum(dim=2) <= 2).all())
+    if int(form) == RANGES:
         assert torch.equal(mask, shown.expand(mask.shape))
         assert bool((end[mask[:, :, -1].to(DEVICE)] == FOREVER).all())
 
@@ -63,21 +66,21 @@ def test_ranges_are_the_columns_runs(queries: int, more: int, seed: int, kind: s
 def test_long_masks_are_read_in_parts() -> None:
     length = 2 * ROWS + 7
     mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()[None, None]
-    start, _, is_all, *_ = mask_ranges(mask, None, torch.float32)
-    assert bool(is_all) and torch.equal(start[0, 0], torch.arange(length, dtype=torch.int32, device=DEVICE))
+    start, _, form, *_ = mask_ranges(mask, None, torch.float32)
+    assert int(form) == RANGES and torch.equal(start[0, 0], torch.arange(length, dtype=torch.int32, device=DEVICE))
     mask[0, 0, ROWS, 3] = False
-    assert not mask_ranges(mask, None, torch.float32)[2]
+    assert int(mask_ranges(mask, None, torch.float32)[2]) == SHOWN
 
 
 def test_what_is_added_counts() -> None:
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool, device=DEVICE).tril()
     added = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-    assert mask_ranges(mask, added, torch.float32)[2]
+    assert int(mask_ranges(mask, added, torch.float32)[2]) == RANGES
     added[0, 0, 2, 1] = 0.5
-    assert not mask_ranges(mask, added, torch.float32)[2]
+    assert int(mask_ranges(mask, added, torch.float32)[2]) == SHOWN
 
 
-@pytest.mark.parametrize("kind", ["ranges", "holes", "added", "zeros"])
+@pytest.mark.parametrize("kind", ["ranges", "holes", "added", "zeros", "alone", "alone, padded", "alone, ranges"])
 @pytest.mark.parametrize(
     "options", [(), ("bias",), ("sinks", "softcap"), ("bias", "sinks", "softcap", "scale")], ids=str
 )
@@ -99,6 +102,17 @@ def test_values_and_gradients(kind: str, options: tuple[str, ...], group: int) -
         added = torch.randn(mask.shape, device=DEVICE, requires_grad=True)
     if kind == "zeros":
         added = torch.where(mask, 0.0, -1e9).requires_grad_()
+    if kind.startswith("alone"):  # nothing but what is added
+        hides = torch.finfo(torch.float32).min
+        added = torch.where((columns <= rows + 3)[None, None], 0.0, hides).expand(batch, 1, -1, -1).clone()
+        added[1, 0, 4, :3] = hides if kind == "alone, ranges" else torch.tensor([0.5, -2, hides], device=DEVICE)
+        mask = torch.ones_like(mask)
+        if kind == "alone, ranges":
+            added[1, 0, :, :3] = hides
+        if kind == "alone, padded":
+            added[0, :, :2] = hides
+            mask[0, :, :2] = False
+        added.requires_grad_()
     every: dict[str, Any] = {
         "bias": torch.randn(batch, 1, keys, device=DEVICE, requires_grad=True),
         "sinks": torch.randn(heads * group, device=DEVICE, requires_grad=True),
@@ -106,8 +120,10 @@ def test_values_and_gradients(kind: str, options: tuple[str, ...], group: int) -
         "scale": 0.3,
     }
     own = {name: every[name] for name in options}
-    found = mask_ranges(mask, None if added is None else added.detach(), torch.float32)
-    assert bool(found[2]) == (kind in ("ranges", "zeros"))
+    given = None if kind.startswith("alone") else mask
+    found = mask_ranges(given, None if added is None else added.detach(), torch.float32)
+    forms = dict.fromkeys(("ranges", "zeros", "alone, ranges"), RANGES) | {"alone": ADDED}
+    assert int(found[2]) == forms.get(kind, SHOWN)
     output, _ = attention_under_mask(query, key, value, *found, added, **own)
     expected = in_fp64(mask, added, query, key, value, own)
     leaves = [query, key, value, *(t for t in own.values() if isinstance(t, torch.Tensor))]
@@ -118,6 +134,15 @@ def test_values_and_gradients(kind: str, options: tuple[str, ...], group: int) -
         torch.testing.assert_close(actual.double(), wanted.double(), rtol=2e-5, atol=2e-5)
 
 
+def test_what_is_added_alone_is_of_the_querys_type() -> None:
+    added = torch.randn(1, 1, 4, 4, device=DEVICE)
+    assert int(mask_ranges(None, added, torch.float32)[2]) == ADDED
+    *_, form, shown, sees = mask_ranges(None, added, torch.bfloat16)
+    assert int(form) == SHOWN and torch.equal(shown, added) and bool(sees.all())
+    with pytest.raises(ValueError, match="got neither"):
+        mask_ranges(None, None, torch.float32)
+
+
 @pytest.mark.parametrize("holes", [False, True])
 def test_opcheck(holes: bool) -> None:
     query, key, value = (torch.randn(2, h, 6, 8, device=DEVICE, requires_grad=True) for h in (4, 2, 2))
@@ -126,3 +151,6 @@ def test_opcheck(holes: bool) -> None:
     torch.library.opcheck(mask_ranges, (mask, None, torch.float32), test_utils=("test_schema", "test_faketensor"))
     found = mask_ranges(mask, None, torch.float32)
     torch.library.opcheck(attention_under_mask, (query, key, value, *found))
+    added = torch.where(mask, 0.0, -1e9) if holes else torch.randn(2, 1, 6, 6, device=DEVICE)
+    torch.library.opcheck(mask_ranges, (None, added, torch.float32), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(attention_under_mask, (query, key, value, *mask_ranges(None, added, torch.float32), added))
