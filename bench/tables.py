@@ -552,6 +552,8 @@ def soundness(read: Results) -> str:
     ]
     share = f"{stored['one_interval_proven']:,} ({stored['one_interval_proven'] / stored['one_interval']:.0%})"
     rows += [("proven of these", share)]
+    if "found" in stored:
+        rows += [("not proven, but computed: whether they are ranges is found at the call", f"{stored['found']:,}")]
     rows += [(f"refused: {reason}", f"{count:,}") for reason, count in sorted(counts.items(), key=lambda c: -c[1])]
     rows += [("proven, and wrong at a size that nothing had seen", f"{len(stored['wrong']):,}")]
     rows += [("proven, and refused by the check by evaluation", f"{len(stored['caught']):,}")]

@@ -38,11 +38,12 @@ def mask_ranges(
         dtype: of the query.
 
     Returns:
-        start, end, int32 `[B, H, K]`, of rows aligned to the bottom right: the first and the last that see a key; int32 `[]`, the
-        form: `RANGES` where all rows between them see it, too, and each row has a key to which nothing is added, or is padding:
-        the same number of at most -1e4 everywhere; `ADDED` where there is no `mask`, no row is padding, and `added` is of
-        `dtype`; else `SHOWN`, and then, for dense attention, what is added, `[B, H, Q, K]`, of the wider of both dtypes, and
-        bool `[B, H, Q, 1]`, the rows that see a key. These two are without values in the other forms.
+        start, end, int32 `[B, H, K]`, of rows aligned to the bottom right: the first and the last that see a key; int32 `[]`, on
+        the CPU, where each layer asks for it, the form: `RANGES` where all rows between them see it, too, and each row has a key
+        to which nothing is added, or is padding: the same number of at most -1e4 everywhere; `ADDED` where there is no `mask`, no
+        row is padding, and `added` is of `dtype`; else `SHOWN`, and then, for dense attention, what is added, `[B, H, Q, K]`, of
+        the wider of both dtypes, and bool `[B, H, Q, 1]`, the rows that see a key. These two are without values in the other
+        forms.
     """
     given = _given(mask, added)
     wide = dtype if added is None else torch.promote_types(dtype, added.dtype)
@@ -57,7 +58,7 @@ def mask_ranges(
         ranges = _no_ranges(given)
     shown = torch.empty(given.shape, dtype=wide, device=given.device)
     sees = torch.empty(*given.shape[:3], 1, dtype=torch.bool, device=given.device)
-    return *ranges, torch.full((), form, dtype=torch.int32, device=given.device), shown, sees
+    return *ranges, torch.full((), form, dtype=torch.int32), shown, sees
 
 
 def without_ranges(
@@ -66,7 +67,7 @@ def without_ranges(
     """What `mask_ranges` returns for a mask that is no ranges; by torch's operators alone."""
     given = _given(mask, added)
     wide = dtype if added is None else torch.promote_types(dtype, added.dtype)
-    form = torch.full((), SHOWN, dtype=torch.int32, device=given.device)
+    form = torch.full((), SHOWN, dtype=torch.int32)
     return *_no_ranges(given), form, *_for_dense(mask, added, wide)
 
 
@@ -143,7 +144,7 @@ def _(mask: Tensor | None, added: Tensor | None, dtype: torch.dtype) -> tuple[Te
     given = _given(mask, added)
     start = given.new_empty(given.size(0), given.size(1), given.size(3), dtype=torch.int32)
     wide = dtype if added is None else torch.promote_types(dtype, added.dtype)
-    form, shown = given.new_empty((), dtype=torch.int32), given.new_empty(given.shape, dtype=wide)
+    form, shown = torch.empty((), dtype=torch.int32), given.new_empty(given.shape, dtype=wide)
     return start, torch.empty_like(start), form, shown, given.new_empty(*given.shape[:3], 1, dtype=torch.bool)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +22,18 @@ def arguments(node: Node, count: int) -> list[Any]:
 def rank(node: Node) -> int:
     value = node.meta.get("val")
     return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+def above(nodes: Iterable[Node]) -> list[Node]:
+    """The nodes and all that they are computed from."""
+    seen: dict[Node, None] = {}
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen[node] = None
+            stack.extend(node.all_input_nodes)
+    return list(seen)
 
 
 def is_bool(node: object) -> bool:

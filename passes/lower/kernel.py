@@ -51,9 +51,7 @@ def choose_kernel(choice: str, policy: Policy, site: AttentionSite, proof: MaskP
         choice: one of `CHOICES`, or `PORTABLE`.
     """
     if proof.given:
-        return (
-            Kernel.GIVEN if choice != "dense" else "a mask that a call gives is asked at the call whether it is ranges"
-        )
+        return Kernel.GIVEN if choice != "dense" else "whether its mask is ranges is found at the call"
     if choice == "live_range" or (choice in ("auto", PORTABLE) and not _drops_nothing(policy)):
         return Kernel.LIVE_RANGE
     unsupported = _reason_against_dense(policy, site, proof)

@@ -141,7 +141,7 @@ def _reason_against(policy: Policy, site: AttentionSite, proof: MaskProof) -> st
     """Why a policy is not defined for a site; None if it is."""
     name = type(policy).__name__
     if proof.given and not policy.is_lossless:
-        return f"{name} drops keys, and a mask that a call gives ({proof.name}) does not say before which it shows; use Exact()"
+        return f"{name} drops keys, and {proof.given}; use Exact()"
     if proof.others and not policy.is_lossless:
         return f"{name} drops keys, and under the model's mask ({proof.name}) a key comes back; use Exact()"
     if policy.needs_causal and _rows_and_keys_differ(site):

@@ -20,6 +20,7 @@ import torch
 from rewriter.kernels.reference import per_query_head
 from rewriter.passes.attention.site import AttentionSite
 from rewriter.passes.graph.inputs import source_of
+from rewriter.passes.graph.nodes import above
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.masks.evaluate import bias_tensor
 from rewriter.passes.masks.evaluate import key_bounds
@@ -48,7 +49,7 @@ def check_mask(
 ) -> str | None:
     """None where every trial agrees, else the reason for refusal."""
     assert site.query is not None and site.key is not None
-    nodes = _above([site.query, site.key, *(term.node for term in site.masks)])
+    nodes = above([site.query, site.key, *(term.node for term in site.masks)])
     symbols = _symbols(nodes)
     topks = [topk for interval in proof.intervals for topk in running_topks(interval.end)]
     traced = sorted(set(symbols.values()), key=str)
@@ -65,7 +66,7 @@ def check_mask(
             for more, own in values.items():
                 try:
                     trial = Trial(functions, constants, own, pattern, topks)
-                    difference = _compare(site, trial, _ranges(site, proof, trial), proof.given)
+                    difference = _compare(site, trial, _ranges(site, proof, trial), bool(proof.given))
                     break
                 except Exception as error:  # whatever the model's own operators raise on these shapes
                     if more or not loose:
@@ -91,7 +92,7 @@ def difference_at(
         data: of an input of the graph and its sizes, its values; None for any.
         ranges: computes them.
     """
-    nodes = _above([site.query, site.key, *(term.node for term in site.masks)])  # type: ignore[list-item]
+    nodes = above([site.query, site.key, *(term.node for term in site.masks)])  # type: ignore[list-item]
     given = Sizes({s: sizes.get(s, 2) for s in _symbols(nodes)})
     trial = WholeTrial(functions, constants, given, "ones", [])
     read = []
@@ -101,7 +102,7 @@ def difference_at(
             if values is not None:
                 trial.known[node] = values
                 read.append(f"{source_of(node).name or node.name} = {values.tolist()}")
-    difference = _compare(site, trial, ranges(trial), proof.given)
+    difference = _compare(site, trial, ranges(trial), bool(proof.given))
     if difference is None:
         return None
     of_query, of_key = (trial.sizes(node) for node in (site.query, site.key))  # type: ignore[arg-type]
@@ -190,7 +191,7 @@ def smallest_example(site: AttentionSite, functions: IndexFunctions, constants: 
     that see it. None where it is one at all that are tried, or cannot be computed."""
     if site.query is None or site.key is None or not site.masks:
         return None
-    symbols = _symbols(_above([site.query, site.key, *(term.node for term in site.masks)]))
+    symbols = _symbols(above([site.query, site.key, *(term.node for term in site.masks)]))
     for size in EXAMPLE_SIZES:
         for pattern in PATTERNS:
             try:
@@ -357,18 +358,6 @@ class WholeTrial(Trial):
         value = node.meta.get("val")
         is_call = node.op == "call_function" and isinstance(value, (Tensor, tuple, list))
         return is_call and node not in self.functions.modified
-
-
-def _above(nodes: list[Node]) -> list[Node]:
-    """The nodes and all that they are computed from."""
-    seen: dict[Node, None] = {}
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen[node] = None
-            stack.extend(node.all_input_nodes)
-    return list(seen)
 
 
 def _symbols(nodes: list[Node]) -> dict[sympy.Symbol, object]:

@@ -62,15 +62,16 @@ class MaskProof:
         interval: the live ranges.
         bias: the additive part that depends on the key alone and is not known to be 0 or masking; None for none.
         constants: buffers whose values the proof has read.
-        given: a part of the mask is what a call gives for pairs of query and key. Whether its columns are ranges is found at the
-            call; `interval` is what is known before, and holds at least what the mask shows.
+        given: why a part of the mask is known at the call alone, "" where none is: it is what a call gives for pairs of query and
+            key, or made of its ids in a way that need not be ranges. Whether its columns are ranges is found at the call;
+            `interval` is what is known before, and holds at least what the mask shows.
         others: more ranges of the same keys, where they are not one; no two of a key hold the same row.
     """
 
     interval: Interval
     bias: Expression | None
     constants: tuple[Node, ...]
-    given: bool = False
+    given: str = ""
     others: tuple[Interval, ...] = ()
 
     @property

@@ -21,6 +21,7 @@ from rewriter.kernels.given_mask import HIDDEN
 from rewriter.passes.attention.site import AttentionSite
 from rewriter.passes.attention.site import MaskTerm
 from rewriter.passes.graph.inputs import source_of
+from rewriter.passes.graph.nodes import above
 from rewriter.passes.graph.nodes import is_bool
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.graph.origin import describe
@@ -97,12 +98,21 @@ def prove_mask(site: AttentionSite, functions: IndexFunctions, constants: Mappin
         raise Unproven(
             f"a mask that a call gives is combined with a bias, or with folded heads{analysis.origin(given[0])}"
         )
-    interval, *others = analysis.ranges([part for part in parts if part not in given])
+    before_the_call = [part for part in parts if part not in given]
+    why = "a mask that a call gives does not say before which keys it shows" if given else ""
+    try:
+        interval, *others = analysis.ranges(before_the_call)
+    except Unproven as reason:
+        known = [part for part in before_the_call if not analysis.is_of_ids(part)]
+        if biases or analysis.rank == 3 or len(known) == len(before_the_call):
+            raise
+        interval, *others = analysis.ranges(known)
+        why = why or str(reason)
     total: Expression | None = None
     for bias in biases:  # summed in fp32 at least
         wide = Precision(torch.promote_types(floating_type(bias) or torch.float32, torch.float32))
         total = bias if total is None else apply("add", total, apply("cast", bias, wide))
-    return MaskProof(interval, total, tuple(analysis.read), bool(given), tuple(others))
+    return MaskProof(interval, total, tuple(analysis.read), why, tuple(others))
 
 
 class Analysis:
@@ -204,6 +214,18 @@ class Analysis:
             and source_of(e.node).kind == "argument"
             and {ROW, KEY} <= {axis for index in e.indices for axis in axes_of(index)}
             for e in elements_of(expression)
+        )
+
+    def is_of_ids(self, expression: Expression) -> bool:
+        """Whether an expression compares query and key by data that is made of the call's ids alone, and of nothing that layers
+        compute, nor of parameters."""
+        read = elements_of(expression)
+        if not read or not {ROW, KEY} <= axes_of(expression) or HEAD in axes_of(expression):
+            return False
+        inputs = [node for node in above([e.node for e in read]) if node.op == "placeholder"]
+        tensors = [node for node in inputs if isinstance(node.meta["val"], Tensor)]
+        return bool(tensors) and all(
+            source_of(node).kind == "argument" and not node.meta["val"].dtype.is_floating_point for node in tensors
         )
 
     def conjunction(self, predicates: list[Expression]) -> Interval:

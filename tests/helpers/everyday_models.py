@@ -14,6 +14,8 @@ from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 from transformers import LlavaConfig
 from transformers import LlavaForConditionalGeneration
+from transformers import PaliGemmaConfig
+from transformers import PaliGemmaForConditionalGeneration
 from transformers import Qwen2VLConfig
 from transformers import Qwen2VLForConditionalGeneration
 from transformers import SiglipVisionConfig
@@ -77,6 +79,16 @@ def gemma3() -> Gemma3ForConditionalGeneration:
             text_config=text, vision_config=SiglipVisionConfig(**VISION), mm_tokens_per_image=4, image_token_id=IMAGE
         )
     ).eval()
+
+
+def paligemma() -> PaliGemmaForConditionalGeneration:
+    """An image is four tokens; all tokens of type 0, image and prompt, see each other."""
+    text = {**SIZES, **TOKENS, "model_type": "gemma", "head_dim": 8, "num_image_tokens": 4}
+    vision = {**VISION, "model_type": "siglip_vision_model", "num_image_tokens": 4, "projection_dim": 32}
+    config = PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_index=IMAGE, projection_dim=32, hidden_size=32
+    )
+    return PaliGemmaForConditionalGeneration(config).eval()
 
 
 def qwen2_vl() -> Qwen2VLForConditionalGeneration:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from everyday_models import IMAGE
+from everyday_models import paligemma
 from rewriter.kernels import given_mask
 
 import rewriter
@@ -158,3 +160,73 @@ def test_one_in_a_dictionary_as_transformers_takes_it() -> None:
     given = {"full_attention": mask, "sliding_attention": mask}
     torch.testing.assert_close(fast(query, given), model(query, given), rtol=1e-5, atol=1e-5)
     assert fast.report.sites[0].mask == "given at the call"
+
+
+def image_and_text(scattered: bool) -> dict[str, torch.Tensor]:
+    """Two rows, the second with padding; type 0 is a prefix, or is scattered."""
+    ids = torch.randint(3, 40, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids[:, 3:7] = IMAGE
+    mask, types = torch.ones_like(ids), (torch.arange(TOKENS) >= 12).long().expand(2, -1).clone()
+    mask[1, :3] = 0
+    if scattered:
+        types[:, 18:20] = 0
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
+        "attention_mask": mask,
+        "token_type_ids": types,
+    }
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_prefix_that_the_ids_say(backend: str, counted: collections.Counter[str]) -> None:
+    """PaliGemma: whether the tokens that see each other are a run is found at the call."""
+    model = paligemma()
+    fast = rewriter.optimize(model, Exact(), backend=backend, strict="verified" if rewriter.passes.HAS_SOLVER else True)
+    for scattered in (False, True):
+        call = image_and_text(scattered)
+        counted.clear()
+        labels = call["input_ids"].masked_fill(call["attention_mask"] == 0, -100)
+        losses = [m(**call, labels=labels, use_cache=False).loss for m in (model, fast)]
+        torch.testing.assert_close(*losses)
+        weight = model.model.language_model.embed_tokens.weight
+        grads = [torch.autograd.grad(loss, weight)[0] for loss in losses]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+        assert counted["dense"] == (2 if scattered else 0)  # of two layers of text
+    masks_of_sites = [site.mask for site in fast.report.sites]
+    assert masks_of_sites.count("padding + given at the call") == 2 and len(fast.report.graphs) == 1
+    with pytest.raises(
+        RewriteError, match=r"SlidingWindow drops keys, and a mask compares .* \(input token_type_ids\); use"
+    ):
+        rewriter.optimize(model, SlidingWindow(4), backend="eager", strict=True)(
+            **image_and_text(False), use_cache=False
+        )
+
+
+class ByIds(torch.nn.Module):
+    """Tokens of one number see each other, wherever they are, and what is before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(16, 16)
+
+    def forward(self, ids: torch.Tensor, marks: torch.Tensor | None = None) -> torch.Tensor:
+        query = self.embedding(ids).unflatten(2, (2, 8)).transpose(1, 2)
+        same = ids[:, :, None] == ids[:, None, :]
+        if marks is not None:  # a comparison that layers have a part in
+            same = same & (marks[:, :, None] <= marks[:, None, :])
+        index = torch.arange(ids.size(1))
+        mask = (same | (index <= index[:, None]))[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+
+
+def test_what_ids_say_is_given_and_what_numbers_say_is_not(counted: collections.Counter[str]) -> None:
+    model = ByIds()
+    fast = rewriter.optimize(model, Exact(), backend="eager")
+    for ids, dense in ((torch.arange(TOKENS)[None] // 6, 0), (torch.randint(16, (3, TOKENS)), 1)):
+        counted.clear()
+        torch.testing.assert_close(fast(ids), model(ids))
+        assert counted["dense"] == dense
+    assert all(site.mask == "given at the call" for _, sites in fast.report.outcomes for site in sites)
+    with pytest.raises(RewriteError, match="1 of 1 attention sites are refused"):
+        rewriter.optimize(model, Exact(), backend="eager", strict=True)(ids, torch.randn(3, TOKENS))

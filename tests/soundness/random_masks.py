@@ -32,6 +32,7 @@ from torch import Tensor
 from torch import nn
 
 import rewriter
+from rewriter.report.data import SiteReport
 
 INF = float("inf")
 LOWEST = torch.finfo(torch.float32).min
@@ -314,7 +315,9 @@ class Tally:
     """What became of many programs.
 
     Attributes:
+        proven: before the call.
         verified: of the proven, those that a solver says are true at all sizes.
+        found: computed, too: whether the mask is ranges is found at the call.
         one_interval: programs of which each key, at all sizes that were tried, is seen by one run of queries, and to which
             nothing is added but 0 and masking values.
         one_interval_proven: of them, those that are proven.
@@ -325,6 +328,7 @@ class Tally:
     count: int = 0
     proven: int = 0
     verified: int = 0
+    found: int = 0
     one_interval: int = 0
     one_interval_proven: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -335,6 +339,7 @@ class Tally:
         self.count += other.count
         self.proven += other.proven
         self.verified += other.verified
+        self.found += other.found
         self.one_interval += other.one_interval
         self.one_interval_proven += other.one_interval_proven
         self.reasons += other.reasons
@@ -367,14 +372,20 @@ def examine(programs: list[str], tally: Tally) -> None:
     assert len(fast.report.graphs) == 1, "the programs were captured more than once"
     tally.one_interval += sum(may_be_ranges)
     sites = zip(may_be_ranges, fast.report.sites, strict=True)
-    tally.one_interval_proven += sum(one and site.rewritten for one, site in sites)
+    tally.one_interval_proven += sum(one and _is_proven(site) for one, site in sites)
     for program, site in zip(programs, fast.report.sites, strict=True):
-        tally.proven += site.rewritten
-        tally.verified += site.rewritten and site.proof == "verified"
+        tally.proven += _is_proven(site)
+        tally.verified += _is_proven(site) and site.proof == "verified"
+        tally.found += site.rewritten and not _is_proven(site)
         if not site.rewritten:
             tally.reasons[re.sub(r"\(.*?\)|\d+|_\w+", "", site.reason).split(",")[0].strip()] += 1
             if "disagrees" in site.reason or "could not be evaluated" in site.reason:
                 tally.caught.append(f"{program}  # {site.reason}")
+
+
+def _is_proven(site: SiteReport) -> bool:
+    """Before the call; what is given is looked at there."""
+    return site.rewritten and "given at the call" not in site.mask
 
 
 def runs_of(mask: Tensor) -> int | None:
@@ -439,7 +450,7 @@ if __name__ == "__main__":
             if out is not None:
                 plain = {"seed": seed, "count": tally.count, "proven": tally.proven, "verified": tally.verified}
                 plain |= {"one_interval": tally.one_interval, "one_interval_proven": tally.one_interval_proven}
-                plain |= {"wrong": tally.wrong}
+                plain |= {"found": tally.found, "wrong": tally.wrong}
                 plain |= {"caught": tally.caught, "refused": dict(tally.reasons.most_common())}
                 out.write_text(json.dumps(plain, indent=1) + "\n")
 
@@ -447,6 +458,7 @@ if __name__ == "__main__":
         print(
             f"{tally.count:,} masks, {tally.proven:,} proven ({tally.proven / tally.count:.0%}), {len(tally.wrong)} wrong"
         )
+        print(f"{tally.found:,} more are computed as what is found of them at the call")
         print(
             f"{tally.verified:,} of them for all sizes; {tally.one_interval:,} are one interval for each key where tried, "
             f"{tally.one_interval_proven:,} of these proven ({tally.one_interval_proven / max(1, tally.one_interval):.0%})"

@@ -103,6 +103,10 @@ EAGER: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
         ),
         "causal + padding",
     ),
+    "documents that need not be runs": (
+        lambda s, ids: s.masked_fill(ids[:, None, :, None] != ids[:, None, None, :], -INF),
+        "given at the call",
+    ),
     "documents": (
         lambda s, ids: s.masked_fill((packed(ids)[:, None, :, None] != packed(ids)[:, None, None, :]), -INF),
         "documents",
@@ -155,9 +159,9 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
         lambda s, ids: s.masked_fill(~((behind(s) < 2) | (behind(s) == 5) | (behind(s) == 9) | (behind(s) > 12)), -INF),
         "union of two ranges",
     ),
-    "documents that need not be runs": (
-        lambda s, ids: s.masked_fill(ids[:, None, :, None] != ids[:, None, None, :], -INF),
-        "not known to be non-decreasing",
+    "documents by the scores": (
+        lambda s, ids: s.masked_fill(s.argmax(-1)[..., None] != s.argmax(-1)[:, :, None, :], -INF),
+        "not known to be non-decreasing|heads",
     ),
     "a distance penalty": (
         lambda s, ids: s - 0.1 * (row_and_key(s.size(-1))[0] - row_and_key(s.size(-1))[1]).abs(),
