@@ -28,12 +28,13 @@ HEAD_DIMS = (64, 128, 256)
 
 UNSPECIALIZED = (
     *("num_queries", "num_keys", "num_tiles", "num_splits", "num_partial", "list_size"),
-    *("num_blocks", "num_chunks", "chunk"),
+    *("num_blocks", "num_spans", "span"),
     *("range_stride_b", "range_stride_h", "stride_order_b", "stride_bias_b", "stride_bias_h", "stride_key_index_b"),
     *("stride_start_b", "stride_start_h", "stride_end_b", "stride_end_h", "stride_query_index_b"),
 )
 """Lengths, and strides that follow from them. Kernels take them with `do_not_specialize`: Triton would compile a kernel anew
-for each combination of those that are 1 or a multiple of 16. The strides of rows, whose alignment makes loads wide, stay."""
+for each combination of those that are 1 or a multiple of 16. The strides of rows, whose alignment makes loads wide, stay. A name
+counts in every kernel."""
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ pytestmark = pytest.mark.skipif(
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize(("keys", "chunks"), [(1000, 512), (1500, 4), (1500, 2), (3000, 4)])
+@pytest.mark.parametrize(("keys", "spans"), [(1000, 512), (1500, 4), (1500, 2), (3000, 4)])
 @pytest.mark.parametrize("keep", [1, 100, 1499])
 @pytest.mark.parametrize("order", ["random", "rising", "falling", "tied"])
-def test_equals_the_partition(keys: int, chunks: int, keep: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running_topk, "MAX_CHUNKS", chunks)
-    monkeypatch.setattr(running_topk, "STEPS", chunks.bit_length() - 1)
+def test_equals_the_partition(keys: int, spans: int, keep: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running_topk, "MAX_SPANS", spans)
+    monkeypatch.setattr(running_topk, "STEPS", spans.bit_length() - 1)
     score = torch.randn(1, 2, keys, generator=torch.Generator().manual_seed(keys + keep))
     if order in ("rising", "falling"):
         score = score.sort(dim=2, descending=order == "falling").values
