@@ -10,6 +10,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +193,8 @@ def compare(
     ids = rows_of(tokenizer, text, length, rows)
     given = list(policies)
     for policy in given:
+        if not isinstance(policy, Policy):
+            raise PolicyError(f"policies must be policies such as SlidingWindow(256), got {policy!r}")
         if policy.is_program:
             raise PolicyError(f"{policy} is no mask of one call; its contexts are read in chunks, see fast.read")
     contestants: list[tuple[Policy, float | None]] = [
@@ -201,7 +204,7 @@ def compare(
     contestants = list(dict.fromkeys(contestants))
     asked = questions(tokenizer, text, ids[0].size(1), num_questions)
     steps = _Steps(on_step, 2 + len(contestants))
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(model):
         steps.begin(ORIGINAL)
         calls: list[Any] = [model]
         found = [_read(model, ids, asked)]
@@ -239,6 +242,18 @@ def compare(
         threads=torch.get_num_threads(),
         results=tuple(results),
     )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is one that does not learn; its modules are as they were after."""
+    learning = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in learning:
+            module.training = True
 
 
 class _Steps:

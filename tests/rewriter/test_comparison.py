@@ -179,6 +179,8 @@ def test_what_cannot_be_compared_is_an_error(bundled: tuple[Any, Any]) -> None:
     model, tokenizer = bundled
     with pytest.raises(PolicyError, match="its contexts are read in chunks"):
         compare(model, tokenizer, [CHUNKED], TEXT)
+    with pytest.raises(PolicyError, match=r"policies must be policies such as .*, got 256"):
+        compare(model, tokenizer, [256], TEXT)  # type: ignore[list-item]
     with pytest.raises(RewriteError, match="the text has 1 tokens; give a longer one"):
         compare(model, tokenizer, [Exact()], "a")
     with pytest.raises(RewriteError, match="rows at least 1, got 2048 and 0"):
@@ -197,6 +199,15 @@ def test_a_model_that_cannot_go_on_has_no_cache(bundled: tuple[Any, Any], monkey
     found = compare(model, tokenizer, [SlidingWindow(30)], TEXT, length=100, num_questions=0, backend="eager")
     assert found.results[1].cache_bytes is None and "takes no" in found.results[1].notes[0]
     assert found.results[1].recall is None
+
+
+def test_a_model_that_learns_is_compared_as_one_that_does_not(bundled: tuple[Any, Any]) -> None:
+    _, tokenizer = bundled
+    model = llama(vocab_size=len(tokenizer), attention_dropout=0.5).train()
+    model.lm_head.eval()
+    found = compare(model, tokenizer, [Exact()], TEXT, length=60, rows=1, num_questions=0, backend="eager")
+    assert found.results[1].bits == pytest.approx(found.original.bits, rel=1e-5)
+    assert model.training and model.model.layers[0].training and not model.lm_head.training
 
 
 class TestCommand:
