@@ -268,16 +268,48 @@ def attention_under_mask(
         added: what was given to `mask_ranges`, before it was expanded; for its gradient, which is dense, too.
 
     Returns:
-        `[B, Hq, Q, Dv]`, and `[B, Hq, Q]` for the backward alone, the log-sum-exp where the mask is ranges, else 0.
+        `[B, Hq, Q, Dv]`, and `[B, Hq, Q]` for the backward alone, the log-sum-exp, or 0 where it computes the weights anew.
     """
     if int(form) == RANGES:
         return torch.ops.rewriter.live_range_attention(
             query, key, value, start, end, None, None, bias, sinks, None, scale, softcap
         )
     shown, rows_that_see = _as_shown(form, shown, sees, added)
-    output = dense_attention(query, key, value, shown, rows_that_see, bias, sinks, scale, softcap)
-    output = output.transpose(1, 2).contiguous().transpose(1, 2)  # heads innermost, as over live ranges
+    output, lse = _dense(query, key, value, shown, rows_that_see, bias, sinks, scale, softcap)
+    return output.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()  # heads innermost, as over live ranges
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shown: Tensor,
+    sees: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`dense_attention`, by torch's fused kernel for CPUs where that can, and what its backward needs."""
+    if _is_fused(query, value, shown, bias, sinks, softcap):
+        group = query.size(1) // key.size(1)
+        output, lse = _FUSED(query, key, value, attn_mask=_with_bias(shown, None, group), scale=scale)
+        return _zero_elsewhere(output, sees, group), lse
+    output = dense_attention(query, key, value, shown, sees, bias, sinks, scale, softcap)
     return output, output.new_zeros(output.shape[:3], dtype=torch.float32)
+
+
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _is_fused(
+    query: Tensor, value: Tensor, shown: Tensor, bias: Tensor | None, sinks: Tensor | None, softcap: float | None
+) -> bool:
+    """Whether torch's fused attention for CPUs computes a mask that is no ranges, and gradients but that of what is added."""
+    plain = bias is None and sinks is None and softcap is None and shown.dtype == query.dtype
+    known = query.dtype in (torch.float32, torch.bfloat16, torch.float16) and query.device.type == "cpu"
+    return plain and known and query.size(3) == value.size(3)
 
 
 def _as_shown(form: Tensor, shown: Tensor, sees: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -325,6 +357,12 @@ def _backward(
         return of_query, of_key, of_value, of_bias, of_sinks, query.new_empty(0)
     else:
         shown, rows_that_see = _as_shown(form, shown, sees, added)
+    if not of_added and _is_fused(query, value, shown, bias, sinks, softcap):
+        group, none = query.size(1) // key.size(1), query.new_empty(0)
+        grad, mask = _zero_elsewhere(grad, rows_that_see, group), _with_bias(shown, None, group)
+        fused = _FUSED_BACKWARD(grad, query, key, value, output, lse, 0.0, False, attn_mask=mask, scale=scale)
+        of_query, of_key, of_value = (t.contiguous() for t in fused)
+        return of_query, of_key, of_value, none, none.clone(), none.clone()
     grads = dense_gradients(grad, query, key, value, shown, rows_that_see, added, bias, sinks, scale, softcap)
     if not of_added:
         grads = (*grads[:5], None)

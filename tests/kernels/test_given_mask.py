@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from rewriter.kernels import FOREVER
 from rewriter.kernels import LiveRanges
+from rewriter.kernels import given_mask
 from rewriter.kernels.given_mask import ADDED
 from rewriter.kernels.given_mask import RANGES
 from rewriter.kernels.given_mask import ROWS
@@ -132,6 +133,26 @@ def test_values_and_gradients(kind: str, options: tuple[str, ...], group: int) -
     grads, exact = (torch.autograd.grad(out, leaves, grad.to(out.dtype)) for out in (output, expected))
     for actual, wanted in zip((output, *grads), (expected, *exact), strict=True):
         torch.testing.assert_close(actual.double(), wanted.double(), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the fused kernel is that of CPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_fused_kernel_trains_where_it_can(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would by itself; dense weights, of which a long row has no room, are made for gradients of the mask alone."""
+    query, key, value = (torch.randn(2, h, 40, 8, dtype=dtype, requires_grad=True) for h in (4, 2, 2))
+    mask = torch.rand(2, 1, 40, 40) < 0.5
+    mask[0, 0, 7] = False  # a row that sees no key
+    mask[:, :, 8:, 0] = True
+    found = mask_ranges(mask, None, dtype)
+    monkeypatch.setattr(given_mask, "dense_gradients", None)
+    output, _ = attention_under_mask(query, key, value, *found)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask | ~mask.any(-1, keepdim=True), enable_gqa=True
+    ).masked_fill(~mask.any(-1, keepdim=True), 0)
+    grad = torch.randn_like(output)
+    grads, wanted = (torch.autograd.grad(out, (query, key, value), grad) for out in (output, expected))
+    for one, other in zip((output, *grads), (expected, *wanted), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_what_is_added_alone_is_of_the_querys_type() -> None:

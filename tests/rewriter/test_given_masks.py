@@ -50,13 +50,13 @@ def as_added(mask: torch.Tensor) -> torch.Tensor:
 def counted(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
     """How often a site's mask was not ranges."""
     counts: collections.Counter[str] = collections.Counter()
-    dense = given_mask.dense_attention
+    dense = given_mask._dense
 
-    def call(*arguments: Any) -> torch.Tensor:
+    def call(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         counts["dense"] += 1
         return dense(*arguments)
 
-    monkeypatch.setattr(given_mask, "dense_attention", call)
+    monkeypatch.setattr(given_mask, "_dense", call)
     return counts
 
 
