@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,8 @@ from rewriter import DynamicMask
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
 from rewriter.comparison.budget import at_budget
+from rewriter.comparison.compare import bits_of_tokens
+from rewriter.comparison.compare import borders
 from rewriter.demo.models import load_smollm2
 from rewriter.errors import PolicyError
 
@@ -42,12 +43,6 @@ LOCAL = 64
 
 ORIGINAL = "original"
 FAMILIES = ("window and sinks", "separators", "dynamic mask, untrained")
-
-
-def borders(length: int) -> list[int]:
-    """Positions between which bits are averaged: 512, 1,024, ... and the length."""
-    powers = [2**n for n in range(9, length.bit_length()) if 2**n < length]
-    return [0, *powers, length]
 
 
 def policies(tokenizer: Any, ids: Tensor) -> Iterator[tuple[str, float, rewriter.Policy | None]]:
@@ -64,16 +59,10 @@ def policies(tokenizer: Any, ids: Tensor) -> Iterator[tuple[str, float, rewriter
 def bits_by_position(call: Any, ids: Tensor) -> tuple[list[float], float]:
     """Bits of each token but the first, averaged between `borders`; and the seconds of the forward."""
     begin = time.perf_counter()
-    logits = call(input_ids=ids, use_cache=False).logits[0]
+    logits = call(input_ids=ids, use_cache=False).logits
     seconds = time.perf_counter() - begin
-    losses = torch.cat(
-        [
-            torch.nn.functional.cross_entropy(part.float(), target, reduction="none")
-            for part, target in zip(logits[:-1].split(1024), ids[0, 1:].split(1024), strict=True)
-        ]
-    )
-    edges = borders(ids.size(1))
-    return [float(losses[a:b].mean()) / math.log(2) for a, b in itertools.pairwise(edges)], seconds
+    bits = bits_of_tokens(logits, ids)
+    return [float(bits[a:b].mean()) for a, b in itertools.pairwise(borders(ids.size(1)))], seconds
 
 
 def measure(texts: list[Path], length: int, windows: int, out: Path, rows: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ import itertools
 import json
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,14 +149,7 @@ def prompt_of(question: Question, tokenizer: Any, sentences: list[str], length: 
         )
         return found["input_ids"]
 
-    low, high = 1, len(parts)
-    while low < high:  # the longest that fits
-        middle = (low + high + 1) // 2
-        if ids(middle).size(1) <= length:
-            low = middle
-        else:
-            high = middle - 1
-    return ids(low)
+    return ids(max(1, bisect_right(range(1, len(parts) + 1), length, key=lambda count: ids(count).size(1))))
 
 
 def score(answer: str, question: Question) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 
 import torch
 from torch import Tensor
@@ -45,14 +46,9 @@ def at_budget(policy: Policy, share: float, input_ids: Tensor) -> Policy:
             f"{policy} cannot keep so little as {share:.1%} of the pairs of this text: with {size}=1 it keeps "
             f"{least / (length * (length + 1) / 2):.1%}"
         )
-    low, high = 1, length
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _pairs(dataclasses.replace(policy, **{size: middle}), input_ids) <= most:
-            low = middle
-        else:
-            high = middle - 1
-    return dataclasses.replace(policy, **{size: low})
+    sizes = range(1, length + 1)
+    found = bisect_right(sizes, most, key=lambda n: _pairs(dataclasses.replace(policy, **{size: n}), input_ids))
+    return dataclasses.replace(policy, **{size: found})
 
 
 def _pairs(policy: Policy, input_ids: Tensor) -> int:

@@ -39,7 +39,7 @@ ROUNDS = 3
 """Times that each contestant reads a row, in turns; the shortest counts."""
 
 FIRST_BORDER = 512
-"""Bits are averaged between positions 0, 512, 1,024, 2,048, ... and the end of a row."""
+"""The first position, after 0, that bits are averaged to; see `borders`."""
 
 LOSSES = 1024
 """Positions whose losses are computed at once: logits of a large vocabulary are made fp32 for it."""
@@ -237,7 +237,7 @@ def compare(
         model=type(model).__name__,
         length=ids[0].size(1),
         rows=len(ids),
-        borders=tuple(_borders(ids[0].size(1))[1:]),
+        borders=tuple(borders(ids[0].size(1))[1:]),
         questions=len(asked),
         threads=torch.get_num_threads(),
         results=tuple(results),
@@ -268,7 +268,8 @@ class _Steps:
         self.on_step("", self.count, self.count)
 
 
-def _borders(length: int) -> list[int]:
+def borders(length: int) -> list[int]:
+    """Positions between which bits are averaged: 0, `FIRST_BORDER`, twice that, ... and the length."""
     powers = [FIRST_BORDER * 2**n for n in range(length.bit_length()) if FIRST_BORDER * 2**n < length]
     return [0, *powers, length]
 
@@ -282,8 +283,8 @@ class _Reading:
 
 def _read(call: Any, rows: Sequence[Tensor], asked: Sequence[Question]) -> _Reading:
     device = next(call.parameters()).device
-    losses = torch.stack([_bits(_logits(call, ids.to(device)), ids.to(device)) for ids in rows]).mean(dim=0)
-    edges = _borders(rows[0].size(1))
+    losses = torch.stack([bits_of_tokens(_logits(call, ids.to(device)), ids.to(device)) for ids in rows]).mean(dim=0)
+    edges = borders(rows[0].size(1))
     right = [q.is_answered(_logits(call, q.input_ids.to(device)).cpu()) for q in asked]
     return _Reading(
         bits=float(losses.mean()),
@@ -297,7 +298,7 @@ def _logits(call: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def _bits(logits: Tensor, ids: Tensor) -> Tensor:
+def bits_of_tokens(logits: Tensor, ids: Tensor) -> Tensor:
     """Bits of each token but the first, `[K - 1]`."""
     parts = zip(logits[0, :-1].split(LOSSES), ids[0, 1:].split(LOSSES), strict=True)
     return torch.cat([nn.functional.cross_entropy(p.float(), t, reduction="none") for p, t in parts]) / math.log(2)

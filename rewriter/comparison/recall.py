@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,14 +60,8 @@ def _question(
         asked = tokenizer(question).input_ids
         return whole, whole[_common(whole, asked) :]
 
-    low, high = 0, len(sentences)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if len(ids(middle)[0]) <= length:
-            low = middle
-        else:
-            high = middle - 1
-    whole, wanted = ids(low)
+    most = bisect_right(range(1, len(sentences) + 1), length, key=lambda first: len(ids(first)[0]))
+    whole, wanted = ids(most)
     return Question(torch.tensor([whole]), len(wanted))
 
 
