@@ -1,8 +1,9 @@
 """What does TensorRT's own parser and builder make of exported models, and how much memory would the engines need?
 
-Models of several kinds are exported by `rewriter.export.tensorrt`, which parses the file and builds the engine (needs the extra
-`tensorrt`, and no GPU); the file is compared with the model in ONNX Runtime. Then one small Llama, for engines of one row and up
-to so many tokens: its activation memory, as the builder says it.
+Models of several kinds are exported by `rewriter.export.tensorrt`, which parses the files and builds engines of them (needs the
+extra `tensorrt`, and no GPU), of the model's own call, and where it generates of `prefill` and `decode`. The files are compared
+with the model in ONNX Runtime and in OpenVINO. Then one small Llama, for engines of one row and up to so many tokens: its
+activation memory, as the builder says it.
 
     python bench/engines.py --out bench/results/engines.json
 
@@ -91,7 +92,7 @@ def models() -> dict[str, tuple[Callable[[], Any], rewriter.Policy, dict[str, An
 def measure(
     build: Callable[[], Any], policy: rewriter.Policy, kwargs: dict[str, Any], **options: Any
 ) -> dict[str, Any]:
-    """What was built, or the reason why nothing was."""
+    """What was built, by entry point, or the reason why nothing was."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     fast = rewriter.optimize(build().eval(), policy, backend="eager", progress=False)
@@ -101,24 +102,46 @@ def measure(
             report = export.tensorrt(fast, kwargs=kwargs, path=path, **options)
         except export.ExportError as error:
             return {"policy": str(policy), "refused": str(error)[:500]}
-    if report.engine is None:
+        try:
+            openvino: float | str = max(c["relative"] for c in export.compare(path, "openvino"))
+        except export.ArtifactError as error:
+            openvino = str(error).replace(str(path), "the file")[:300]
+        file_bytes = sum(file.stat().st_size for file in Path(folder).iterdir() if ".onnx" in file.name)
+    if not report.engines:
         raise typer.BadParameter("no TensorRT is installed: pip install 'rewriter[tensorrt]'")
-    largest = max(c["relative"] for c in report.compared)
-    return {"policy": str(policy), "file_bytes": report.num_bytes, "relative": largest, **report.engine}
+    onnxruntime = max(c["relative"] for c in report.compared)
+    return {
+        "policy": str(policy),
+        "file_bytes": file_bytes,
+        "relative": onnxruntime,
+        "openvino": openvino,
+        "engines": report.engines,
+    }
 
 
 def table(rows: dict[str, dict[str, Any]]) -> Table:
     result = Table(title="Engines", title_justify="left")
-    for name in ("model", "policy", "layers", "engine", "activations", "parsed and built", "off the model"):
+    for name in (
+        "model",
+        "policy",
+        "of",
+        "layers",
+        "engine",
+        "activations",
+        "parsed and built",
+        "off the model",
+        "in OpenVINO",
+    ):
         result.add_column(name)
     for name, row in rows.items():
         if "refused" in row:
-            result.add_row(name, row["policy"], row["refused"], *[""] * 4)
+            result.add_row(name, row["policy"], row["refused"])
             continue
-        sizes = (f"{row[part] / 2**20:,.1f} MiB" for part in ("num_bytes", "activation_bytes"))
-        result.add_row(
-            name, row["policy"], str(row["layers"]), *sizes, f"{row['build_seconds']:.1f} s", f"{row['relative']:.0e}"
-        )
+        for point, engine in row["engines"].items():
+            sizes = (f"{engine[part] / 2**20:,.1f} MiB" for part in ("num_bytes", "activation_bytes"))
+            openvino = row["openvino"] if isinstance(row["openvino"], str) else f"{row['openvino']:.0e}"
+            seconds, off = f"{engine['build_seconds']:.1f} s", f"{row['relative']:.0e}"
+            result.add_row(name, row["policy"], point, str(engine["layers"]), *sizes, seconds, off, openvino)
     return result
 
 
@@ -134,8 +157,12 @@ def main(
 
     for name, (build, policy, kwargs) in models().items():
         if name not in stored["models"] and only in (None, name):
-            most = {"profile": {"batch": (1, 1, 1), "tokens": (2, 512, MOST)}} if "use_cache" in kwargs else {}
+            profile = {"batch": (1, 1, 1), "tokens": (2, 512, MOST)}
+            most = {"profile": profile} if "use_cache" in kwargs else {}
             stored["models"][name] = measure(build, policy, kwargs, **most)
+            if "use_cache" in kwargs:
+                generates = {"profile": {**profile, "kept": (1, 1, 8)}, "cache": True, "max_length": MOST}
+                stored["models"][f"{name}, with a cache"] = measure(build, policy, kwargs, **generates)
             save()
     for most in TOKENS if only is None else ():
         if str(most) not in stored["memory"]:

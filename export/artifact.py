@@ -1,8 +1,11 @@
 """Artifacts: an exported model on disk, beside it a JSON file that says what it is, and what it was compared with.
 
-    model.pt2                 the artifact: an AOTInductor package, or an ONNX file
-    model.pt2.json            the `ExportReport`: policy, versions, signature, checksum, differences
+    model.pt2                 the artifact: an AOTInductor package, an ONNX file, or an engine
+    model.pt2.json            the `ExportReport`: policy, versions, signature, checksums, differences
     model.pt2.cases           inputs and the optimized model's results for them, safetensors
+
+An ONNX file or an engine has one entry point. With a cache there are two files, `model.onnx` for `prefill` and
+`model.decode.onnx`; ONNX files share their weights, in `model.onnx.data`.
 
 Loading checks all that can be checked before anything of it runs.
 """
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from rewriter.errors import ArtifactError
 
-FORMAT = 1
+FORMAT = 2
 """Of artifacts; those of another one are refused."""
 
 
@@ -36,13 +39,14 @@ class ExportReport:
     """What was exported, and how it compares.
 
     Attributes:
-        target: "aot_inductor", "onnx" or "tensorrt".
+        target: "aot_inductor", "onnx", "tensorrt", or "tensorrt_engine".
         policy: as `Policy.to_dict` has it.
         dtype: of the model's parameters.
         versions: of what it was made with.
         machine: processor architecture, and "cpu" or "cuda".
         sha256: of the artifact.
         num_bytes: of the artifact.
+        beside: the artifact's further files, by name, with their checksums.
         max_length: tokens of a row over its cache; None for no bound.
         entry_points: name -> inputs (name, dtype, dims, fill), ranges of dims, outputs.
         kernels: operators that are kernels in the artifact, with their number.
@@ -51,7 +55,7 @@ class ExportReport:
         no_decode: why there is no decode step; "" where there is one.
         compared: of each comparison with the optimized model: sizes, largest difference, and relative difference.
         notes: what the target needs to be told.
-        engine: the engine beside the artifact, an `Engine` of `targets/tensorrt_engine.py`; None where there is none.
+        engines: what TensorRT made of each entry point, an `Engine` of `targets/tensorrt_engine.py`; empty where it did not.
     """
 
     target: str
@@ -69,7 +73,8 @@ class ExportReport:
     no_decode: str = ""
     compared: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    engine: dict[str, Any] | None = None
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -84,6 +89,11 @@ class ExportReport:
 
     def inputs(self, entry_point: str) -> list[Input]:
         return [Input(**{**i, "dims": tuple(i["dims"])}) for i in self.entry_points[entry_point]["inputs"]]
+
+    def output_dtypes(self, entry_point: str) -> list[torch.dtype]:
+        """Of the results: those of the cache's tensors, and for what the model computes that of its parameters."""
+        known = {f"new.{i.name}": i.dtype for i in self.inputs(entry_point)}
+        return [getattr(torch, known.get(name, self.dtype)) for name in self.entry_points[entry_point]["outputs"]]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -117,6 +127,12 @@ class ExportReport:
                 f"{artifact} is damaged or cut off: {artifact.stat().st_size:,} bytes with another checksum, expected "
                 f"{report.num_bytes:,}; copy it again"
             )
+        for name, expected in report.beside.items():
+            file = artifact.with_name(name)
+            if not file.is_file():
+                raise ArtifactError(f"{file} is not there; it belongs to {artifact.name}: copy it, too")
+            if checksum(file) != expected:
+                raise ArtifactError(f"{file} is damaged or cut off, or of another export; copy it again")
         return report
 
     def check_machine(self, artifact: Path) -> None:
@@ -141,6 +157,11 @@ def report_path(artifact: Path) -> Path:
 
 def cases_path(artifact: Path) -> Path:
     return artifact.with_name(artifact.name + ".cases")
+
+
+def part_path(artifact: Path, entry_point: str) -> Path:
+    """The file of an entry point, where each has its own: `model.decode.onnx` beside `model.onnx`."""
+    return artifact.with_stem(artifact.stem + ".decode") if entry_point == "decode" else artifact
 
 
 def checksum(path: Path) -> str:

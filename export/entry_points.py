@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -89,8 +90,27 @@ class EntryPoint:
 
     def retraced(self, module: nn.Module) -> EntryPoint:
         """The same with another module in the place of the program's."""
-        program = exported(module, self.examples, self.inputs, self.ranges)
-        return EntryPoint(self.name, program, self.inputs, self.ranges, self.outputs, self.examples)
+        return replace(self, program=exported(module, self.examples, self.inputs, self.ranges))
+
+
+class _Functional(nn.Module):
+    """A module that leaves the tensors that it is given as they are: it returns those that it would have changed."""
+
+    def __init__(self, module: nn.Module, num_arguments: int) -> None:
+        super().__init__()
+        self.module, self.num_arguments = module, num_arguments
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        state = [t.clone() for t in tensors[self.num_arguments :]]
+        return self.module(*tensors[: self.num_arguments], *state), *state
+
+
+def functional(point: EntryPoint) -> EntryPoint:
+    """`prefill` or `decode` for a format whose programs change nothing: behind the logits come the cache's new tensors."""
+    num_arguments = sum(own.fill is None for own in point.inputs)
+    module = _Functional(point.program.module(), num_arguments)
+    outputs = (*point.outputs, *(f"new.{own.name}" for own in point.inputs[num_arguments:]))
+    return replace(point, program=exported(module, point.examples, point.inputs, point.ranges), outputs=outputs)
 
 
 class Program(nn.Module):
@@ -142,7 +162,14 @@ def entry_points(
     Returns:
         The entry points, the decoder whose graphs they are (None for `forward`), and why there is no decode step ("" where
         there is one, or nobody asked).
+
+    Raises:
+        ExportError: a length of the cache is given, and no cache is asked for.
     """
+    if max_length is not None and not cached:
+        raise ExportError(
+            f"max_length={max_length} bounds the cache, and there is none; give cache=True, or leave it out"
+        )
     why = ""
     if optimized.policy.is_program:
         return [_chunk(optimized.decoder)], optimized.decoder, why

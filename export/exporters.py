@@ -54,8 +54,13 @@ def onnx(
     *,
     opset: int = OPSET,
     functions: bool = True,
+    cache: bool = False,
+    max_length: int | None = None,
 ) -> ExportReport:
-    """Writes an optimized model's own call as an ONNX file, and compares what it wrote with the model.
+    """Writes an optimized model as an ONNX file, and compares what it wrote with the model.
+
+    It is the model's own call; with `cache` there are two files, `prefill` in `path` and `decode` in `<name>.decode.onnx`, whose
+    weights stand once in `<path>.data`. They take the cache's tensors, of fixed sizes, and return the new ones behind the logits.
 
     Args:
         args, kwargs: of one call of the model, with at least two rows of two tokens; batch and length may then be others.
@@ -63,13 +68,17 @@ def onnx(
         opset: 23 or later.
         functions: the operators are functions of the file, which a runtime may have kernels for; False writes standard
             operators alone, for a runtime that takes no functions, such as OpenVINO.
+        cache: write `prefill` and `decode`, for generation, in the place of the model's own call.
+        max_length: tokens of a row over the cache, where the policy bounds nothing; the model's positions when left out.
 
     Raises:
-        ExportError: the policy has no form in standard operators, a package is missing, the model cannot be exported so, or
-            the file gives other results than the model.
-        RewriteError, PolicyError: as `optimize`.
+        ExportError: the policy has no form in standard operators, a package is missing, the model cannot be exported so or has
+            no decode step, or the file gives other results than the model.
+        RewriteError, PolicyError, CacheError: as `optimize`.
     """
-    return _export("onnx", optimized, args, kwargs, path, opset=opset, functions=functions)
+    return _export(
+        "onnx", optimized, args, kwargs, path, opset=opset, functions=functions, cache=cache, max_length=max_length
+    )
 
 
 def tensorrt(
@@ -80,12 +89,15 @@ def tensorrt(
     *,
     capabilities: Sequence[str] | None = None,
     profile: Mapping[str, tuple[int, int, int]] | None = None,
+    cache: bool = False,
+    max_length: int | None = None,
 ) -> ExportReport:
     """Writes an ONNX file of standard operators, builds TensorRT's engine of it, and compares the file with the model.
 
     The engine is built where TensorRT-RTX (`pip install 'rewriter[tensorrt]'`, no GPU needed) or TensorRT is installed; it
     computes in the types of the model, so load the model in fp16 or bf16 for such an engine. The comparison runs the file in ONNX
-    Runtime, which has no bf16 kernels: there it is the parser alone that has seen it.
+    Runtime, which has no bf16 kernels: there it is the parser alone that has seen it. The engine is an artifact of its own,
+    `load("model.trt.engine")`, which runs where there is a GPU that it was built for; there it is compared, too.
 
     Args:
         args, kwargs: of one call of the model, with at least two rows of two tokens; batch and length may then be others.
@@ -95,13 +107,24 @@ def tensorrt(
             and without one those of 8.0, 8.6, 9.0 and 10.0 that the installed TensorRT compiles for.
         profile: the least, best and most sizes that the engine takes, such as `{"batch": (1, 1, 8), "tokens": (2, 512, 4096)}`;
             up to 8 rows of any length when left out. Its activation memory is that of the most.
+        cache, max_length: as for `onnx`; there are two engines then.
 
     Raises:
         ExportError: a package is missing, the policy has no form in standard operators, the parser refuses an operator, no engine
             can be built (nothing is left written then), or the file gives other results than the model.
         RewriteError, PolicyError: as `optimize`.
     """
-    return _export("tensorrt", optimized, args, kwargs, path, capabilities=capabilities, profile=profile)
+    return _export(
+        "tensorrt",
+        optimized,
+        args,
+        kwargs,
+        path,
+        capabilities=capabilities,
+        profile=profile,
+        cache=cache,
+        max_length=max_length,
+    )
 
 
 def _export(
@@ -114,6 +137,13 @@ def _export(
 ) -> ExportReport:
     path = Path(path)
     named = bind(optimized.model, args, kwargs)
-    written = TARGETS[target].write(optimized, named, path, **options)
+    write = TARGETS[target].write
+    assert write is not None
+    written = write(optimized, named, path, **options)
     report = new_report(optimized, target, path, written)
-    return finish(report, optimized, named, path, written)
+    finish(report, optimized, named, path, written)
+    if written.also is not None:
+        also, file, parts = written.also
+        second = new_report(optimized, also, file, parts)
+        finish(second, optimized, named, file, parts, TARGETS[also].cannot_run(second))
+    return report

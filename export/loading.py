@@ -19,10 +19,14 @@ from rewriter.errors import ArtifactError
 
 @dataclass
 class Cache:
-    """The tensors of a cache, in the order of the entry points' inputs, and the tokens that they have taken."""
+    """Attributes:
+    tensors: in the order of the entry points' inputs.
+    lost: the places of those that count keys that found no slot.
+    length: tokens that it has taken.
+    """
 
     tensors: list[Tensor]
-    lost: list[Tensor]
+    lost: tuple[int, ...]
     length: int = 0
 
 
@@ -66,7 +70,7 @@ class Artifact:
         inputs = self.report.inputs(self._need("decode"))
         state = [i for i in inputs if i.fill is not None]
         tensors = [i.example({"batch": batch_size}, self.device) for i in state]
-        return Cache(tensors, [t for i, t in zip(state, tensors, strict=True) if i.name.endswith(".lost")])
+        return Cache(tensors, tuple(place for place, i in enumerate(state) if i.name.endswith(".lost")))
 
     def run(
         self,
@@ -106,12 +110,15 @@ class Artifact:
             position_ids = position_ids.expand(input_ids.size(0), -1)
         arguments = [input_ids, attention_mask, position_ids.contiguous()]
         if num_new == 1:
-            logits = self._run("decode", [*arguments, *cache.tensors])[0]
+            results = self._run("decode", [*arguments, *cache.tensors])
         else:
             if logits_to_keep is None:
                 logits_to_keep = torch.tensor([num_new - 1], device=input_ids.device)
-            logits = self._run("prefill", [*arguments, logits_to_keep, *cache.tensors])[0]
-        if any(int(lost) for lost in cache.lost):
+            results = self._run("prefill", [*arguments, logits_to_keep, *cache.tensors])
+        logits, *new = results
+        if new:  # of a format whose programs change nothing in place
+            cache.tensors = new
+        if any(int(cache.tensors[place]) for place in cache.lost):
             raise ArtifactError(
                 "more keys live at once than the policy promised, and some were lost; mend its pressure()"
             )
@@ -158,14 +165,25 @@ class Artifact:
         return [result] if isinstance(result, Tensor) else result
 
 
-def load(path: str | Path) -> Artifact:
+def load(path: str | Path, runtime: str | None = None) -> Artifact:
     """An artifact that was written by one of the exporters.
 
+    Args:
+        runtime: for ONNX files "onnxruntime" or, for those without functions, "openvino"; the first when left out.
+
     Raises:
-        ArtifactError: it is missing, damaged or cut off, or of another format, version or machine.
+        ArtifactError: it is missing, damaged or cut off, or of another format, version or machine; or it does not open in that
+            runtime.
     """
     path = Path(path)
     report = ExportReport.read(path)
     if report.target not in TARGETS:
         raise ArtifactError(f"{path} is for {report.target!r}; this version opens {', '.join(TARGETS)}")
-    return Artifact(report, TARGETS[report.target].open_calls(path, report))
+    target = TARGETS[report.target]
+    if runtime is None:
+        return Artifact(report, target.open_calls(path, report))
+    if runtime not in target.runtimes:
+        raise ArtifactError(
+            f"{path} does not open in {runtime!r}; it opens in {', '.join(target.runtimes) or 'its own alone'}"
+        )
+    return Artifact(report, target.open_calls(path, report, runtime))

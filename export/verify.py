@@ -55,7 +55,7 @@ def new_report(optimized: OptimizedModel, target: str, path: Path, written: Writ
         policy=optimized.policy.to_dict(),
         dtype=str(next(optimized.model.parameters()).dtype).removeprefix("torch."),
         versions={**versions(), **written.versions},
-        machine=(platform.machine(), written.points[0].examples[0].device.type),
+        machine=(platform.machine(), written.device or written.points[0].examples[0].device.type),
         sha256=checksum(path),
         num_bytes=path.stat().st_size,
         max_length=written.bound,
@@ -65,7 +65,8 @@ def new_report(optimized: OptimizedModel, target: str, path: Path, written: Writ
     )
     report.kernels, report.functions = written.kernels, written.functions
     report.notes += written.notes
-    report.engine = written.engine
+    report.engines = written.engines
+    report.beside = {file.name: checksum(file) for file in written.beside}
     return report
 
 
@@ -119,12 +120,15 @@ def _takes_positions(optimized: OptimizedModel) -> bool:
 
 def _sizes(points: Sequence[EntryPoint]) -> list[tuple[int, int]]:
     """The cases' sizes, as far as the ranges allow them."""
-    most = (
-        min(p.ranges["tokens"][1] for p in points if "tokens" in p.ranges)
-        if any("tokens" in p.ranges for p in points)
-        else 0
-    )
-    return [(rows, min(tokens, most) if most else tokens) for rows, tokens in SIZES]
+
+    def within(name: str, size: int, more: int = 0) -> int:
+        bounds = [p.ranges[name] for p in points if name in p.ranges]
+        if not bounds:
+            return size
+        return min(max(size, max(low for low, _ in bounds) + more), min(high for _, high in bounds))
+
+    steps = STEPS if any(p.name == "decode" for p in points) else 0
+    return [(within("batch", rows), within("tokens", tokens, steps)) for rows, tokens in SIZES]
 
 
 def _text_case(vocabulary: int, rows: int, tokens: int, device: torch.device) -> dict[str, Tensor]:
@@ -169,14 +173,22 @@ def finish(
     kwargs: Mapping[str, Any],
     path: Path,
     written: Written,
+    cannot_run: str = "",
 ) -> ExportReport:
     """Compares an artifact that was just written with the model, and writes the report.
+
+    Args:
+        cannot_run: why it cannot be compared on this machine; "" where it can. `rewriter verify` compares it elsewhere.
 
     Raises:
         ExportError: they do not agree; the report says by how much.
     """
     write_cases(optimized, kwargs, path, written.points, written.decoder)
+    if cannot_run:
+        report.notes.append(f"not compared with the model: {cannot_run}; `rewriter verify {path.name}` does it")
     report.write(path)  # which loading reads
+    if cannot_run:
+        return report
     report.compared = compare_in_a_fresh_process(path)
     report.write(path)
     if not report.agrees:
@@ -207,16 +219,19 @@ def compare_in_a_fresh_process(path: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def compare(path: Path) -> list[dict[str, Any]]:
+def compare(path: Path, runtime: str | None = None) -> list[dict[str, Any]]:
     """The artifact's cases, run: sizes, largest difference, and the norm of the difference over that of the result.
 
+    Args:
+        runtime: as for `load`.
+
     Raises:
-        ArtifactError: the artifact is damaged, or its cases are.
+        ArtifactError: the artifact is damaged, or its cases are; or it does not open in that runtime.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    artifact = load(path)
+    artifact = load(path, runtime)
     try:
         tensors = load_file(cases_path(path))
     except (SafetensorError, OSError) as error:

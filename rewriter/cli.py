@@ -241,7 +241,15 @@ def export(
     policy: Annotated[str, typer.Option(help=_POLICY_HELP)] = '{"policy": "Exact"}',
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "float32",
     max_length: Annotated[
-        int | None, typer.Option(help="With aot: tokens of a row over the cache, where the policy bounds nothing.")
+        int | None, typer.Option(help="Tokens of a row over the cache, where the policy bounds nothing.")
+    ] = None,
+    cache: Annotated[
+        bool | None,
+        typer.Option(
+            help="Write prefill and decode for generation, or the model's own call alone. Default: with aot, where the model "
+            "can.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Write an optimized model as an artifact, reload it in a fresh process, and compare it with the model."""
@@ -265,10 +273,9 @@ def export(
         fast = optimize(instance, chosen, backend="eager")
         ids = torch.ones(2, 16, dtype=torch.int64)
         kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        if to == "aot":
-            report = exporting.aot_inductor(fast, kwargs=kwargs, path=out, max_length=max_length)
-        else:
-            report = (exporting.onnx if to == "onnx" else exporting.tensorrt)(fast, kwargs=kwargs, path=out)
+        write: Any = {"aot": exporting.aot_inductor, "onnx": exporting.onnx, "tensorrt": exporting.tensorrt}[to]
+        options = {} if cache is None else {"cache": cache}
+        report = write(fast, kwargs=kwargs, path=out, max_length=max_length, **options)
     except (PolicyError, RewriteError, exporting.ExportError) as error:
         raise typer.BadParameter(str(error)) from None
     _print_comparison(out, report.compared, report.tolerance)
@@ -290,6 +297,10 @@ def _print_comparison(path: Path, compared: list[dict[str, Any]], tolerance: flo
 def verify(
     artifact: Annotated[
         Path | None, typer.Argument(help="An exported model to compare again, instead of kernels.", show_default=False)
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="Of an ONNX file: onnxruntime, or openvino where it has no functions.", show_default=False),
     ] = None,
     kernel: Annotated[
         str | None, typer.Option(help="package.module:function, instead of the built-in kernels.", show_default=False)
@@ -322,7 +333,7 @@ def verify(
         from rewriter.export import compare
 
         try:
-            compared = compare(artifact)
+            compared = compare(artifact, runtime)
             report = ExportReport.read(artifact)
         except ArtifactError as error:
             raise typer.BadParameter(str(error)) from None
@@ -330,6 +341,8 @@ def verify(
         if any(row["relative"] > report.tolerance for row in compared):
             raise typer.Exit(1)
         return
+    if runtime is not None:
+        raise typer.BadParameter(f"--runtime {runtime} is for an artifact; give its file")
     from rewriter.testing import launch_counts
     from rewriter.testing import verify as verification
 

@@ -50,8 +50,8 @@ class Model {
     prefill_ = open("prefill");
     decode_ = open("decode");
     const auto metadata = decode_->get_metadata();
-    if (value(metadata, "rewriter_format") != "1")
-      throw std::runtime_error(path + " has format " + value(metadata, "rewriter_format") + ", this runner reads 1");
+    if (value(metadata, "rewriter_format") != "2")
+      throw std::runtime_error(path + " has format " + value(metadata, "rewriter_format") + ", this runner reads 2");
     if (value(metadata, "rewriter_torch") != TORCH_VERSION)
       throw std::runtime_error(path + " was compiled with torch " + value(metadata, "rewriter_torch") + ", this runner with " +
                                TORCH_VERSION);

@@ -8,21 +8,25 @@ For a runtime that takes no functions, the bodies stand in the place of the call
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
 import numpy as np
 import torch
-from rewriter.export.artifact import ExportReport
+from rewriter.export.artifact import part_path
 from rewriter.export.entry_points import EntryPoint
+from rewriter.export.entry_points import cache_bound
 from rewriter.export.entry_points import entry_points
+from rewriter.export.entry_points import functional
 from rewriter.export.targets.written import Written
 from rewriter.kernels.live_ranges import FOREVER
 from rewriter.kernels.portable import UNDER_A_MASK
@@ -31,7 +35,6 @@ from rewriter.kernels.portable import with_sinks
 from rewriter.kernels.separator_cache import compute_ends
 from torch import Tensor
 
-from rewriter.errors import ArtifactError
 from rewriter.errors import ExportError
 
 if TYPE_CHECKING:
@@ -43,30 +46,60 @@ OPSET = 23
 """The least: newer attention operators and types begin here."""
 
 
-def write(optimized: OptimizedModel, kwargs: Mapping[str, Any], path: Path, *, opset: int, functions: bool) -> Written:
-    """Writes the model's own call as an ONNX file; see `rewriter.export.onnx`."""
+def write(
+    optimized: OptimizedModel,
+    kwargs: Mapping[str, Any],
+    path: Path,
+    *,
+    opset: int,
+    functions: bool,
+    cache: bool,
+    max_length: int | None,
+) -> Written:
+    """Writes the entry points of a model as ONNX files; see `rewriter.export.onnx`."""
     if opset < OPSET:
         raise ExportError(f"opset must be at least {OPSET}, got {opset}")
     need_packages()
-    check_policy(optimized)
-    points, _, _ = entry_points(optimized, kwargs, None, cached=False)
-    model = model_of(points[0], opset)
-    save(model if functions else as_standard_operators(model), path)
+    points, written = points_of(optimized, kwargs, cache, max_length)
+    models = {}
+    for point in points:
+        model = model_of(point, opset)
+        models[part_path(path, point.name)] = model if functions else as_standard_operators(model)
+    files = save(models)
     notes = [
         f"opset {opset}; attention computes all pairs, in tiles of rows: time grows with the square of the length, "
         "memory does not"
     ]
-    why = "an ONNX file is the model's own call"
-    return Written(points, no_decode=why, versions=package_versions(), functions=local_functions(path), notes=notes)
+    counts: dict[str, int] = {}
+    for model in models.values():
+        for name, count in local_functions(model).items():
+            counts[name] = counts.get(name, 0) + count
+    return replace(written, versions=package_versions(), functions=counts, notes=notes, beside=files[1:])
 
 
-def open_calls(path: Path, report: ExportReport) -> dict[str, Callable[..., Any]]:
-    """The file's one entry point, in ONNX Runtime.
+def points_of(
+    optimized: OptimizedModel, kwargs: Mapping[str, Any], cache: bool, max_length: int | None
+) -> tuple[list[EntryPoint], Written]:
+    """The entry points as programs that change nothing, and what a report says of them.
+
+    Args:
+        cache: `prefill` and `decode`, in the place of the model's own call.
+        max_length: tokens of a row over the cache.
 
     Raises:
-        ArtifactError: the runtime is missing, or cannot load it.
+        ExportError: the policy has no form in standard operators, or a cache is asked for and the model has none.
     """
-    return {"forward": session(path, report)}
+    check_policy(optimized)
+    points, decoder, why = entry_points(optimized, kwargs, max_length, cache)
+    if not cache:
+        why = "it is the model's own call alone; export with cache=True for prefill and decode"
+    elif decoder is None:
+        raise ExportError(
+            f"cache=True asks for prefill and decode, and there is no decode step: {why or 'the call has no input_ids'}"
+        )
+    else:
+        points = [functional(point) for point in points]
+    return points, Written(points, decoder, why, cache_bound(points, decoder))
 
 
 def check_policy(optimized: OptimizedModel) -> None:
@@ -143,13 +176,57 @@ def model_of(point: EntryPoint, opset: int, others: Mapping[Any, Callable[..., A
     return model
 
 
-def save(model: ModelProto, path: Path) -> None:
-    """Writes a model; the file is checked by ONNX's own checker."""
+LARGEST_FILE = 2**30
+"""Bytes of weights that stand in a file itself; one of more than 2**31 could not be read."""
+
+ALIGNMENT = 4096
+"""Of large weights in a file of their own, so that a runtime may map them into memory."""
+
+
+def save(models: Mapping[Path, ModelProto]) -> list[Path]:
+    """Writes models; the files are checked by ONNX's own checker.
+
+    Where there are several, or the weights are large, these stand in a file of their own, beside the first, each once.
+
+    Returns:
+        All files that were written, the models first.
+    """
     from onnx import checker
     from onnx import save_model
 
-    save_model(model, str(path))
-    checker.check_model(str(path), full_check=True)
+    files = list(models)
+    weights = files[0].with_name(files[0].name + ".data")
+    try:
+        if len(models) > 1 or next(iter(models.values())).ByteSize() > LARGEST_FILE:
+            _move_weights(models.values(), weights)
+            files.append(weights)
+        for path, model in models.items():
+            save_model(model, str(path))
+            checker.check_model(str(path), full_check=True)
+    except BaseException:
+        for path in files:
+            path.unlink(missing_ok=True)
+        raise
+    return files
+
+
+def _move_weights(models: Iterable[ModelProto], file: Path) -> None:
+    """Puts the weights of models into a file: what several have is there once."""
+    from onnx.external_data_helper import set_external_data
+
+    places: dict[bytes, int] = {}
+    with file.open("wb") as out:
+        for tensor in (t for model in models for t in model.graph.initializer):
+            content = tensor.raw_data
+            if len(content) < ALIGNMENT // 4:
+                continue
+            key = hashlib.sha256(content).digest()
+            if key not in places:
+                out.write(bytes(-out.tell() % ALIGNMENT))
+                places[key] = out.tell()
+                out.write(content)
+            set_external_data(tensor, file.name, places[key], len(content))
+            tensor.ClearField("raw_data")
 
 
 def as_standard_operators(model: ModelProto) -> ModelProto:
@@ -192,80 +269,13 @@ def _write_forever_as_fp32_holds_it(model: ModelProto) -> None:
                 tensor.CopyFrom(numpy_helper.from_array(held, tensor.name))
 
 
-def local_functions(path: Path) -> dict[str, int]:
-    """The functions of our domain in a file, with the number of their calls."""
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
+def local_functions(model: ModelProto) -> dict[str, int]:
+    """The functions of our domain in a model, with the number of their calls."""
     counts: dict[str, int] = {}
     for node in model.graph.node:
         if node.domain == "rewriter":
             counts[f"rewriter::{node.op_type}"] = counts.get(f"rewriter::{node.op_type}", 0) + 1
     return counts
-
-
-def session(path: Path, report: ExportReport) -> Callable[..., Sequence[Tensor]]:
-    """A file in ONNX Runtime, on the CPU: tensors in, tensors out.
-
-    Raises:
-        ArtifactError: the runtime is missing, or cannot load it.
-    """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ArtifactError("ONNX Runtime is not installed: pip install 'rewriter[export]'") from None
-    narrow = report.dtype in ("bfloat16", "float16")  # of which the runtime has few kernels for CPUs
-    try:
-        file = in_full_precision(path) if narrow else str(path)
-        running = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    except Exception as error:  # whatever the runtime raises
-        raise ArtifactError(f"{path} cannot be loaded: {error}") from error
-    names = [i.name for i in report.inputs("forward")]
-    known = {i.name for i in running.get_inputs()}
-
-    def call(*tensors: Tensor) -> list[Tensor]:
-        own = [t.float() if narrow and t.is_floating_point() else t for t in tensors]
-        given = {n: t.detach().cpu().contiguous().numpy() for n, t in zip(names, own, strict=True) if n in known}
-        results = [torch.from_numpy(array) for array in running.run(None, given)]
-        dtype = getattr(torch, report.dtype)
-        return [t.to(dtype) if narrow and t.is_floating_point() else t for t in results]
-
-    return call
-
-
-def in_full_precision(path: Path) -> bytes:
-    """A file's model with fp32 in the place of all 16-bit types."""
-    import onnx
-    from onnx import numpy_helper
-
-    narrow, full = (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16), onnx.TensorProto.FLOAT
-
-    def widen(tensor: Any) -> None:
-        if tensor.data_type in narrow:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-
-    def widen_graph(nodes: Iterable[Any], graph: Any = None) -> None:
-        if graph is not None:
-            for tensor in graph.initializer:
-                widen(tensor)
-            for value in (*graph.input, *graph.output, *graph.value_info):
-                if value.type.tensor_type.elem_type in narrow:
-                    value.type.tensor_type.elem_type = full
-        for node in nodes:
-            for attribute in node.attribute:
-                if node.op_type == "Cast" and attribute.name == "to" and attribute.i in narrow:
-                    attribute.i = full
-                elif attribute.type == onnx.AttributeProto.TENSOR:
-                    widen(attribute.t)
-                elif attribute.type == onnx.AttributeProto.GRAPH:
-                    widen_graph(attribute.g.node, attribute.g)
-
-    model = onnx.load(str(path))
-    widen_graph(model.graph.node, model.graph)
-    for function in model.functions:
-        widen_graph(function.node)
-    whole: bytes = model.SerializeToString()
-    return whole
 
 
 def _live_range_attention(
@@ -312,10 +322,21 @@ def _running_topk_end(score: Tensor, keep: int, segment: Tensor | None = None) -
     )
 
 
+def _amax(values: Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Tensor:
+    return torch.amax(values, tuple(dim) or tuple(range(values.dim())), keepdim)
+
+
+def _argsort(values: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Tensor:
+    """ONNX's TopK is stable: of equal values it takes the lower index first."""
+    return values.topk(values.size(dim), dim, largest=descending).indices
+
+
 SYMBOLIC: dict[Any, Callable[..., Any]] = {
     **UNDER_A_MASK,
+    torch.ops.aten.amax.default: _amax,
+    torch.ops.aten.argsort.stable: _argsort,
     torch.ops.rewriter.live_range_attention.default: _live_range_attention,
     torch.ops.rewriter.running_topk_end.default: _running_topk_end,
     torch.ops.rewriter.separator_cache_ends.default: compute_ends,
 }
-"""The operators as calls of functions of the file."""
+"""The operators as calls of functions of the file, and torch's own in words that its exporter knows."""

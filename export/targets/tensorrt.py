@@ -1,4 +1,4 @@
-"""TensorRT: an ONNX file of standard operators, the engine that TensorRT makes of it, and the command that does the same.
+"""TensorRT: ONNX files of standard operators, the engines that TensorRT makes of them, and the commands that do the same.
 
 The operators of this package are dissolved into standard ones, which compute all pairs in tiles of rows. With
 torch-tensorrt they stay calls of this package's Triton kernels, in PyTorch, between engines.
@@ -10,21 +10,26 @@ import math
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
 import torch
+from rewriter.export.artifact import part_path
+from rewriter.export.entry_points import EntryPoint
 from rewriter.export.entry_points import entry_points
 from rewriter.export.targets.onnx import OPSET
 from rewriter.export.targets.onnx import as_standard_operators
-from rewriter.export.targets.onnx import check_policy
 from rewriter.export.targets.onnx import model_of
 from rewriter.export.targets.onnx import need_packages
 from rewriter.export.targets.onnx import package_versions
+from rewriter.export.targets.onnx import points_of
 from rewriter.export.targets.onnx import save
 from rewriter.export.targets.tensorrt_engine import Bounds
+from rewriter.export.targets.tensorrt_engine import bounded_by
 from rewriter.export.targets.tensorrt_engine import build
+from rewriter.export.targets.tensorrt_engine import check_profile
 from rewriter.export.targets.tensorrt_engine import installed
 from rewriter.export.targets.tensorrt_engine import profile_of
 from rewriter.export.targets.written import Written
@@ -36,6 +41,10 @@ if TYPE_CHECKING:
     from rewriter.optimized_model import OptimizedModel
 
 
+ENGINE = "tensorrt_engine"
+"""The target of the artifact beside the ONNX file, as its report has it."""
+
+
 def write(
     optimized: OptimizedModel,
     kwargs: Mapping[str, Any],
@@ -43,32 +52,41 @@ def write(
     *,
     capabilities: Sequence[str] | None,
     profile: Mapping[str, Bounds] | None,
+    cache: bool,
+    max_length: int | None,
 ) -> Written:
-    """Writes what TensorRT's parser takes, and the engine where TensorRT is installed; see `rewriter.export.tensorrt`."""
+    """Writes what TensorRT's parser takes, and the engines where TensorRT is installed; see `rewriter.export.tensorrt`."""
     need_packages()
-    check_policy(optimized)
-    points, _, _ = entry_points(optimized, kwargs, None, cached=False)
-    shapes = profile_of(points[0], profile)
-    model = model_of(points[0], OPSET, {torch.ops.aten.scaled_dot_product_attention.default: _in_products})
-    save(as_standard_operators(model), path)
+    points, written = points_of(optimized, kwargs, cache, max_length)
+    check_profile(points, profile)
+    profiles = {point.name: profile_of(point, profile) for point in points}
+    attention = {torch.ops.aten.scaled_dot_product_attention.default: _in_products}
+    files = save({part_path(path, p.name): as_standard_operators(model_of(p, OPSET, attention)) for p in points})
+    commands = [command(part_path(path, p.name), p, profiles[p.name]) for p in points]
     script = path.with_name(path.name + ".sh")
-    script.write_text("#!/bin/sh\n" + command(path, shapes) + "\n")
+    script.write_text("\n".join(["#!/bin/sh", *commands]) + "\n")
     trt = installed()
-    notes, engine, versions = [command(path, shapes)], None, package_versions()
+    versions = package_versions()
     if trt is None:
-        notes.append("TensorRT is not installed, so no parser has seen the file: pip install 'rewriter[tensorrt]'")
-    else:
-        try:
-            engine = build(trt, path, path.with_suffix(".engine"), shapes, capabilities)
-        except BaseException:
-            path.unlink()
-            script.unlink()
-            raise
-        versions[trt.__name__] = trt.__version__
-        notes.append("the engine was built, and not run: that needs a GPU. The comparison ran the file in ONNX Runtime")
-    why = "an engine is the model's own call"
-    return Written(
-        points, no_decode=why, versions=versions, notes=notes, engine=None if engine is None else asdict(engine)
+        notes = [*commands, "TensorRT is not installed, so no parser has seen it: pip install 'rewriter[tensorrt]'"]
+        return replace(written, versions=versions, notes=notes, beside=files[1:])
+    file = path.with_suffix(".engine")
+    engines: dict[str, dict[str, Any]] = {}
+    made = [part_path(file, point.name) for point in points]
+    try:
+        for point, own in zip(points, made, strict=True):
+            built = build(trt, part_path(path, point.name), own, profiles[point.name], capabilities)
+            engines[point.name] = asdict(built)
+    except BaseException:
+        for left in (*files, *made, script):
+            left.unlink(missing_ok=True)
+        raise
+    versions[trt.__name__] = trt.__version__
+    notes = [*commands, f"{file.name} is an artifact of its own; the comparison of this one ran in ONNX Runtime"]
+    bounded = [bounded_by(point, profiles[point.name]) for point in points]
+    engine = replace(written, points=bounded, versions=versions, engines=engines, beside=made[1:], device="cuda")
+    return replace(
+        written, versions=versions, notes=notes, engines=engines, beside=files[1:], also=(ENGINE, file, engine)
     )
 
 
@@ -84,8 +102,8 @@ def compile_engine(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> Any:
         import torch_tensorrt
     except ImportError:
         raise ExportError(
-            "torch-tensorrt is not installed, and is not on the package index: see https://pytorch.org/TensorRT for "
-            "pip install torch-tensorrt --extra-index-url ..., or build the ONNX file of tensorrt() with trtexec"
+            "torch-tensorrt is not installed: pip install torch-tensorrt-rtx, or see https://pytorch.org/TensorRT for the one of "
+            "TensorRT itself; tensorrt() builds engines without it"
         ) from None
     point = entry_points(optimized, kwargs, None, cached=False)[0][0]
     return torch_tensorrt.dynamo.compile(
@@ -124,11 +142,12 @@ def _in_products(
     return logits.softmax(dim=-1).to(value.dtype) @ value
 
 
-def command(path: Path, profile: Mapping[str, Sequence[Sequence[int]]]) -> str:
-    """How to build the engine by hand. Its types are those of the file."""
+def command(path: Path, point: EntryPoint, profile: Mapping[str, Sequence[Sequence[int]]]) -> str:
+    """How to build an engine by hand. Its types are those of the file."""
+    varying = [own.name for own in point.inputs if any(isinstance(dim, str) for dim in own.dims)]
 
     def shapes(place: int) -> str:
-        return ",".join(f"{name}:{'x'.join(map(str, sizes[place]))}" for name, sizes in profile.items())
+        return ",".join(f"{name}:{'x'.join(map(str, profile[name][place]))}" for name in varying)
 
     flags = [f"--{name}Shapes={shapes(place)}" for place, name in enumerate(("min", "opt", "max"))]
     files = [f"--onnx={path.name}", f"--saveEngine={path.with_suffix('.engine').name}"]

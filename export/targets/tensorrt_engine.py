@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,34 +63,48 @@ def installed() -> Any | None:
     return None
 
 
+def check_profile(points: Sequence[EntryPoint], wanted: Mapping[str, Bounds] | None) -> None:
+    """Raises `ExportError` where a name is no size of the inputs, or bounds do not ascend within the export's."""
+    ranges = {name: bounds for point in points for name, bounds in point.ranges.items()}
+    for name, given in (wanted or {}).items():
+        if name not in ranges:
+            raise ExportError(f"profile names {name!r}, which no input has; its sizes are {', '.join(ranges)}")
+        low, high = ranges[name]
+        if len(given) != 3 or not low <= given[0] <= given[1] <= given[2] <= high:
+            raise ExportError(
+                f"profile of {name} must be three sizes that ascend, from {low} to {high}, got {tuple(given)}"
+            )
+
+
 def profile_of(point: EntryPoint, wanted: Mapping[str, Bounds] | None = None) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Of each input the least, best and most sizes.
 
     Args:
-        wanted: by the name of a size (`batch`, `tokens`); when left out, up to 8 rows, best 1, of any length, best 512.
-
-    Raises:
-        ExportError: a name that is no size of the model's inputs, or bounds that do not ascend within the export's.
+        wanted: by the name of a size (`batch`, `tokens`); when left out, up to 8 rows, best 1, of any length, best 512, and any
+            number of tokens whose logits are kept (`kept`), best 1.
     """
     bounds: dict[str, Bounds] = {}
     for name, (low, high) in point.ranges.items():
         is_batch = name.startswith("batch")
         most = min(high, 8) if is_batch else high
-        bounds[name] = (low, min(1 if is_batch else 512, most), most)
-    for name, given in (wanted or {}).items():
-        if name not in bounds:
-            raise ExportError(f"profile names {name!r}, which no input has; its sizes are {', '.join(bounds)}")
-        low, high = point.ranges[name]
-        if len(given) != 3 or not low <= given[0] <= given[1] <= given[2] <= high:
-            raise ExportError(
-                f"profile of {name} must be three sizes that ascend, from {low} to {high}, got {tuple(given)}"
-            )
-        bounds[name] = given
+        best = 1 if is_batch or name == "kept" else 512
+        bounds[name] = (wanted or {}).get(name, (low, min(best, most), most))
     profile: dict[str, tuple[tuple[int, ...], ...]] = {}
     for own in point.inputs:
         sizes = [bounds[dim] if isinstance(dim, str) else (dim, dim, dim) for dim in own.dims]
         profile[own.name] = tuple(zip(*sizes, strict=True))
     return profile
+
+
+def bounded_by(point: EntryPoint, profile: Mapping[str, Sequence[Sequence[int]]]) -> EntryPoint:
+    """An entry point with the ranges of its engine's profile."""
+    ranges = dict(point.ranges)
+    for own in point.inputs:
+        least, _, most = profile[own.name]
+        for dim, low, high in zip(own.dims, least, most, strict=True):
+            if isinstance(dim, str):
+                ranges[dim] = (low, high)
+    return replace(point, ranges=ranges)
 
 
 def build(
@@ -114,7 +129,7 @@ def build(
     """
     began = time.perf_counter()
     said: list[str] = []
-    logger = _logger(trt, said)
+    logger = logger_of(trt, said)
     builder = trt.Builder(logger)
     config = builder.create_builder_config()
     chosen = _choose(trt, config, capabilities)
@@ -197,7 +212,7 @@ def _refusal(parser: Any, file: Path) -> str:
     return f"TensorRT's parser does not take the model: {'; '.join(reasons) or 'it does not say why'}"
 
 
-def _logger(trt: Any, said: list[str]) -> Any:
+def logger_of(trt: Any, said: list[str]) -> Any:
     """Keeps what TensorRT says; nothing is printed."""
 
     class Logger(trt.ILogger):

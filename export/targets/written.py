@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -24,7 +25,10 @@ class Written:
     versions: of packages besides torch.
     kernels, functions: the operators of this package in it, by name, as kernels and as standard operators.
     notes: for the report.
-    engine: what TensorRT built; None where it did not.
+    engines: what TensorRT built, by entry point.
+    beside: further files of the artifact.
+    device: type of the one that it runs on; that of the model when left out.
+    also: another artifact that was made of this one: its target, its file, and what it is.
     """
 
     points: Sequence[EntryPoint]
@@ -35,4 +39,7 @@ class Written:
     kernels: dict[str, int] = field(default_factory=dict)
     functions: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    engine: dict[str, Any] | None = None
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    beside: Sequence[Path] = ()
+    device: str = ""
+    also: tuple[str, Path, Written] | None = None

@@ -182,9 +182,10 @@ def _prefill_keys(
     lives_on = keys["end"] > stop
     place = lives_on.to(torch.int32).cumsum(dim=2, dtype=torch.int32)
     count = place[:, :, -1:]
-    target = torch.where(lives_on & (place <= capacity), place - 1, capacity).long()
-    number = torch.arange(keys["end"].size(2), device=now.device).expand_as(target)
-    chosen = target.new_zeros(*target.shape[:2], capacity + 1).scatter(2, target, number)[:, :, :capacity]
+    number = torch.arange(keys["end"].size(2), device=now.device).expand_as(place)
+    # Those that go have places behind the slots, one each: runtimes differ in what they make of a place that is taken twice.
+    target = torch.where(lives_on & (place <= capacity), place - 1, capacity + number)
+    chosen = target.new_zeros(*target.shape[:2], capacity + number.size(2)).scatter(2, target, number)[:, :, :capacity]
     taken = torch.arange(capacity, device=now.device) < count
     table = {name: torch.where(taken, t.gather(2, chosen), 0) for name, t in keys.items()}
     table["index"] = torch.where(taken, table["index"], FREE)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
-import openvino
 import pytest
 import torch
 from exported_models import SEPARATORS
@@ -48,13 +47,37 @@ def test_openvino_gives_what_the_model_gives(
     assert report.agrees and not report.functions
     model = onnx.load(str(path))
     assert not model.functions and {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
-    core = openvino.Core()
-    compiled = core.compile_model(core.read_model(str(path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    artifact = export.load(path, runtime="openvino")
     for rows, length in ((2, 9), (3, 21), (1, 40)):
         ids = torch.randint(3, 64, (rows, length))
         mask = torch.ones_like(ids)
         mask[0, : length // 4] = 0
         expected = export.load(path)(input_ids=ids, attention_mask=mask)
-        given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-        actual = torch.from_numpy(compiled(given)[0])
+        actual = artifact(input_ids=ids, attention_mask=mask)
         torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+    assert max(c["relative"] for c in export.compare(path, "openvino")) < 1e-4
+
+
+@pytest.mark.parametrize(("name", "policy"), [("llama", SlidingWindow(5, sinks=1)), ("qwen3", DynamicMask(5))], ids=str)
+def test_openvino_generates_over_the_cache(
+    name: str, policy: rewriter.Policy, tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    torch._dynamo.reset()
+    fast = prepared(tiny_model(name, "sdpa", layers=1), policy)
+    path = tmp_path / "model.onnx"
+    export.onnx(fast, kwargs=call(), path=path, functions=False, cache=True)
+    ids = torch.randint(3, 64, (2, 11))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    actual = export.load(path, runtime="openvino").generate(ids, mask, max_new_tokens=12)
+    assert torch.equal(actual, export.load(path).generate(ids, mask, max_new_tokens=12))
+
+
+def test_a_runtime_that_cannot_open_a_file_says_so(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    path = tmp_path / "model.onnx"
+    export.onnx(prepared(tiny_model("llama", "sdpa", layers=1), Exact()), kwargs=call(), path=path)
+    with pytest.raises(export.ArtifactError, match=r"model\.onnx cannot be loaded in openvino: .*LiveRangeAttention"):
+        export.load(path, runtime="openvino")
+    with pytest.raises(export.ArtifactError, match="does not open in 'tflite'; it opens in onnxruntime, openvino"):
+        export.load(path, runtime="tflite")

@@ -54,11 +54,13 @@ def test_an_engine_is_built(
     path = tmp_path / "model.trt.onnx"
     report = export.tensorrt(fast, kwargs=kwargs, path=path)
     assert report.agrees and not report.functions
-    engine = report.engine
-    assert engine is not None and engine["layers"] > 100 and engine["activation_bytes"] > 0
+    engine = report.engines["forward"]
+    assert engine["layers"] > 100 and engine["activation_bytes"] > 0
     assert (tmp_path / "model.trt.engine").stat().st_size == engine["num_bytes"]
     assert engine["profile"]["input_ids"][0] == (1, 2) and engine["profile"]["input_ids"][2] == (8, 64)
-    assert json.loads(report_path(path).read_text())["engine"]["capabilities"] == list(engine["capabilities"])
+    assert json.loads(report_path(path).read_text())["engines"]["forward"]["capabilities"] == list(
+        engine["capabilities"]
+    )
     command = (tmp_path / "model.trt.onnx.sh").read_text()
     assert "--minShapes=input_ids:1x2,attention_mask:1x2" in command and "--maxShapes=input_ids:8x64" in command
 
@@ -75,7 +77,7 @@ def test_an_engine_has_the_models_types(
     )
     path = tmp_path / "model.onnx"
     report = export.tensorrt(fast, kwargs=call(), path=path)
-    assert report.agrees and report.dtype == str(dtype).removeprefix("torch.") and report.engine is not None
+    assert report.agrees and report.dtype == str(dtype).removeprefix("torch.")
     weights = [t.data_type for t in onnx.load(str(path)).graph.initializer if len(t.dims) == 2]
     own = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16}[dtype]
     assert len(weights) >= 8 and set(weights) == {own}
@@ -87,7 +89,7 @@ def test_an_engine_has_the_models_types(
 def test_capabilities_are_asked_for(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
     fast = prepared(tiny_model("llama", "sdpa", layers=1), Exact())
     report = export.tensorrt(fast, kwargs=call(), path=tmp_path / "one.onnx", capabilities=("8.6",))
-    assert report.engine is not None and report.engine["capabilities"] == ("8.6",)
+    assert report.engines["forward"]["capabilities"] == ("8.6",)
     with pytest.raises(export.ExportError, match=r"builds no engine for compute capability 3\.5; it knows .*8\.0"):
         export.tensorrt(fast, kwargs=call(), path=tmp_path / "two.onnx", capabilities=("8.6", "3.5"))
     with pytest.raises(export.ExportError, match="no engine for compute capability"):
@@ -102,8 +104,8 @@ def test_a_profile_bounds_the_engine(tiny_model: Callable[..., nn.Module], tmp_p
     for most in (16, 64):
         profile = {"batch": (1, 1, 2), "tokens": (2, 8, most)}
         report = export.tensorrt(fast, kwargs=call(), path=tmp_path / f"{most}.onnx", profile=profile)
-        assert report.engine is not None and report.engine["profile"]["input_ids"] == ((1, 2), (1, 8), (2, most))
-        memory.append(report.engine["activation_bytes"])
+        assert report.engines["forward"]["profile"]["input_ids"] == ((1, 2), (1, 8), (2, most))
+        memory.append(report.engines["forward"]["activation_bytes"])
     assert memory[0] < memory[1]
     for wrong, message in (
         ({"rows": (1, 1, 1)}, r"names 'rows', which no input has; its sizes are batch, tokens"),
@@ -126,8 +128,8 @@ def test_images_have_the_sizes_that_the_model_allows(dtype: torch.dtype, tmp_pat
     fast = rewriter.optimize(model, Exact(), backend="eager", strict=True)
     images = torch.randn(2, 3, 16, 16, dtype=dtype)
     report = export.tensorrt(fast, kwargs={"pixel_values": images}, path=tmp_path / "model.onnx")
-    assert report.agrees and report.engine is not None and report.dtype == str(dtype).removeprefix("torch.")
-    assert report.engine["profile"]["pixel_values"] == ((1, 3, 16, 16), (1, 3, 16, 16), (8, 3, 16, 16))
+    assert report.agrees and report.engines and report.dtype == str(dtype).removeprefix("torch.")
+    assert report.engines["forward"]["profile"]["pixel_values"] == ((1, 3, 16, 16), (1, 3, 16, 16), (8, 3, 16, 16))
     artifact = export.load(tmp_path / "model.onnx")
     assert artifact(pixel_values=images).shape == (2, 17, 32)
     with pytest.raises(export.ArtifactError, match=r"pixel_values must have sizes \['batch', 3, 16, 16\]"):
@@ -164,8 +166,8 @@ def test_without_tensorrt_the_file_is_written_and_the_report_says_so(
     monkeypatch.setattr(exporter, "installed", lambda: None)
     fast = prepared(tiny_model("llama", "sdpa", layers=1), SlidingWindow(5, sinks=1))
     report = export.tensorrt(fast, kwargs=call(), path=tmp_path / "model.onnx")
-    assert report.agrees and report.engine is None
-    assert any("no parser has seen the file" in note for note in report.notes)
+    assert report.agrees and not report.engines
+    assert any("no parser has seen it" in note for note in report.notes)
     assert not (tmp_path / "model.engine").exists()
 
 
