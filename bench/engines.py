@@ -115,7 +115,10 @@ def measure(
         "file_bytes": file_bytes,
         "relative": onnxruntime,
         "openvino": openvino,
-        "engines": report.engines,
+        "engines": {
+            name: {part: value for part, value in engine.items() if part != "profile"}
+            for name, engine in report.engines.items()
+        },
     }
 
 

@@ -402,29 +402,38 @@ def export(read: Results) -> str:
 def engines(read: Results) -> str:
     header = (
         "model, policy",
+        "engine of",
         "layers",
-        "engine",
+        "size",
         "activation memory",
         "parsed and built in",
-        "off the model, relative",
+        "off the model, relative: ONNX Runtime, OpenVINO",
     )
-    table = [
-        (
-            f"{name}, `{r['policy']}`",
-            f"{r['layers']:,}",
-            _mib(r["num_bytes"]),
-            _mib(r["activation_bytes"]),
-            f"{r['build_seconds']:.1f} s",
-            f"{r['relative']:.0e}",
-        )
-        for name, r in read("engines")["models"].items()
-    ]
+    table = []
+    for name, row in read("engines")["models"].items():
+        policy = f"{name}, `{row['policy']}`"
+        if "refused" in row:
+            table.append((policy, row["refused"], *[""] * 5))
+            continue
+        other = row["openvino"] if isinstance(row["openvino"], str) else f"{row['openvino']:.0e}"
+        for point, engine in row["engines"].items():
+            table.append(
+                (
+                    policy,
+                    f"`{point}`",
+                    f"{engine['layers']:,}",
+                    _mib(engine["num_bytes"]),
+                    _mib(engine["activation_bytes"]),
+                    f"{engine['build_seconds']:.1f} s",
+                    f"{row['relative']:.0e}, {other}",
+                )
+            )
     return markdown(header, table)
 
 
 def engine_memory(read: Results) -> str:
     rows = read("engines")["memory"]
-    table = [("activation memory", *(_mib(r["activation_bytes"]) for r in rows.values()))]
+    table = [("activation memory", *(_mib(r["engines"]["forward"]["activation_bytes"]) for r in rows.values()))]
     return markdown(("most tokens, of one row", *(f"{int(most):,}" for most in rows)), table)
 
 

@@ -60,7 +60,7 @@ def attention(
     def body(tile: Tensor, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # The last tile is filled with its last row, written again.
         rows = (tile * TILE + torch.arange(TILE, device=query.device)).clamp(max=num_queries - 1)
-        own = index[rows]
+        own = _in_memory(index[rows])
         seen = ((start < end) & (start <= own.amax()) & (end > own.amin())).flatten(0, 1).any(dim=0)
         keys = seen.nonzero()[:, 0]
         count = keys.size(0)
@@ -68,13 +68,13 @@ def attention(
         # Two more, which nobody sees: sizes of 0 and 1 are special to compilers.
         keys = torch.cat((keys, keys.new_zeros(2)))
         valid = torch.arange(keys.size(0), device=query.device) < count
-        part_end = torch.where(valid, end[:, :, keys], 0)
-        part_bias = None if bias is None else bias[:, :, keys]
-        result, part_lse = attend(
+        part_start, part_end = _in_memory(start[:, :, keys]), _in_memory(torch.where(valid, end[:, :, keys], 0))
+        part_bias = None if bias is None else _in_memory(bias[:, :, keys])
+        result, part_lse = attend_tile(
             query[:, :, rows],
             key[:, :, keys],
             value[:, :, keys],
-            start[:, :, keys],
+            part_start,
             part_end,
             own,
             part_bias,
@@ -91,10 +91,47 @@ def attention(
     return output, lse
 
 
+def _in_memory(t: Tensor) -> Tensor:
+    """The same tensor: Inductor writes what `as_strided` is of, where it would gather a key's bounds anew for each row."""
+    return t.as_strided(t.size(), t.stride())
+
+
 def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """Attention, and its log-sum-exp, with a logit per query head `[Hq]` that joins the denominator."""
     total = torch.logaddexp(lse, sinks.float()[:, None])
     return (output * torch.exp(lse - total)[..., None]).to(output.dtype), total
+
+
+def attend_tile(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor,
+    end: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, by torch's fused kernel for CPUs where that can: it is a call of compiled code, not ops on all logits.
+
+    In 16 bits its log-sum-exp is off by a hundred times what it is here.
+    """
+    fused = query.device.type == "cpu" and query.dtype == torch.float32 and query.size(3) == value.size(3)
+    if softcap is not None or not fused:
+        return attend(query, key, value, start, end, index, bias, scale, softcap)
+    rows = index[:, None]
+    visible = (start[:, :, None] <= rows) & (rows < end[:, :, None])
+    shown = 0.0 if bias is None else bias[:, :, None].float()
+    added = torch.where(visible, shown, -math.inf)
+    group = query.size(1) // key.size(1)
+    if added.size(1) > 1 and group > 1:
+        added, visible = added.repeat_interleave(group, dim=1), visible.repeat_interleave(group, dim=1)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, attn_mask=added, scale=scale
+    )
+    sees = visible.any(dim=3)  # to a row without a key the kernel gives an output of 0, and a log-sum-exp of 0, too
+    return output, torch.where(sees, lse, -math.inf)
 
 
 def attend(

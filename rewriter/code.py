@@ -18,17 +18,24 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx import GraphModule
+from torch.fx import Interpreter
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.symbolic_shapes import StatelessSymbolicContext
+from torch.fx.passes.split_module import split_module
 
 from rewriter.passes.graph.regions import FEWEST
 from rewriter.passes.graph.regions import share_layers
 from rewriter.passes.graph.repeated_calls import tracing_state
+from rewriter.sharding import arrived
+from rewriter.sharding import is_dtensor
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +47,8 @@ def generate_code(module: GraphModule, example_inputs: Sequence[Any]) -> Callabl
     is.
     """
 
+    if any(_is_distributed(node) for node in module.graph.nodes):
+        return _compiled_in_pieces(module, example_inputs)
     learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
     return _compiled_whole(module, example_inputs) if learns else _compiled_by_layer(module, example_inputs)
 
@@ -56,6 +65,58 @@ def _compiled_by_layer(
     except Exception as error:
         log.info("layers are compiled one by one: %s: %s", type(error).__name__, error)
     return _compiled_whole(module, example_inputs)
+
+
+def _is_distributed(node: Node) -> bool:
+    """Whether a node takes or gives DTensors, those of tensor parallelism."""
+    values = pytree.tree_leaves([n.meta.get("val") for n in (node, *node.all_input_nodes)])
+    return node.op in ("call_function", "call_method") and any(is_dtensor(value) for value in values)
+
+
+def _compiled_in_pieces(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """What stands between operators on DTensors is compiled; these run as they are, and communicate.
+
+    Inductor (torch 2.13) takes DTensors in graphs of fixed sizes alone: `torch.compile(model, dynamic=True)` ends in a
+    RecursionError, and so does its second length without `dynamic`.
+    """
+    place = 0
+    places: dict[Node, int] = {}
+    last = False
+    for node in module.graph.nodes:
+        distributed = _is_distributed(node)
+        place += distributed != last
+        places[node], last = place, distributed
+    parts: Any = split_module(module, None, places.__getitem__, keep_original_order=True)
+    mode = torch._guards.detect_fake_mode([node.meta.get("val") for node in module.graph.nodes])
+    assert mode is not None
+    fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in example_inputs]
+    _Pieces(parts, mode).run(*fakes)
+    return parts  # type: ignore[no-any-return]
+
+
+class _Piece(nn.Module):
+    def __init__(self, code: Callable[..., Any]) -> None:
+        super().__init__()
+        self.code = code
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.code(*map(arrived, inputs))
+
+
+class _Pieces(Interpreter):
+    """Runs the parts of a graph over fake tensors, and puts code in the place of those that hold no DTensors."""
+
+    def __init__(self, module: GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module)
+        self.mode = mode
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        part = self.fetch_attr(target)
+        with self.mode:
+            results = part(*args, **kwargs)
+        if not any(_is_distributed(node) for node in part.graph.nodes):
+            setattr(self.module, target, _Piece(_compiled_whole(part, args)))
+        return results
 
 
 def _compiled_whole(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

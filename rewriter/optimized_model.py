@@ -45,6 +45,7 @@ from rewriter.report import Subject
 from rewriter.saved_model import write
 from rewriter.sharding import is_sharded
 from rewriter.sharding import let_dynamo_guard
+from rewriter.sharding import sharded_parts
 from rewriter.tracing import NotCaptured
 from rewriter.tracing import TooManyKindsOfCalls
 from rewriter.tracing import analyse_call
@@ -533,7 +534,7 @@ class OptimizedModel(ModelWrapper):
         """
         decoder = self._decoder
         if decoder is None or decoder.model is not self.model or not decoder.is_current:
-            if is_sharded(self.model):
+            if sharded_parts(self) and is_sharded(self.model):
                 raise CacheError(
                     f"weights of {type(self.model).__name__} are in pieces on several processes (fully_shard), and going on "
                     "from a cache takes them as they are; call fast.unshard() before, and fast.reshard() after"
@@ -643,14 +644,15 @@ class OptimizedModel(ModelWrapper):
 
     def _check(self, result: Analysed) -> None:
         if not result.sites:
-            if is_sharded(self.model):
-                raise RewriteError(
-                    f"weights of {type(self.model).__name__} are DTensors, as tensor parallelism makes them, and attention over "
-                    "them is not recognised; DistributedDataParallel(fast) and fully_shard(fast) take an optimized model"
-                )
             raise RewriteError(
                 f"no attention found in {type(self.model).__name__}: neither a scaled_dot_product_attention nor a softmax "
                 "of a product of activations; there is nothing to rewrite"
+            )
+        learns = next((p.policy for p in result.sites if p.reason is None and p.policy.adds_parameters), None)
+        if learns is not None and is_sharded(self.model):
+            raise PolicyError(
+                f"the parameters of {learns} are of all heads of a layer, and heads of {type(self.model).__name__} are spread "
+                "over processes (parallelize_module); take a policy without parameters, or spread weights by fully_shard(fast)"
             )
         refused = [plan for plan in result.sites if plan.reason is not None]
         if self.strict and refused:

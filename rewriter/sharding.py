@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 _MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
@@ -29,7 +30,20 @@ def sharded_parts(model: nn.Module) -> list[str]:
     return [] if fsdp is None else [name for name, m in model.named_modules() if isinstance(m, fsdp.FSDPModule)]
 
 
+def is_dtensor(value: Any) -> bool:
+    """Whether a value is a tensor in pieces on several processes."""
+    tensor: Any = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(value, tensor.DTensor)
+
+
+def arrived(value: Any) -> Any:
+    """A value as a tensor with memory: what a collective gives is waited for."""
+    collectives: Any = sys.modules.get("torch.distributed._functional_collectives")
+    if collectives is None or not isinstance(value, collectives.AsyncCollectiveTensor):
+        return value
+    return torch.ops._c10d_functional.wait_tensor(value)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether weights are in pieces now, so that code which takes them as they are would compute with a piece."""
-    tensor: Any = sys.modules.get("torch.distributed.tensor")
-    return tensor is not None and any(isinstance(p, tensor.DTensor) for p in model.parameters())
+    return any(map(is_dtensor, model.parameters()))

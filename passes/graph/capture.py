@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from rewriter.passes.graph.inputs import GraphInput
+from rewriter.passes.graph.inputs import is_size
 from rewriter.passes.graph.inputs import set_source
 from rewriter.passes.graph.nodes import may_attend
 from rewriter.passes.graph.repeated_calls import RepeatedCalls
@@ -91,7 +92,7 @@ def capture(dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Capture
         known = set_source(node, path)
         if isinstance(value, Tensor) and known.kind == "buffer":
             buffers[node] = (known.name, value)
-        if isinstance(node.meta["val"], Tensor):
+        if not is_size(node.meta["val"]):
             inputs.append(GraphInput(known.kind, known.name, value))
     return CapturedGraph(module, buffers, tuple(inputs))
 
@@ -128,7 +129,10 @@ class _Inlined(torch.fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if calls_layer(n):
                 return self._layer(n, args)
-            if any(is_traceable_wrapper_subclass(value) for value in pytree.tree_leaves((args, kwargs))):
+            if any(
+                is_traceable_wrapper_subclass(v)
+                for v in pytree.tree_leaves((args, kwargs, n.meta.get("example_value")))
+            ):
                 return _kept_call(n, args, kwargs, lambda: getattr(self, n.op)(n.target, args, kwargs))
             return self.repeated(n, args, kwargs, lambda: getattr(self, n.op)(n.target, args, kwargs))
 

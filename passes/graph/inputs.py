@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 
@@ -27,6 +28,11 @@ class GraphInput(InputSource):
     """A placeholder's source, and its value when it was captured."""
 
     value: Any
+
+
+def is_size(value: Any) -> bool:
+    """Whether what a placeholder holds is a number: inputs are tensors, and the mesh of processes of tensor parallelism."""
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
 
 
 NOT_AN_INPUT = InputSource("", "")

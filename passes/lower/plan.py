@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from typing import Any
 
 import torch
 from rewriter.passes.attention.site import AttentionSite
@@ -190,13 +191,17 @@ def _is_single(site: AttentionSite) -> bool:
     return (shape(site.query)[-2], shape(site.key)[-2]) == (1, 1)
 
 
+_IDS_OF: dict[Any, int] = {torch.ops.aten.embedding.default: 1, torch.nn.functional.embedding: 0}
+"""The argument of a lookup that holds ids. Where a vocabulary is spread over processes, the call stays as the model wrote it."""
+
+
 def _input_ids(module: GraphModule, site: AttentionSite, policy: str) -> Node:
     """The graph input with the token ids: the integers that an embedding looks up."""
     found: dict[Node, None] = {}
     for node in module.graph.nodes:
-        if node.target is torch.ops.aten.embedding.default:
-            source = node.args[1]
-            while isinstance(source, Node) and source.op == "call_function" and source.args:
+        if node.target in _IDS_OF:
+            source = node.args[_IDS_OF[node.target]]
+            while isinstance(source, Node) and source.op in ("call_function", "call_method") and source.args:
                 source = source.args[0]  # views and casts
             if isinstance(source, Node) and source.op == "placeholder" and rank(source) == 2:
                 found[source] = None

@@ -39,6 +39,7 @@ from rewriter.passes import CachedGraphs
 from rewriter.passes import Policy
 from rewriter.passes import rewrite_for_cache
 from rewriter.passes.graph.inputs import GraphInput
+from rewriter.sharding import is_sharded
 from rewriter.tracing import many_kinds_of_calls
 
 
@@ -116,7 +117,8 @@ class Decoder:
         self.prefill: Callable[..., Any] = self.graphs.prefill
         self.decode: Callable[..., Any] = self.graphs.decode
         self.own: dict[str, Callable[..., Any]] = dict(self.graphs.own)
-        if backend == "inductor":
+        # Over DTensors, those of tensor parallelism, the graphs run as they are: code for them is for fixed sizes alone.
+        if backend == "inductor" and not is_sharded(self.model):
             any_size = self._sizes_of_each_call(result.inputs)
             self.prefill = CodeOfSizes(self.graphs.prefill, any_size)
             self.decode = CodeOfSizes(self.graphs.decode)

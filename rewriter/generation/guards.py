@@ -15,6 +15,7 @@ from rewriter.errors import CacheError
 from rewriter.generation.model_facts import logits_of
 from rewriter.passes import CachedRewritten
 from rewriter.passes import NotCacheable
+from rewriter.passes.graph.inputs import is_size
 from rewriter.tracing import any_input_gradients
 from rewriter.tracing import guarded
 from rewriter.tracing import traced_call
@@ -31,7 +32,7 @@ class CapturedCall:
 
     Attributes:
         result: what `rewrite` returned.
-        present: the tensors that the graph was given last, in the order of its inputs.
+        present: what the graph was given last, in the order of its inputs.
 
     Raises:
         CacheError: the model cannot go on from a cache.
@@ -48,7 +49,7 @@ class CapturedCall:
         results: list[CachedRewritten] = []
 
         def captured(*values: Any) -> None:
-            raise _GuardsHold([value for value in values if isinstance(value, Tensor)])
+            raise _GuardsHold([value for value in values if not is_size(value)])
 
         def changed(*values: Any) -> None:
             raise _ModelChanged
@@ -61,12 +62,12 @@ class CapturedCall:
 
         self._call = traced_call(model, backend, logits_of)
         self._may_have_hooks = any_input_gradients(model)
-        self.present: list[Tensor] = []
+        self.present: list[Any] = []
         try:
             with torch.no_grad():
                 guarded(self._call, self._parameters(), (), self._arguments)
         except _GuardsHold as held:
-            self.present = held.tensors
+            self.present = held.values
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, NotCacheable):
                 name = type(model).__name__
@@ -92,7 +93,7 @@ class CapturedCall:
         try:
             self._call(self._parameters(), **self._arguments)
         except _GuardsHold as held:
-            self.present = held.tensors
+            self.present = held.values
             return True
         except (_ModelChanged, torch._dynamo.exc.TorchDynamoException):
             pass
@@ -100,10 +101,10 @@ class CapturedCall:
 
 
 class _GuardsHold(Exception):
-    """Raised in place of the captured graph, with the tensors that it takes, in order."""
+    """Raised in place of the captured graph, with what it takes besides sizes, in order."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, values: list[Any]) -> None:
+        self.values = values
 
 
 class _ModelChanged(Exception):

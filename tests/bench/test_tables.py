@@ -62,7 +62,10 @@ CHANGES: dict[str, Callable[[Any], None]] = {
         s["rows"][0].update(one=99.0),
     ),
     "crossover-cpu": lambda s: s["forward"][0].update(seconds=9.0),
-    "engines": lambda s: (s["models"]["GPT-2"].update(layers=1), s["memory"]["1024"].update(activation_bytes=1)),
+    "engines": lambda s: (
+        s["models"]["GPT-2"]["engines"]["forward"].update(layers=1),
+        s["memory"]["1024"]["engines"]["forward"].update(activation_bytes=1),
+    ),
     "export": lambda s: s["rows"][0]["load_seconds"].__setitem__(0, 9.0),
     "generate": lambda s: s["rows"][-1].update(cache_bytes=1),
     "given-masks": lambda s: s["rows"][0]["seconds"].update(rewriter=9.0),
