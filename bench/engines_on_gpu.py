@@ -127,6 +127,7 @@ def measure(
 def main(
     out: Annotated[Path, typer.Option(help="File of the results.")],
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Small models on the CPU; nothing is measured.")] = False,
+    only: Annotated[str | None, typer.Option(help="One model.")] = None,
 ) -> None:
     device = torch.device("cpu" if rehearse else "cuda")
     if not rehearse and not torch.cuda.is_available():
@@ -146,6 +147,8 @@ def main(
     ):
         table.add_column(column)
     for name, (build, policy) in models(rehearse).items():
+        if only not in (None, name):
+            continue
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             row = measure(build, policy, lengths, device, Path(folder))
         stored["models"][name] = row

@@ -95,6 +95,19 @@ class ExportReport:
         known = {f"new.{i.name}": i.dtype for i in self.inputs(entry_point)}
         return [getattr(torch, known.get(name, self.dtype)) for name in self.entry_points[entry_point]["outputs"]]
 
+    def file_of(self, artifact: Path, entry_point: str) -> Path:
+        """The file of an entry point, where each has its own.
+
+        Raises:
+            ArtifactError: it is not one of those that were checked, as the artifact has another name than it was written under.
+        """
+        file = part_path(artifact, entry_point)
+        if file != artifact and file.name not in self.beside:
+            raise ArtifactError(
+                f"{artifact} was written under another name: its {entry_point} is one of {', '.join(self.beside)}; rename it back"
+            )
+        return file
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -115,13 +128,14 @@ class ExportReport:
                     f"{needed} is not there; an artifact is {artifact.name} and {path.name}, side by side"
                 )
         try:
-            report = cls(**json.loads(path.read_text()))
+            stored = dict(json.loads(path.read_text()))
+            if stored.get("format") != FORMAT:
+                raise ArtifactError(
+                    f"{artifact} has format {stored.get('format')}, this version reads {FORMAT}; export the model again"
+                )
+            report = cls(**stored)
         except (ValueError, TypeError) as error:
             raise ArtifactError(f"{path} is no report of an artifact ({error}); export the model again") from None
-        if report.format != FORMAT:
-            raise ArtifactError(
-                f"{artifact} has format {report.format}, this version reads {FORMAT}; export the model again"
-            )
         if checksum(artifact) != report.sha256:
             raise ArtifactError(
                 f"{artifact} is damaged or cut off: {artifact.stat().st_size:,} bytes with another checksum, expected "

@@ -36,6 +36,7 @@ from rewriter.errors import CacheError
 from rewriter.errors import ExportError
 from rewriter.errors import PolicyError
 from rewriter.generation.model_facts import text_config
+from rewriter.sharding import holds_dtensors
 from rewriter.tracing import guarded
 from rewriter.tracing import traced_call
 
@@ -164,11 +165,16 @@ def entry_points(
         there is one, or nobody asked).
 
     Raises:
-        ExportError: a length of the cache is given, and no cache is asked for.
+        ExportError: a length of the cache is given, and no cache is asked for; or the weights are in pieces.
     """
     if max_length is not None and not cached:
         raise ExportError(
             f"max_length={max_length} bounds the cache, and there is none; give cache=True, or leave it out"
+        )
+    if holds_dtensors(optimized.model):
+        raise ExportError(
+            f"weights of {type(optimized.model).__name__} are in pieces on several processes, and an artifact is of one; export "
+            "the model with its weights in one piece"
         )
     why = ""
     if optimized.policy.is_program:
@@ -274,7 +280,7 @@ def _forward(optimized: OptimizedModel, kwargs: Mapping[str, Any]) -> EntryPoint
 
 
 def _cached(decoder: Decoder, max_length: int | None) -> list[EntryPoint]:
-    cache = decoder.new_cache(max_length or _limit(decoder.model))
+    cache = decoder.new_cache(_limit(decoder.model) if max_length is None else max_length)
 
     def sizes(state: StateTensor, slots: int) -> tuple[int | str, ...]:
         varying: dict[int | str, int | str] = {"B": "batch", "C": slots}

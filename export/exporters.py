@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,7 +140,11 @@ def _export(
     named = bind(optimized.model, args, kwargs)
     write = TARGETS[target].write
     assert write is not None
-    written = write(optimized, named, path, **options)
+    # All files or none: what was there before stays where an export fails.
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder:
+        written = write(optimized, named, Path(folder) / path.name, **options).moved_to(path.parent)
+        for file in Path(folder).iterdir():
+            file.replace(path.parent / file.name)
     report = new_report(optimized, target, path, written)
     finish(report, optimized, named, path, written)
     if written.also is not None:

@@ -133,7 +133,7 @@ class Artifact:
         logits = self.run(cache, input_ids, mask, positions)
         result, last = [input_ids], positions[:, -1:]
         for number in range(max_new_tokens):
-            token = logits[:, -1].argmax(-1, keepdim=True)
+            token = logits[:, -1].argmax(-1, keepdim=True).to(input_ids.device)
             result.append(token)
             last = last + 1
             if number + 1 < max_new_tokens:

@@ -77,13 +77,14 @@ def write_cases(
     path: Path,
     points: Sequence[EntryPoint],
     decoder: Decoder | None,
+    bound: int | None,
 ) -> None:
     """Inputs of the two sizes, and the optimized model's results for them."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     names = {p.name: p for p in points}
-    for number, (rows, tokens) in enumerate(_sizes(points)):
+    for number, (rows, tokens) in enumerate(_sizes(points, bound)):
         if "forward" in names:
             point = names["forward"]
             inputs = _forward_case(point, kwargs, rows, tokens)
@@ -118,17 +119,21 @@ def _takes_positions(optimized: OptimizedModel) -> bool:
     return not any(p.positions == "cache" for p in optimized.policy.parts())
 
 
-def _sizes(points: Sequence[EntryPoint]) -> list[tuple[int, int]]:
-    """The cases' sizes, as far as the ranges allow them."""
+def _sizes(points: Sequence[EntryPoint], bound: int | None) -> list[tuple[int, int]]:
+    """The cases' sizes, as far as the ranges allow them: over a cache of a prompt, and the single tokens after it.
 
-    def within(name: str, size: int, more: int = 0) -> int:
+    Args:
+        bound: tokens of a row over the cache; None for any number.
+    """
+
+    def within(name: str, size: int) -> int:
         bounds = [p.ranges[name] for p in points if name in p.ranges]
-        if not bounds:
-            return size
-        return min(max(size, max(low for low, _ in bounds) + more), min(high for _, high in bounds))
+        low, high = (max(low for low, _ in bounds), min(high for _, high in bounds)) if bounds else (size, size)
+        return min(max(size, low), high)
 
     steps = STEPS if any(p.name == "decode" for p in points) else 0
-    return [(within("batch", rows), within("tokens", tokens, steps)) for rows, tokens in SIZES]
+    sizes = [(within("batch", rows), within("tokens", tokens - steps) + steps) for rows, tokens in SIZES]
+    return [(rows, tokens if bound is None else min(tokens, bound)) for rows, tokens in sizes]
 
 
 def _text_case(vocabulary: int, rows: int, tokens: int, device: torch.device) -> dict[str, Tensor]:
@@ -183,7 +188,7 @@ def finish(
     Raises:
         ExportError: they do not agree; the report says by how much.
     """
-    write_cases(optimized, kwargs, path, written.points, written.decoder)
+    write_cases(optimized, kwargs, path, written.points, written.decoder, written.bound)
     if cannot_run:
         report.notes.append(f"not compared with the model: {cannot_run}; `rewriter verify {path.name}` does it")
     report.write(path)  # which loading reads
@@ -253,6 +258,7 @@ def compare(path: Path, runtime: str | None = None) -> list[dict[str, Any]]:
             actual = torch.cat((logits.flatten(), *(_real(t, mask.bool()).flatten() for t in others)))
         else:
             actual = _with_cache(artifact, case)
+            expected = expected[:, -actual.size(1) :]
         actual = actual.cpu()
         if mask is not None and expected.dim() == 3 and mask.dim() == 2 and expected.size(1) <= mask.size(1):
             real = mask.cpu()[:, -expected.size(1) :].bool()
@@ -269,11 +275,13 @@ def compare(path: Path, runtime: str | None = None) -> list[dict[str, Any]]:
 
 
 def _with_cache(artifact: Any, case: Mapping[str, Tensor]) -> Tensor:
-    """The last logits of a text: all but `STEPS` tokens at once, the others one by one."""
+    """The last logits of a text: all but `STEPS` tokens at once, as far as the prompt's size allows, the others one by one."""
     ids, mask, positions = (case[name] for name in ("input_ids", "attention_mask", "position_ids"))
     cache = artifact.new_cache(ids.size(0))
-    prompt = ids.size(1) - STEPS
-    kept = torch.arange(prompt - (ROWS - STEPS), prompt, device=ids.device)
+    ranges = artifact.report.entry_points["prefill"]["ranges"]
+    prompt = min(max(ids.size(1) - STEPS, ranges["tokens"][0]), ids.size(1))
+    rows = max(min(ROWS - STEPS, prompt, ranges["kept"][1]), ranges["kept"][0])
+    kept = torch.arange(prompt - rows, prompt, device=ids.device)
     logits = [artifact.run(cache, ids[:, :prompt], mask[:, :prompt], positions[:, :prompt], kept)]
     for place in range(prompt, ids.size(1)):
         one = slice(place, place + 1)

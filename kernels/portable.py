@@ -125,8 +125,8 @@ def attend_tile(
     shown = 0.0 if bias is None else bias[:, :, None].float()
     added = torch.where(visible, shown, -math.inf)
     group = query.size(1) // key.size(1)
-    if added.size(1) > 1 and group > 1:
-        added, visible = added.repeat_interleave(group, dim=1), visible.repeat_interleave(group, dim=1)
+    if group > 1:
+        added, visible = (t.repeat_interleave(group, dim=1) if t.size(1) > 1 else t for t in (added, visible))
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, attn_mask=added, scale=scale
     )

@@ -258,8 +258,7 @@ def export(
 
     from rewriter import export as exporting
     from rewriter.api import optimize
-    from rewriter.errors import PolicyError
-    from rewriter.errors import RewriteError
+    from rewriter.errors import Error
 
     if not (model / "config.json").is_file():
         raise typer.BadParameter(f"{model} has no config.json; give the folder of a transformers model")
@@ -276,8 +275,10 @@ def export(
         write: Any = {"aot": exporting.aot_inductor, "onnx": exporting.onnx, "tensorrt": exporting.tensorrt}[to]
         options = {} if cache is None else {"cache": cache}
         report = write(fast, kwargs=kwargs, path=out, max_length=max_length, **options)
-    except (PolicyError, RewriteError, exporting.ExportError) as error:
+    except Error as error:
         raise typer.BadParameter(str(error)) from None
+    if report.no_decode:
+        _console().print(f"{out} does not generate: {report.no_decode}")
     _print_comparison(out, report.compared, report.tolerance)
 
 

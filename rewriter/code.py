@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from collections.abc import Collection
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from typing import cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -79,6 +81,12 @@ def _compiled_in_pieces(module: GraphModule, example_inputs: Sequence[Any]) -> C
     Inductor (torch 2.13) takes DTensors in graphs of fixed sizes alone: `torch.compile(model, dynamic=True)` ends in a
     RecursionError, and so does its second length without `dynamic`.
     """
+    if any("recompute" in node.meta for node in module.graph.nodes):
+        warnings.warn(
+            "gradient checkpoints recompute less over weights that are spread over processes (parallelize_module): what goes "
+            "into and comes out of the spread operators is kept",
+            stacklevel=2,
+        )
     place = 0
     places: dict[Node, int] = {}
     last = False
@@ -86,15 +94,17 @@ def _compiled_in_pieces(module: GraphModule, example_inputs: Sequence[Any]) -> C
         distributed = _is_distributed(node)
         place += distributed != last
         places[node], last = place, distributed
-    parts: Any = split_module(module, None, places.__getitem__, keep_original_order=True)
+    parts: Any = split_module(module, module, places.__getitem__, keep_original_order=True)
     mode = torch._guards.detect_fake_mode([node.meta.get("val") for node in module.graph.nodes])
     assert mode is not None
     fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in example_inputs]
     _Pieces(parts, mode).run(*fakes)
-    return parts  # type: ignore[no-any-return]
+    return cast(Callable[..., Any], parts)
 
 
 class _Piece(nn.Module):
+    """Code of a part; what a collective before it gives is waited for, as the code reads memory."""
+
     def __init__(self, code: Callable[..., Any]) -> None:
         super().__init__()
         self.code = code

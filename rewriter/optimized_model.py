@@ -43,9 +43,9 @@ from rewriter.progress import Progress
 from rewriter.report import Report
 from rewriter.report import Subject
 from rewriter.saved_model import write
-from rewriter.sharding import is_sharded
+from rewriter.sharding import holds_dtensors
+from rewriter.sharding import is_gathered_by_fully_shard
 from rewriter.sharding import let_dynamo_guard
-from rewriter.sharding import sharded_parts
 from rewriter.tracing import NotCaptured
 from rewriter.tracing import TooManyKindsOfCalls
 from rewriter.tracing import analyse_call
@@ -534,10 +534,11 @@ class OptimizedModel(ModelWrapper):
         """
         decoder = self._decoder
         if decoder is None or decoder.model is not self.model or not decoder.is_current:
-            if sharded_parts(self) and is_sharded(self.model):
+            if is_gathered_by_fully_shard(self.model) and holds_dtensors(self.model):
                 raise CacheError(
                     f"weights of {type(self.model).__name__} are in pieces on several processes (fully_shard), and going on "
-                    "from a cache takes them as they are; call fast.unshard() before, and fast.reshard() after"
+                    "from a cache takes them as they are; call fast.unshard() before, and fast.reshard() after (a model of "
+                    "parallelize_module goes on from a cache without fully_shard alone)"
                 )
             from rewriter.generation.decoder import Decoder
 
@@ -649,9 +650,9 @@ class OptimizedModel(ModelWrapper):
                 "of a product of activations; there is nothing to rewrite"
             )
         learns = next((p.policy for p in result.sites if p.reason is None and p.policy.adds_parameters), None)
-        if learns is not None and is_sharded(self.model):
+        if learns is not None and holds_dtensors(self.model):
             raise PolicyError(
-                f"the parameters of {learns} are of all heads of a layer, and heads of {type(self.model).__name__} are spread "
+                f"the parameters of {learns} are of all heads of a layer, and weights of {type(self.model).__name__} are spread "
                 "over processes (parallelize_module); take a policy without parameters, or spread weights by fully_shard(fast)"
             )
         refused = [plan for plan in result.sites if plan.reason is not None]

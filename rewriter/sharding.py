@@ -1,7 +1,9 @@
-"""Models whose weights are spread over processes by torch's `fully_shard` (FSDP2).
+"""Models whose weights are spread over processes by torch: `fully_shard` (FSDP2), and tensor parallelism (`parallelize_module`).
 
 `fully_shard(fast)` gathers all weights when an optimized model is called, and frees them after: the call in between is captured
-as ever. On parts of a model it gathers them while the model runs, by hooks that no graph can hold.
+as ever. On parts of a model it gathers them while the model runs, by hooks that no graph can hold. In tensor parallelism
+weights stay DTensors, and each process computes its own heads: attention is of plain tensors, and operators on DTensors stay in a
+graph as the model wrote them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 _MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
+_MANAGED = "_rewriter_gathered_by_fully_shard"
 
 
 def let_dynamo_guard(model: nn.Module) -> None:
@@ -22,6 +25,12 @@ def let_dynamo_guard(model: nn.Module) -> None:
         for module in model.modules():
             for mark in _MARKS:
                 vars(module).pop(mark, None)
+        vars(model)[_MANAGED] = True
+
+
+def is_gathered_by_fully_shard(model: nn.Module) -> bool:
+    """Whether `fully_shard` gathers the weights, of this model or of one that it is a part of."""
+    return any(getattr(model, mark, False) for mark in (_MARKS[0], _MANAGED))
 
 
 def sharded_parts(model: nn.Module) -> list[str]:
@@ -44,6 +53,6 @@ def arrived(value: Any) -> Any:
     return torch.ops._c10d_functional.wait_tensor(value)
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether weights are in pieces now, so that code which takes them as they are would compute with a piece."""
+def holds_dtensors(model: nn.Module) -> bool:
+    """Whether weights are in pieces now: not gathered by `fully_shard`, or each process's own in tensor parallelism."""
     return any(map(is_dtensor, model.parameters()))

@@ -61,17 +61,14 @@ def write(
         raise ExportError(f"opset must be at least {OPSET}, got {opset}")
     need_packages()
     points, written = points_of(optimized, kwargs, cache, max_length)
-    models = {}
-    for point in points:
-        model = model_of(point, opset)
-        models[part_path(path, point.name)] = model if functions else as_standard_operators(model)
-    files = save(models)
+    models = {part_path(path, point.name): model_of(point, opset) for point in points}
+    files = save(models, functions=functions)
     notes = [
         f"opset {opset}; attention computes all pairs, in tiles of rows: time grows with the square of the length, "
         "memory does not"
     ]
     counts: dict[str, int] = {}
-    for model in models.values():
+    for model in models.values() if functions else ():
         for name, count in local_functions(model).items():
             counts[name] = counts.get(name, 0) + count
     return replace(written, versions=package_versions(), functions=counts, notes=notes, beside=files[1:])
@@ -99,7 +96,8 @@ def points_of(
         )
     else:
         points = [functional(point) for point in points]
-    return points, Written(points, decoder, why, cache_bound(points, decoder))
+    # Wherever the model is, what computes such a file here is a CPU.
+    return points, Written(points, decoder, why, cache_bound(points, decoder), device="cpu")
 
 
 def check_policy(optimized: OptimizedModel) -> None:
@@ -177,16 +175,19 @@ def model_of(point: EntryPoint, opset: int, others: Mapping[Any, Callable[..., A
 
 
 LARGEST_FILE = 2**30
-"""Bytes of weights that stand in a file itself; one of more than 2**31 could not be read."""
+"""Bytes of weights that stand in a file itself; one of more than 2**31 can be neither written nor read."""
 
 ALIGNMENT = 4096
-"""Of large weights in a file of their own, so that a runtime may map them into memory."""
+"""Of weights in a file of their own, so that a runtime may map them into memory; smaller ones stay, as constants are computed."""
 
 
-def save(models: Mapping[Path, ModelProto]) -> list[Path]:
+def save(models: dict[Path, ModelProto], *, functions: bool) -> list[Path]:
     """Writes models; the files are checked by ONNX's own checker.
 
     Where there are several, or the weights are large, these stand in a file of their own, beside the first, each once.
+
+    Args:
+        functions: leave the functions; False puts their bodies in the place of the calls.
 
     Returns:
         All files that were written, the models first.
@@ -195,18 +196,13 @@ def save(models: Mapping[Path, ModelProto]) -> list[Path]:
     from onnx import save_model
 
     files = list(models)
-    weights = files[0].with_name(files[0].name + ".data")
-    try:
-        if len(models) > 1 or next(iter(models.values())).ByteSize() > LARGEST_FILE:
-            _move_weights(models.values(), weights)
-            files.append(weights)
-        for path, model in models.items():
-            save_model(model, str(path))
-            checker.check_model(str(path), full_check=True)
-    except BaseException:
-        for path in files:
-            path.unlink(missing_ok=True)
-        raise
+    if len(models) > 1 or sum(len(tensor.raw_data) for tensor in models[files[0]].graph.initializer) > LARGEST_FILE:
+        weights = files[0].with_name(files[0].name + ".data")
+        _move_weights(models.values(), weights)  # before anything else: no tool takes a model that is larger
+        files.append(weights)
+    for path, model in models.items():
+        save_model(model if functions else as_standard_operators(model), str(path))
+        checker.check_model(str(path), full_check=True)
     return files
 
 
@@ -218,7 +214,7 @@ def _move_weights(models: Iterable[ModelProto], file: Path) -> None:
     with file.open("wb") as out:
         for tensor in (t for model in models for t in model.graph.initializer):
             content = tensor.raw_data
-            if len(content) < ALIGNMENT // 4:
+            if len(content) < ALIGNMENT:
                 continue
             key = hashlib.sha256(content).digest()
             if key not in places:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from rewriter.export.artifact import ExportReport
-from rewriter.export.artifact import part_path
 from torch import Tensor
 
 from rewriter.errors import ArtifactError
+
+LARGEST_IN_MEMORY = 2**31 - 2**24
+"""Bytes of weights of a model that is handed over in memory, not as a file."""
 
 Results = Mapping[str, np.ndarray]
 """Arrays by the names of a file's results."""
@@ -36,13 +38,15 @@ def open_calls(path: Path, report: ExportReport, runtime: str = "onnxruntime") -
     Raises:
         ArtifactError: the runtime is missing, or cannot load a file.
     """
-    return {name: _call(part_path(path, name), report, name, runtime) for name in report.entry_points}
+    return {name: _call(report.file_of(path, name), report, name, runtime) for name in report.entry_points}
 
 
 def _call(path: Path, report: ExportReport, entry_point: str, runtime: str) -> Callable[..., Sequence[Tensor]]:
     narrow = report.dtype in ("bfloat16", "float16")
     try:
         known, run = RUNTIMES[runtime](in_full_precision(path) if narrow else str(path))
+    except ArtifactError:
+        raise
     except ImportError as error:
         raise ArtifactError(f"{error}: pip install {runtime}") from None
     except Exception as error:  # whatever the runtime raises
@@ -119,5 +123,11 @@ def in_full_precision(path: Path) -> bytes:
     widen_graph(model.graph.node, model.graph)
     for function in model.functions:
         widen_graph(function.node)
+    num_bytes = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if num_bytes > LARGEST_IN_MEMORY:
+        raise ArtifactError(
+            f"{path} has weights of {num_bytes / 2**30:.1f} GiB in fp32, which the runtimes here compute in, and take "
+            f"{LARGEST_IN_MEMORY / 2**30:.1f} GiB at most; run it in a runtime of 16-bit types"
+        )
     whole: bytes = model.SerializeToString()
     return whole

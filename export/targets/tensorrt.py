@@ -7,6 +7,7 @@ torch-tensorrt they stay calls of this package's Triton kernels, in PyTorch, bet
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,7 +21,6 @@ from rewriter.export.artifact import part_path
 from rewriter.export.entry_points import EntryPoint
 from rewriter.export.entry_points import entry_points
 from rewriter.export.targets.onnx import OPSET
-from rewriter.export.targets.onnx import as_standard_operators
 from rewriter.export.targets.onnx import model_of
 from rewriter.export.targets.onnx import need_packages
 from rewriter.export.targets.onnx import package_versions
@@ -56,12 +56,14 @@ def write(
     max_length: int | None,
 ) -> Written:
     """Writes what TensorRT's parser takes, and the engines where TensorRT is installed; see `rewriter.export.tensorrt`."""
+    if path.suffix == ".engine":
+        raise ExportError(f"{path.name} is the name of an engine; give that of the ONNX file, {path.stem}.onnx")
     need_packages()
     points, written = points_of(optimized, kwargs, cache, max_length)
     check_profile(points, profile)
     profiles = {point.name: profile_of(point, profile) for point in points}
     attention = {torch.ops.aten.scaled_dot_product_attention.default: _in_products}
-    files = save({part_path(path, p.name): as_standard_operators(model_of(p, OPSET, attention)) for p in points})
+    files = save({part_path(path, p.name): model_of(p, OPSET, attention) for p in points}, functions=False)
     commands = [command(part_path(path, p.name), p, profiles[p.name]) for p in points]
     script = path.with_name(path.name + ".sh")
     script.write_text("\n".join(["#!/bin/sh", *commands]) + "\n")
@@ -73,14 +75,9 @@ def write(
     file = path.with_suffix(".engine")
     engines: dict[str, dict[str, Any]] = {}
     made = [part_path(file, point.name) for point in points]
-    try:
-        for point, own in zip(points, made, strict=True):
-            built = build(trt, part_path(path, point.name), own, profiles[point.name], capabilities)
-            engines[point.name] = asdict(built)
-    except BaseException:
-        for left in (*files, *made, script):
-            left.unlink(missing_ok=True)
-        raise
+    for point, own in zip(points, made, strict=True):
+        built = build(trt, part_path(path, point.name), own, profiles[point.name], capabilities)
+        engines[point.name] = asdict(built)
     versions[trt.__name__] = trt.__version__
     notes = [*commands, f"{file.name} is an artifact of its own; the comparison of this one ran in ONNX Runtime"]
     bounded = [bounded_by(point, profiles[point.name]) for point in points]
@@ -151,4 +148,4 @@ def command(path: Path, point: EntryPoint, profile: Mapping[str, Sequence[Sequen
 
     flags = [f"--{name}Shapes={shapes(place)}" for place, name in enumerate(("min", "opt", "max"))]
     files = [f"--onnx={path.name}", f"--saveEngine={path.with_suffix('.engine').name}"]
-    return " ".join(["trtexec", *files, *flags, "--stronglyTyped"])
+    return shlex.join(["trtexec", *files, *flags, "--stronglyTyped"])

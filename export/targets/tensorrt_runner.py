@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rewriter.export.artifact import ExportReport
-from rewriter.export.artifact import part_path
 from rewriter.export.targets.tensorrt_engine import logger_of
 from torch import Tensor
 
@@ -47,7 +46,7 @@ def open_calls(path: Path, report: ExportReport) -> dict[str, Callable[..., Any]
         raise ArtifactError(f"{path} cannot be loaded: {why}. Load it where that holds, or export the model here")
     trt = importlib.import_module(_engine(report)["builder"].split()[0])
     device = torch.device("cuda", torch.cuda.current_device())
-    return {name: load_engine(trt, part_path(path, name), report, name, device) for name in report.entry_points}
+    return {name: load_engine(trt, report.file_of(path, name), report, name, device) for name in report.entry_points}
 
 
 def load_engine(trt: Any, file: Path, report: ExportReport, entry_point: str, device: torch.device) -> EngineCall:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -43,3 +44,11 @@ class Written:
     beside: Sequence[Path] = ()
     device: str = ""
     also: tuple[str, Path, Written] | None = None
+
+    def moved_to(self, folder: Path) -> Written:
+        """The same, of files in another folder."""
+        also = None
+        if self.also is not None:
+            target, file, second = self.also
+            also = (target, folder / file.name, second.moved_to(folder))
+        return replace(self, beside=[folder / file.name for file in self.beside], also=also)

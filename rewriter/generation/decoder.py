@@ -39,7 +39,7 @@ from rewriter.passes import CachedGraphs
 from rewriter.passes import Policy
 from rewriter.passes import rewrite_for_cache
 from rewriter.passes.graph.inputs import GraphInput
-from rewriter.sharding import is_sharded
+from rewriter.sharding import holds_dtensors
 from rewriter.tracing import many_kinds_of_calls
 
 
@@ -82,6 +82,12 @@ class Decoder:
         self.takes_rows = "logits_to_keep" in signature_of(self.model)
         if cuda_graphs:
             check_records(self.device)
+        if holds_dtensors(model) and (cuda_graphs or policy.is_program):
+            what = "cuda_graphs" if cuda_graphs else str(policy)
+            raise CacheError(
+                f"{what} is not for weights that are spread over processes (parallelize_module), as those of "
+                f"{type(model).__name__} are; leave it out, or put the model on one device"
+            )
         missing = [name for name in ARGUMENTS if name not in signature_of(self.model)]
         if missing:
             raise CacheError(
@@ -118,7 +124,7 @@ class Decoder:
         self.decode: Callable[..., Any] = self.graphs.decode
         self.own: dict[str, Callable[..., Any]] = dict(self.graphs.own)
         # Over DTensors, those of tensor parallelism, the graphs run as they are: code for them is for fixed sizes alone.
-        if backend == "inductor" and not is_sharded(self.model):
+        if backend == "inductor" and not holds_dtensors(self.model):
             any_size = self._sizes_of_each_call(result.inputs)
             self.prefill = CodeOfSizes(self.graphs.prefill, any_size)
             self.decode = CodeOfSizes(self.graphs.decode)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import pytest
@@ -11,6 +15,7 @@ import torch
 from exported_models import SEPARATORS
 from exported_models import call
 from exported_models import prepared
+from rewriter.export import verify
 from rewriter.export.artifact import part_path
 from rewriter.export.targets import onnx as target
 from torch import nn
@@ -81,13 +86,13 @@ def test_weights_are_written_once(files: tuple[Path, export.ExportReport]) -> No
     places: dict[str, set[str]] = {}
     for file in (path, part_path(path, "decode")):
         model = onnx.load(str(file), load_external_data=False)
-        for tensor in (t for t in model.graph.initializer if len(t.dims) == 2):
+        for tensor in (t for t in model.graph.initializer if t.dims and math.prod(t.dims) >= 1024):
             assert tensor.data_location == onnx.TensorProto.EXTERNAL
             entries = {e.key: e.value for e in tensor.external_data}
             assert entries["location"] == "model.onnx.data" and int(entries["offset"]) % 4096 == 0
             places.setdefault(file.name, set()).add(entries["offset"])
     of_prefill, of_decode = places.values()
-    assert of_prefill == of_decode and len(of_prefill) == 9
+    assert of_prefill == of_decode and len(of_prefill) == 7
 
 
 @torch.no_grad()
@@ -119,6 +124,52 @@ def test_every_file_is_needed_and_checked(name: str, files: tuple[Path, export.E
         export.load(tmp_path / path.name)
 
 
+def test_another_name_or_format_is_an_error(files: tuple[Path, export.ExportReport], tmp_path: Path) -> None:
+    path, report = files
+    for file in path.parent.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for name in ("model.onnx", "model.onnx.json"):
+        (tmp_path / name).rename(tmp_path / name.replace("model", "other"))
+    with pytest.raises(
+        export.ArtifactError, match=r"written under another name: its decode is one of model\.decode\.onnx"
+    ):
+        export.load(tmp_path / "other.onnx")
+    older = {**report.to_dict(), "format": 1, "engine": None}
+    (tmp_path / "other.onnx.json").write_text(json.dumps(older))
+    with pytest.raises(export.ArtifactError, match="has format 1, this version reads 2; export the model again"):
+        export.load(tmp_path / "other.onnx")
+
+
+def test_an_export_that_fails_leaves_the_one_before_it(
+    files: tuple[Path, export.ExportReport], tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, report = files
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(onnx, "save_model", fails)
+    torch._dynamo.reset()
+    with pytest.raises(OSError, match="no space left"):
+        export.onnx(prepared(tiny_model("llama", "sdpa", layers=1), Exact()), kwargs=call(), path=path)
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
+    assert export.load(path).report.sha256 == report.sha256
+
+
+def test_cases_fit_what_an_engine_takes(files: tuple[Path, export.ExportReport]) -> None:
+    def points(batch: tuple[int, int], tokens: tuple[int, int]) -> list[Any]:
+        return [
+            SimpleNamespace(name="prefill", ranges={"batch": batch, "tokens": tokens, "kept": (1, 1)}),
+            SimpleNamespace(name="decode", ranges={"batch": batch}),
+        ]
+
+    assert verify._sizes(points((1, 1024), (2, 4096)), None) == [(3, 37), (1, 150)]
+    assert verify._sizes(points((1, 1), (512, 512)), None) == [(1, 516), (1, 516)]
+    assert verify._sizes(points((2, 2), (2, 48)), 48) == [(2, 37), (2, 48)]
+    assert verify._sizes(points((1, 8), (2, 7)), 7) == [(3, 7), (1, 7)]
+
+
 @torch.no_grad()
 def test_a_cache_has_the_types_of_the_model(tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
     torch._dynamo.reset()
@@ -133,13 +184,16 @@ def test_a_cache_has_the_types_of_the_model(tiny_model: Callable[..., nn.Module]
     assert [(t.dtype, t.shape) for t in cache.tensors] == before
 
 
+@pytest.mark.parametrize("functions", [True, False])
 def test_large_weights_stand_in_a_file_of_their_own(
-    tiny_model: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    functions: bool, tiny_model: Callable[..., nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(target, "LARGEST_FILE", 1000)
     torch._dynamo.reset()
     path = tmp_path / "model.onnx"
-    report = export.onnx(prepared(tiny_model("llama", "sdpa", layers=1), Exact()), kwargs=call(), path=path)
+    report = export.onnx(
+        prepared(tiny_model("llama", "sdpa", layers=1), Exact()), kwargs=call(), path=path, functions=functions
+    )
     assert report.agrees and list(report.beside) == ["model.onnx.data"]
     assert "cache=True" in report.no_decode
     with pytest.raises(export.ArtifactError, match=r"no decode, it has forward \(.*export with cache=True"):

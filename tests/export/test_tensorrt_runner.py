@@ -252,4 +252,8 @@ def test_nothing_is_left_where_an_engine_cannot_be_built(tiny_model: Callable[..
     fast = prepared(tiny_model("llama", "sdpa", layers=1), Exact())
     with pytest.raises(export.ExportError, match=r"builds no engine for compute capability 3\.5"):
         export.tensorrt(fast, kwargs=call(), path=tmp_path / "m.onnx", cache=True, max_length=48, capabilities=("3.5",))
+    with pytest.raises(
+        export.ExportError, match=r"m\.engine is the name of an engine; give that of the ONNX file, m\.onnx"
+    ):
+        export.tensorrt(fast, kwargs=call(), path=tmp_path / "m.engine")
     assert not list(tmp_path.iterdir())

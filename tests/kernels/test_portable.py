@@ -72,3 +72,12 @@ def test_a_row_that_sees_no_key_has_no_logits() -> None:
     output, lse = in_aten(query, key, value, live, return_lse=True)
     assert torch.equal(output[0, :, :2], torch.zeros(2, 2, 8))
     assert (lse[0, :, :2] == -torch.inf).all() and torch.isfinite(lse[0, :, 2:]).all()
+
+
+def test_heads_may_share_ranges_and_not_biases() -> None:
+    query, key, value = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    live, bias = LiveRanges.causal(9), torch.randn(2, 2, 9)
+    rows = torch.arange(9, dtype=torch.int32)
+    given = (query, key, value, live.start, live.end, rows, bias, 0.3, None)
+    for actual, expected in zip(portable.attend_tile(*given), portable.attend(*given), strict=True):
+        torch.testing.assert_close(actual, expected)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
+import rewriter.export
 import torch
 from processes import in_processes
 from torch import Tensor
 from torch import nn
 
 import rewriter
+from rewriter import ChunkedEviction
 from rewriter import DynamicMask
 from rewriter import Exact
 from rewriter import Policy
@@ -110,13 +113,29 @@ def test_tokens_are_those_of_one_process(backend: str) -> None:
         assert of_rank == [True] * len(POLICIES)
 
 
-def learn(rank: int) -> str:
+def refuse(rank: int, folder: str) -> list[str]:
+    """What is said of what tensor parallelism has no form of."""
+    model = in_parts(llama(1).eval())
+    prompt = {"input_ids": batch()["input_ids"]}
+    said = []
     with pytest.raises(rewriter.PolicyError) as refused:
-        rewriter.optimize(in_parts(llama()), DynamicMask(5), backend="eager")(**batch())
-    return str(refused.value)
+        rewriter.optimize(model, DynamicMask(5), backend="eager")(**batch())
+    said.append(str(refused.value))
+    chunks = ChunkedEviction(8)
+    with pytest.raises(rewriter.CacheError) as cannot:
+        rewriter.optimize(model, chunks, backend="eager").decoder  # noqa: B018
+    said.append(str(cannot.value))
+    fast = rewriter.optimize(model, Exact(), backend="eager")
+    with pytest.raises(rewriter.export.ExportError) as whole:
+        rewriter.export.onnx(fast, kwargs={**prompt, "use_cache": False}, path=f"{folder}/{rank}.onnx")
+    said.append(str(whole.value))
+    return said
 
 
-def test_parameters_of_all_heads_are_refused() -> None:
-    for said in in_processes(learn):
-        assert "the parameters of DynamicMask(keep=5) are of all heads of a layer" in said
-        assert "take a policy without parameters, or spread weights by fully_shard(fast)" in said
+def test_what_is_of_all_heads_is_refused(tmp_path: Path) -> None:
+    for learned, chunks, artifact in in_processes(refuse, str(tmp_path)):
+        assert "the parameters of DynamicMask(keep=5) are of all heads of a layer" in learned
+        assert "take a policy without parameters, or spread weights by fully_shard(fast)" in learned
+        assert "is not for weights that are spread over processes (parallelize_module)" in chunks
+        assert "weights of LlamaForCausalLM are in pieces on several processes, and an artifact is of one" in artifact
+    assert not list(tmp_path.iterdir())
