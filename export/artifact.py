@@ -129,9 +129,11 @@ class ExportReport:
                 )
         try:
             stored = dict(json.loads(path.read_text()))
-            if stored.get("format") != FORMAT:
+            if "format" not in stored:
+                raise ValueError("it has no format")
+            if stored["format"] != FORMAT:
                 raise ArtifactError(
-                    f"{artifact} has format {stored.get('format')}, this version reads {FORMAT}; export the model again"
+                    f"{artifact} has format {stored['format']}, this version reads {FORMAT}; export the model again"
                 )
             report = cls(**stored)
         except (ValueError, TypeError) as error:

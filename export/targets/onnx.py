@@ -29,6 +29,7 @@ from rewriter.export.entry_points import entry_points
 from rewriter.export.entry_points import functional
 from rewriter.export.targets.written import Written
 from rewriter.kernels.live_ranges import FOREVER
+from rewriter.kernels.portable import MAX_KEYS
 from rewriter.kernels.portable import UNDER_A_MASK
 from rewriter.kernels.portable import replace_operators
 from rewriter.kernels.portable import with_sinks
@@ -139,9 +140,11 @@ def model_of(point: EntryPoint, opset: int, others: Mapping[Any, Callable[..., A
     from onnx import helper
     from rewriter.export.targets.onnx_functions import FUNCTIONS
 
-    module: Any = point.program.module()
-    replace_operators(module, {**SYMBOLIC, **(others or {})})
-    own = point.retraced(module)
+    own = point
+    for words in ({**SYMBOLIC, **(others or {})}, SEARCHES):  # what an operator of ours is written in may search
+        module: Any = own.program.module()
+        if replace_operators(module, words):
+            own = own.retraced(module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -327,10 +330,39 @@ def _argsort(values: Tensor, *, stable: bool, dim: int = -1, descending: bool = 
     return values.topk(values.size(dim), dim, largest=descending).indices
 
 
+def _searchsorted(
+    ordered: Tensor,
+    values: Tensor,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Tensor | None = None,
+) -> Tensor:
+    """By bisection, in as many steps as the longest row needs, as ONNX has no operator for it; nothing of all pairs is made."""
+    assert sorter is None, "no pass emits one"
+    size, right = ordered.size(-1), right or side == "right"
+    low = torch.zeros_like(values, dtype=torch.int64)
+    high = low + size
+    for _ in range(MAX_KEYS.bit_length()):
+        middle = (low + high) // 2
+        place = middle.clamp(max=size - 1)
+        found = ordered[place] if ordered.dim() == 1 else ordered.gather(-1, place)
+        is_later = (low < high) & ((found <= values) if right else (found < values))
+        low, high = torch.where(is_later, middle + 1, low), torch.where(is_later, high, middle)
+    return low.to(torch.int32) if out_int32 else low
+
+
+SEARCHES: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.argsort.stable: _argsort,
+    torch.ops.aten.searchsorted.Tensor: _searchsorted,
+}
+"""Operators of torch's that its ONNX exporter has no form for."""
+
 SYMBOLIC: dict[Any, Callable[..., Any]] = {
     **UNDER_A_MASK,
+    **SEARCHES,
     torch.ops.aten.amax.default: _amax,
-    torch.ops.aten.argsort.stable: _argsort,
     torch.ops.rewriter.live_range_attention.default: _live_range_attention,
     torch.ops.rewriter.running_topk_end.default: _running_topk_end,
     torch.ops.rewriter.separator_cache_ends.default: compute_ends,

@@ -166,7 +166,7 @@ def test_loading_says_what_is_wrong(package: tuple[Any, Path, export.ExportRepor
     refuse("damaged or cut off", path)
     result = CliRunner().invoke(app, ["verify", str(path)])
     assert result.exit_code == 2 and "damaged or cut off" in " ".join(result.output.replace("│", " ").split())
-    refuse("format 0, this version reads 1", copied(lambda r: r.update(format=0)))
+    refuse("format 0, this version reads 2", copied(lambda r: r.update(format=0)))
     refuse("compiled for sparc, this machine is", copied(lambda r: r.update(machine=["sparc", "cpu"])))
     refuse("compiled with torch 1.0", copied(lambda r: r["versions"].update(torch="1.0")))
     refuse("is not there", tmp_path / "other.pt2")

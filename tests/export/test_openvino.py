@@ -58,6 +58,27 @@ def test_openvino_gives_what_the_model_gives(
     assert max(c["relative"] for c in export.compare(path, "openvino")) < 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_packed_documents_stay_apart(runtime: str, tiny_model: Callable[..., nn.Module], tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    fast = prepared(tiny_model("llama", "sdpa", layers=1), SlidingWindow(5, sinks=1))
+    ids, places = torch.randint(3, 64, (2, 9)), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 0, 1, 2]])
+    path = tmp_path / "model.onnx"
+    kwargs = {"input_ids": ids, "position_ids": places, "use_cache": False}
+    export.onnx(fast, kwargs=kwargs, path=path, functions=runtime == "onnxruntime")
+    artifact = export.load(path, runtime)
+    for lengths in ((4, 5), (7, 1, 20), (1, 1, 1, 30), (40,)):
+        ids = torch.randint(3, 64, (1, sum(lengths)))
+        places = torch.cat([torch.arange(length) for length in lengths])[None]
+        actual = artifact(input_ids=ids, position_ids=places)
+        expected = fast(input_ids=ids, position_ids=places, use_cache=False).logits
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        if len(lengths) > 1:
+            as_one = fast(input_ids=ids, use_cache=False).logits
+            assert not torch.allclose(as_one, expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize(("name", "policy"), [("llama", SlidingWindow(5, sinks=1)), ("qwen3", DynamicMask(5))], ids=str)
 def test_openvino_generates_over_the_cache(
     name: str, policy: rewriter.Policy, tiny_model: Callable[..., nn.Module], tmp_path: Path
