@@ -98,7 +98,9 @@ def test_a_runtime_that_cannot_open_a_file_says_so(tiny_model: Callable[..., nn.
     torch._dynamo.reset()
     path = tmp_path / "model.onnx"
     export.onnx(prepared(tiny_model("llama", "sdpa", layers=1), Exact()), kwargs=call(), path=path)
-    with pytest.raises(export.ArtifactError, match=r"model\.onnx cannot be loaded in openvino: .*LiveRangeAttention"):
+    with pytest.raises(
+        export.ArtifactError, match=r"(?s)model\.onnx cannot be loaded in openvino: .*LiveRangeAttention"
+    ):
         export.load(path, runtime="openvino")
     with pytest.raises(export.ArtifactError, match="does not open in 'tflite'; it opens in onnxruntime, openvino"):
         export.load(path, runtime="tflite")
