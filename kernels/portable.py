@@ -102,6 +102,12 @@ def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tens
     return (output * torch.exp(lse - total)[..., None]).to(output.dtype), total
 
 
+def _visible(start: Tensor, end: Tensor, index: Tensor) -> Tensor:
+    """bool `[B, H, Q, K]`: whether a row, of index `[Q]`, is in a key's live range."""
+    rows = index[:, None]
+    return (start[:, :, None] <= rows) & (rows < end[:, :, None])
+
+
 def attend_tile(
     query: Tensor,
     key: Tensor,
@@ -120,8 +126,7 @@ def attend_tile(
     fused = query.device.type == "cpu" and query.dtype == torch.float32 and query.size(3) == value.size(3)
     if softcap is not None or not fused:
         return attend(query, key, value, start, end, index, bias, scale, softcap)
-    rows = index[:, None]
-    visible = (start[:, :, None] <= rows) & (rows < end[:, :, None])
+    visible = _visible(start, end, index)
     shown = 0.0 if bias is None else bias[:, :, None].float()
     added = torch.where(visible, shown, -math.inf)
     group = query.size(1) // key.size(1)
@@ -159,8 +164,7 @@ def attend(
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:
         logits = logits + bias[:, :, None, None].float()
-    rows = index[:, None]
-    visible = (start[:, :, None] <= rows) & (rows < end[:, :, None])
+    visible = _visible(start, end, index)
     logits = torch.where(visible[:, :, None], logits, -math.inf)
     highest = logits.amax(dim=4, keepdim=True)
     highest = torch.where(highest == -math.inf, 0.0, highest)
@@ -196,8 +200,7 @@ def key_scores(
         logits = softcap * torch.tanh(logits / softcap)
     if bias is not None:
         logits = logits + bias[:, :, None, None].float()
-    rows = query_index.view(-1)[:, None]
-    visible = (start[:, :, None] <= rows) & (rows < end[:, :, None])
+    visible = _visible(start, end, query_index.view(-1))
     own = torch.where(lse == -math.inf, math.inf, lse).unflatten(1, (num_kv_heads, -1))
     weights = torch.where(visible[:, :, None], torch.exp(logits - own[..., None]), 0.0).sum(dim=3)
     if group == "mean":
