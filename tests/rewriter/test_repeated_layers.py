@@ -126,7 +126,8 @@ class Dividing(nn.Module):
     def forward(self, x: Tensor, number: Any) -> Tensor:
         y = self.projection(x).unsqueeze(1)
         y = F.scaled_dot_product_attention(y, y, y, is_causal=True).squeeze(1)
-        return x + y * (7 // number if isinstance(number, int) else 7 / number)
+        # A tenth keeps x near 1 in all layers: scores that grow with each layer would magnify the rounding of float32.
+        return x + 0.1 * y * (7 // number if isinstance(number, int) else 7 / number)
 
 
 def test_numbers_that_are_equal_and_of_other_types_are_others(ids: Tensor) -> None:
