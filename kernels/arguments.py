@@ -15,6 +15,7 @@ import torch
 from rewriter.kernels.dispatch import MAX_TRITON_KEYS
 from rewriter.kernels.dispatch import runs_triton
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from rewriter.errors import AttentionInputError
 
@@ -113,7 +114,7 @@ class AttentionArguments:
                 raise AttentionInputError(
                     f"{name} must be int32 or int64 [{size}] or [B, {size}], got {index.dtype} {list(index.shape)}"
                 )
-            if index.dim() == 2 and index.size(0) not in (1, num_batch):
+            if index.dim() == 2 and not _broadcasts(index.size(0), num_batch):
                 raise AttentionInputError(f"{name} has {index.size(0)} rows, expected {num_batch} or 1")
         if bias is not None:
             if bias.dim() != 3 or bias.size(2) != num_keys or not bias.is_floating_point():
@@ -160,8 +161,13 @@ class AttentionArguments:
 
 def _check_broadcast(name: str, tensor: Tensor, expected: tuple[int, int]) -> None:
     for dim, what in ((0, "batch rows"), (1, "KV heads")):
-        if tensor.size(dim) != 1 and tensor.size(dim) != expected[dim]:
+        if not _broadcasts(tensor.size(dim), expected[dim]):
             raise AttentionInputError(f"{name} has {tensor.size(dim)} {what}, expected {expected[dim]} or 1")
+
+
+def _broadcasts(size: int, expected: int) -> bool:
+    """Whether it is 1 or the other size. Only where neither is certain of symbols, the answer becomes a guard."""
+    return guard_or_false(size == 1) or guard_or_false(size == expected) or bool(size == expected)
 
 
 def as_int32(index: Tensor) -> Tensor:

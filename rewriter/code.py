@@ -51,8 +51,12 @@ def generate_code(module: GraphModule, example_inputs: Sequence[Any]) -> Callabl
 
     if any(_is_distributed(node) for node in module.graph.nodes):
         return _compiled_in_pieces(module, example_inputs)
-    learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs)
-    return _compiled_whole(module, example_inputs) if learns else _compiled_by_layer(module, example_inputs)
+    return (_compiled_whole if learns(example_inputs) else _compiled_by_layer)(module, example_inputs)
+
+
+def learns(inputs: Sequence[Any]) -> bool:
+    """Whether there will be gradients."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def _compiled_by_layer(
@@ -60,7 +64,7 @@ def _compiled_by_layer(
 ) -> Callable[..., Any]:
     """`fewest` and more layers that are alike share their code; where the compiler cannot take that, each has its own. Without
     gradients."""
-    shared = _copy(module)
+    shared = copy_of(module)
     try:
         if share_layers(shared, example_inputs, fewest=fewest):
             return _compiled_whole(shared, example_inputs)
@@ -270,7 +274,7 @@ _folders: list[str | None] = []
 _lock = threading.Lock()
 
 
-def _copy(module: GraphModule) -> GraphModule:
+def copy_of(module: GraphModule) -> GraphModule:
     """Another graph over the same submodules."""
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))

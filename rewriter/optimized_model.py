@@ -19,8 +19,8 @@ from torch import Tensor
 from torch import nn
 from torch.fx import GraphModule
 
-from rewriter.code import generate_code
 from rewriter.code import kept_in
+from rewriter.code_of_graphs import CodeOfGraphs
 from rewriter.errors import CacheError
 from rewriter.errors import PolicyError
 from rewriter.errors import PolicyWarning
@@ -82,6 +82,7 @@ class OptimizedModel(ModelWrapper):
     report: Report
     _base: OptimizedModel | None
     _call: Callable[..., Any]
+    _code: CodeOfGraphs
     _compiled_model: tuple[nn.Module]
     _constants: dict[str, tuple[Tensor, int]]
     _decoder: Decoder | None
@@ -464,8 +465,8 @@ class OptimizedModel(ModelWrapper):
         and gradients make others. What has been compiled already costs one call.
 
         Args:
-            calls: the keyword arguments of the model, such as `{"input_ids": ids, "attention_mask": mask}`; one row and two rows
-                of 32 tokens when none is given. The model runs them, under the present
+            calls: the keyword arguments of the model, such as `{"input_ids": ids, "attention_mask": mask}`; two rows and one row
+                of 32 tokens when none is given. The code of several rows often serves one, too, where they come first. The model runs them, under the present
                 `torch.is_grad_enabled()`.
             new_tokens: when positive, so many tokens are also generated from each call; 2 compile all that `generate` needs.
 
@@ -481,7 +482,7 @@ class OptimizedModel(ModelWrapper):
                 raise RewriteError(
                     f"{type(self.model).__name__} takes no input_ids; give warmup the arguments of a call: warmup({{...}})"
                 )
-            rows = [torch.zeros(n, 32, dtype=torch.int64, device=self._device) for n in (1, 2)]
+            rows = [torch.zeros(n, 32, dtype=torch.int64, device=self._device) for n in (2, 1)]
             calls = tuple({"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows)
         with self._not_real_calls():
             for call in calls:
@@ -576,12 +577,14 @@ class OptimizedModel(ModelWrapper):
         self._decoder = None
         self._has_output_hooks = False
         self._compiled_model = (self.model,)  # a tuple, or it would be a second submodule
+        self._code = CodeOfGraphs()
         self._call = traced_call(self.model, self._backend)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **self.__dict__,
             "_call": None,
+            "_code": None,
             "_decoder": None,
             "_base": None,
             "_compiled_model": None,
@@ -641,7 +644,7 @@ class OptimizedModel(ModelWrapper):
         if self.backend == "eager":
             return result.module
         self._progress.doing("generating code")
-        return generate_code(result.module, example_inputs)
+        return self._code(result.module, example_inputs)
 
     def _check(self, result: Analysed) -> None:
         if not result.sites:

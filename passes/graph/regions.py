@@ -270,7 +270,7 @@ def _region(nodes: list[Node]) -> Region | None:
     for node in nodes:
         if node.op != "call_function":
             return None
-        described.append((node.target, _frozen((node.args, node.kwargs), numbered), _value(node)))
+        described.append((node.target, frozen((node.args, node.kwargs), numbered), _value(node)))
     outputs = tuple(node for node in nodes if any(user not in own for user in node.users))
     if not all(isinstance(node.meta.get("val"), Tensor) for node in outputs):
         return None
@@ -299,16 +299,16 @@ def _without_aliases(nodes: list[Node]) -> list[Node]:
     return kept
 
 
-def _frozen(value: Any, numbered: Callable[[Node], Any]) -> Any:
+def frozen(value: Any, numbered: Callable[[Node], Any]) -> Any:
     """Arguments as something to be compared, with their types: 1, 1.0 and True are not alike."""
     if isinstance(value, Node):
         return numbered(value)
     if isinstance(value, (list, tuple)):
-        return (type(value).__name__, *(_frozen(v, numbered) for v in value))
+        return (type(value).__name__, *(frozen(v, numbered) for v in value))
     if isinstance(value, Mapping):
-        return ("mapping", *((k, _frozen(v, numbered)) for k, v in value.items()))
+        return ("mapping", *((k, frozen(v, numbered)) for k, v in value.items()))
     if isinstance(value, slice):
-        return ("slice", *(_frozen(v, numbered) for v in (value.start, value.stop, value.step)))
+        return ("slice", *(frozen(v, numbered) for v in (value.start, value.stop, value.step)))
     return (type(value).__name__, repr(value))
 
 

@@ -31,7 +31,7 @@ def rewritten(
 
         return run
 
-    monkeypatch.setattr("rewriter.optimized_model.generate_code", take)
+    monkeypatch.setattr("rewriter.optimized_model.CodeOfGraphs", lambda: take)
     rewriter.optimize(model, policy, strict=True)(input_ids=IDS, use_cache=False, **options)
     return taken[0]
 

@@ -15,12 +15,23 @@ import torch
 from torch import Tensor
 from torch import nn
 from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.value_ranges import ValueRanges
 
 import rewriter
+from rewriter import Exact
+from rewriter import Policy
+from rewriter import SeparatorMask
 from rewriter import SlidingWindow
 from rewriter.code import CodeOfSizes
+from rewriter.code import generate_code
 from rewriter.code import kept_in
+from rewriter.code_of_graphs import _OfAnySize
+from rewriter.code_of_graphs import _Symbols
 
 IDS = torch.randint(0, 60, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -106,6 +117,142 @@ def test_code_is_kept_in_a_folder_and_found_there(
     assert list(folder.rglob("*.so")) and os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
     assert counts[0] >= 1 and counts[1] == counts[0]
     torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "padded"),
+    [(Exact(), True), (SlidingWindow(4), False), (SeparatorMask((3, 7), window=4), True)],
+    ids=["exact, padded", "window", "separators, padded"],
+)
+@torch.no_grad()
+def test_one_row_after_several_is_served_by_their_code(
+    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch, policy: Policy, padded: bool
+) -> None:
+    model = tiny_model("llama", "sdpa").eval()
+    fast, slow = (rewriter.optimize(model, policy, backend=b, strict=True) for b in ("inductor", "eager"))
+    with torch._inductor.utils.fresh_inductor_cache():
+        compiled = graphs_compiled(monkeypatch)
+        counts = []
+        for rows, length in ((2, 12), (1, 12), (1, 9), (3, 11)):
+            ids = IDS.repeat(2, 1)[:rows, :length]
+            given = {"input_ids": ids, "use_cache": False}
+            if padded:
+                given["attention_mask"] = (torch.arange(length) >= torch.tensor([[2], [0], [3]])[:rows]).long()
+            torch.testing.assert_close(fast(**given).logits, slow(**given).logits, rtol=1e-4, atol=1e-5)
+            counts.append(len(compiled))
+        assert counts[0] > 0 and set(counts) == {counts[0]}
+        assert len(fast.report.graphs) == 2
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads + 1)
+        try:
+            fast(**{name: value[:1] for name, value in given.items() if isinstance(value, Tensor)}, use_cache=False)
+        finally:
+            torch.set_num_threads(threads)
+        assert len(compiled) > counts[0]  # made anew where torch is in another state
+
+
+class Squeezing(nn.Module):
+    """Of one row it returns something else than a row of several."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits.squeeze() if input_ids.size(0) > 1 else -logits.squeeze()
+
+
+@torch.no_grad()
+def test_a_model_that_treats_one_row_unlike_others_has_code_for_it(
+    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Squeezing(tiny_model("llama", "sdpa")).eval()
+    fast = rewriter.optimize(model, SlidingWindow(4), strict=True)
+    slow = rewriter.optimize(model, SlidingWindow(4), backend="eager", strict=True)
+    with torch._inductor.utils.fresh_inductor_cache():
+        compiled = graphs_compiled(monkeypatch)
+        fast(IDS)
+        before = len(compiled)
+        torch.testing.assert_close(fast(IDS[:1]), slow(IDS[:1]), rtol=1e-4, atol=1e-5)
+    assert 0 < before < len(compiled)
+
+
+@pytest.mark.parametrize("assumes", ["nothing", "several rows", "a long text", "few columns"])
+def test_code_serves_what_its_assumptions_allow(assumes: str) -> None:
+    """Where Inductor has assumed something of a size, it is asked of the other graph's sizes, and becomes its guard."""
+    general, env = traced(3)
+    symbols = _Symbols.of_inputs(general, env)
+    assert symbols is not None
+    rows, columns = (value for value in symbols._values if isinstance(value, torch.SymInt))
+    if assumes == "several rows":
+        assert bool(rows > 1)
+    elif assumes == "a long text":
+        assert bool(columns > 40)
+    elif assumes == "few columns":
+        symbols.shape_env.var_to_range[columns.node.expr] = ValueRanges(2, 100)
+    code = _OfAnySize(general, symbols, lambda *given: given)
+    special, other = traced(1)
+    serves = code.for_graph(special, other)
+    assert (serves is None) == (assumes in ("several rows", "few columns"))
+    if serves is not None:
+        assert serves(60, torch.ones(1, 60))[:-1] == (1, 60)
+    for shape_env in (env, other):
+        if shape_env is env:
+            code.become_guards(env)
+        asked = [str(guard.expr) for guard in shape_env.guards]
+        assert [text.split(" ")[1:] for text in asked if "> 40" in text] == [[">", "40"]] * (assumes == "a long text")
+
+
+def traced(rows: int) -> tuple[Graph, ShapeEnv]:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    assert mode.shape_env is not None
+    x = mode.from_tensor(torch.randn(rows, 50), static_shapes=False)
+    with mode:
+        symbols = [size for size in x.shape if isinstance(size, torch.SymInt)]
+        return make_fx(lambda *given: given[-1] * 2)(*symbols, x).graph, mode.shape_env
+
+
+class Resized(nn.Module):
+    """Its rows are resized, to as many: the places to read have a formula for one row, and one for several."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return nn.functional.interpolate(
+            logits[None], (logits.size(1), logits.size(2)), mode="bilinear", align_corners=True
+        ) + nn.functional.interpolate(
+            logits.transpose(0, 1)[None], (logits.size(0), logits.size(2)), mode="bilinear", align_corners=True
+        ).transpose(1, 2)
+
+
+@torch.no_grad()
+def test_what_is_computed_by_another_formula_for_one_row_has_code_of_its_own(tiny_model: Callable[..., nn.Module]) -> None:
+    model = Resized(tiny_model("llama", "sdpa")).eval()
+    fast = rewriter.optimize(model, SlidingWindow(4), strict=True)
+    slow = rewriter.optimize(model, SlidingWindow(4), backend="eager", strict=True)
+    for rows in (2, 1, 3):
+        ids = IDS.repeat(2, 1)[:rows]
+        torch.testing.assert_close(fast(ids), slow(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_code_of_one_kind_is_not_taken_for_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor keeps code by its settings, and the one that makes code for one row, too, is not among them."""
+    compiled = graphs_compiled(monkeypatch)
+    graph, env = traced(3)
+    module = GraphModule({}, graph)
+    symbols = _Symbols.of_inputs(graph, env)
+    assert symbols is not None
+    with torch._inductor.utils.fresh_inductor_cache():
+        for number in (1, 2):
+            with torch._guards.tracing(torch._guards.TracingContext(symbols._mode)):
+                generate_code(module, symbols._values)
+            assert len(compiled) == number
+            symbols.generate_code(module)
+            assert len(compiled) == 2
 
 
 def test_folders_of_calls_that_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
