@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import sympy
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import GlobalStateGuard
 from torch._dynamo.source import ConstantSource
+from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
@@ -180,12 +182,19 @@ def _sizes_of_one_too() -> Iterator[None]:
     torch calls that oblivious of sizes, and exports models so: where one way of computing is right for all sizes, and another
     for 1 alone, it takes the first, and what it assumes besides becomes a guard. Inductor's code is kept by its settings, of
     which this is none; a note that Inductor writes to packages alone, and counts as a setting, keeps both kinds of code apart.
+    The strides of a view are asked for in this way by torch's own parameter, which Inductor sets for other symbols only; it
+    changes nothing elsewhere.
     """
     with (
+        mock.patch.object(fake_impls, "_compute_stride", _oblivious(fake_impls._compute_stride)),
         torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         torch._inductor.config.patch({"aot_inductor.metadata": {"sizes": "one, too"}}),
     ):
         yield
+
+
+def _oblivious(strides: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda old_shape, old_stride, new_shape, size_oblivious=True: strides(old_shape, old_stride, new_shape, True)
 
 
 def _symbols(values: Sequence[Any]) -> set[sympy.Symbol]:

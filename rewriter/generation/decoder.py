@@ -198,10 +198,11 @@ class Decoder:
             position_ids = (position_ids + cache.position_shift).clamp(min=0)
         arguments = {
             "input_ids": input_ids,
-            "attention_mask": attention_mask[:, -num_new:].to(torch.int64).contiguous(),
-            "position_ids": position_ids.to(torch.int64).expand(num_batch, -1).contiguous(),
+            "attention_mask": attention_mask[:, -num_new:].to(torch.int64),
+            "position_ids": position_ids.to(torch.int64).expand(num_batch, -1),
             "logits_to_keep": torch.arange(num_new, device=input_ids.device) if rows is None else rows,
         }
+        arguments = {name: _in_memory_of_its_own(tensor) for name, tensor in arguments.items()}
         call = self.decode if num_new == 1 else self.prefill
         expected = cache.expected_call
         if expected is not None:
@@ -330,6 +331,12 @@ class Decoder:
 
 def _is_of_each_call(given: GraphInput) -> bool:
     return given.kind == "argument" and given.name in (*ARGUMENTS, "logits_to_keep")
+
+
+def _in_memory_of_its_own(tensor: Tensor) -> Tensor:
+    """A copy of what is a part of a longer tensor. Code is made for strides and offsets, and those of the last column of one row,
+    which is contiguous as it is, are others at each token."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _falls(position_ids: Tensor, attention_mask: Tensor | None) -> bool:

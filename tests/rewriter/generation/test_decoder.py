@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from rewriter import Exact
 from rewriter import PerLayer
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
+from rewriter.code import CodeOfSizes
 from rewriter.errors import CacheError
 from rewriter.testing import assert_within_budget
 
@@ -316,6 +318,32 @@ def test_compiled_steps_neither_recompile_nor_grow(tiny_model: Callable[..., nn.
     torch.testing.assert_close(torch.cat(outputs, dim=1)[mask.bool()], full[mask.bool()], rtol=1e-4, atol=1e-4)
     assert [t.data_ptr() for t in cache.state()] == storage
     assert int(cache.living_keys().max()) <= 10
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_each_token_and_each_prompt_takes_the_same_code(
+    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """One row, too: its last column is contiguous as it is, in other memory at each token."""
+    compiled: list[int] = []
+    inner = CodeOfSizes._compiled
+
+    def count(self: CodeOfSizes, tensors: Sequence[Tensor]) -> Any:
+        compiled.append(1)
+        return inner(self, tensors)
+
+    monkeypatch.setattr(CodeOfSizes, "_compiled", count)
+    model = tiny_model("llama", "sdpa", layers=1).eval()
+    fast = rewriter.optimize(model, Exact(), strict=True)
+    for length, new in ((7, 6), (12, 3), (4, 9)):
+        ids = torch.randint(2, 64, (rows, length))
+        options: dict[str, Any] = {"max_new_tokens": new, "pad_token_id": 0, "eos_token_id": None, "do_sample": False}
+        assert torch.equal(fast.generate(ids, **options), model.generate(ids, **options))  # type: ignore[operator]
+        cache, mask = fast.new_cache(64), torch.ones(rows, length, dtype=torch.int64)
+        for begin, end in ((0, length - 2), (length - 2, length - 1), (length - 1, length)):
+            fast(input_ids=ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
+    assert len(compiled) == 4  # prefill and one token, over the cache of a generation and over one of 64
 
 
 @torch.no_grad()
