@@ -18,11 +18,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 from typing import cast
+from unittest import mock
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch import nn
+from torch._dynamo.source import LocalSource
+from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx import GraphModule
@@ -32,6 +35,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.symbolic_shapes import StatelessSymbolicContext
 from torch.fx.passes.split_module import split_module
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from rewriter.passes.graph.regions import FEWEST
 from rewriter.passes.graph.regions import share_layers
@@ -166,8 +171,8 @@ class CodeOfSizes:
 
     Args:
         module: takes tensors, which it may write to, and has no gradients.
-        any_size: of inputs, by their place, the dimensions that may be of any size in one code for all, but for sizes of 0 and 1,
-            which have code of their own.
+        any_size: of inputs, by their place, the dimensions that may be of any size in one code for all. Where a size is 1 at the
+            first call, it is a number in that code; code for several serves 1, too, where it assumes nothing else.
     """
 
     def __init__(self, module: GraphModule, any_size: Mapping[int, Collection[int]] = MappingProxyType({})) -> None:
@@ -193,26 +198,37 @@ class CodeOfSizes:
         if self._state != tracing_state():
             self._state, self._present = tracing_state(), None
         if self._present is None:  # only now: hundreds of sizes are slow to hash
-            kinds = (_kind_of_any_size(k, self.any_size.get(n, ())) for n, k in enumerate(self._kinds))
+            kinds = [_kind_of_any_size(k, self.any_size.get(n, ())) for n, k in enumerate(self._kinds)]
             known = self._code.setdefault((*kinds, self._first, self._state), [])
             fitting = next((code for code in known if code.fits(tensors)), None)
             if fitting is None:
-                fitting = self._compiled(tensors)
+                fitting = self._of_several(kinds, tensors) or self._compiled(tensors)
                 known.append(fitting)
             self._present = fitting.call
         return self._present(*tensors)
 
+    def _of_several(self, kinds: Sequence[Any], tensors: Sequence[Tensor]) -> _Code | None:
+        """Code that was made for several of what there is one of."""
+        for (*of_code, first, state), codes in self._code.items():
+            if (first, state) == (self._first, self._state) and all(map(_serves, of_code, kinds)):
+                for code in codes:
+                    if code.fits(tensors):
+                        return code
+        return None
+
     def _compiled(self, tensors: Sequence[Tensor]) -> _Code:
         mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor keeps no code where there is no context with such a one
         assert mode.shape_env is not None
-        with torch._guards.tracing(torch._guards.TracingContext(mode)):
+        with torch._guards.tracing(torch._guards.TracingContext(mode)), sizes_of_one_too():
             inputs = [
                 mode.from_tensor(tensor, symbolic_context=_symbols_for(tensor, self.any_size.get(n, ())))
                 for n, tensor in enumerate(tensors)
             ]
+            for symbol, known in mode.shape_env.var_to_range.items():
+                mode.shape_env.var_to_range[symbol] = known & ValueRanges(1, int_oo)
             with torch._inductor.config.patch(size_asserts=False):  # which are looked at here, once for all
                 call = _compiled_by_layer(self.module, inputs, fewest=FEWEST if self.any_size else _FEWEST_OF_A_STEP)
-        return _Code(call, mode.shape_env, mode.shape_env.produce_guards_expression(inputs))
+        return _Code(call, mode.shape_env, _guards_of(mode.shape_env, inputs))
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
@@ -227,14 +243,55 @@ def _kind_of_any_size(kind: tuple[Any, ...], dimensions: Collection[int]) -> tup
     return (of_type, tuple(None if n in dimensions and size > 1 else size for n, size in enumerate(sizes)), *rest)
 
 
+def _serves(of_code: tuple[Any, ...], kind: tuple[Any, ...]) -> bool:
+    """Whether what was made for one kind of tensor may take another: several of something in the place of one."""
+    (of_type, sizes, *rest), (other_type, own, *others) = of_code, kind
+    if (of_type, rest, len(sizes)) != (other_type, others, len(own)):
+        return False
+    return all(n == size or (n is None and size == 1) for n, size in zip(sizes, own, strict=True))
+
+
 def _symbols_for(tensor: Tensor, dimensions: Collection[int]) -> StatelessSymbolicContext:
     """These dimensions are symbols, the same one where they are of the same size, and the others numbers."""
-    kinds = [DimDynamic.DUCK if n in dimensions else DimDynamic.STATIC for n in range(tensor.dim())]
+    kinds = [
+        DimDynamic.DUCK if n in dimensions and size > 1 else DimDynamic.STATIC for n, size in enumerate(tensor.shape)
+    ]
     return StatelessSymbolicContext(dynamic_sizes=kinds)
 
 
 def _none() -> None:
     """In the place of a reference to a tensor."""
+
+
+def _guards_of(shape_env: ShapeEnv, inputs: Sequence[Any]) -> str | None:
+    """What code assumes of its inputs' sizes, for `ShapeEnv.evaluate_guards_expression`; None where that is nothing.
+
+    `ShapeEnv.produce_guards_expression` (torch 2.13) joins them without brackets, so that an `or` in one lets go of the others.
+    """
+    guards = shape_env.produce_guards(inputs, [LocalSource(f"t{n}") for n in range(len(inputs))])
+    return " and ".join(f"({guard})" for guard in guards) or None
+
+
+@contextmanager
+def sizes_of_one_too() -> Iterator[None]:
+    """Inside, sizes of 1 are treated as others are.
+
+    torch calls that oblivious of sizes, and exports models so: where one way of computing is right for all sizes, and another
+    for 1 alone, it takes the first, and what it assumes besides becomes a guard. Inductor's code is kept by its settings, of
+    which this is none; a note that Inductor writes to packages alone, and counts as a setting, keeps both kinds of code apart.
+    The strides of a view are asked for in this way by torch's own parameter, which Inductor sets for other symbols only; it
+    changes nothing elsewhere.
+    """
+    with (
+        mock.patch.object(fake_impls, "_compute_stride", _oblivious(fake_impls._compute_stride)),
+        torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+        torch._inductor.config.patch({"aot_inductor.metadata": {"sizes": "one, too"}}),
+    ):
+        yield
+
+
+def _oblivious(strides: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda old_shape, old_stride, new_shape, size_oblivious=True: strides(old_shape, old_stride, new_shape, True)
 
 
 @contextmanager

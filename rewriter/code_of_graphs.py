@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import sympy
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import GlobalStateGuard
 from torch._dynamo.source import ConstantSource
-from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
@@ -28,6 +23,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from rewriter.code import copy_of
 from rewriter.code import generate_code
 from rewriter.code import learns
+from rewriter.code import sizes_of_one_too
 from rewriter.passes.graph.repeated_calls import tracing_state
 from rewriter.passes.graph.special_case import as_special_case
 from rewriter.passes.graph.special_case import can_be_compared
@@ -103,7 +99,7 @@ class _Symbols:
         return _Symbols(values, shape_env)
 
     def generate_code(self, module: GraphModule) -> Callable[..., Any]:
-        with torch._guards.tracing(torch._guards.TracingContext(self._mode)), _sizes_of_one_too():
+        with torch._guards.tracing(torch._guards.TracingContext(self._mode)), sizes_of_one_too():
             return generate_code(module, self._values)
 
     def guards(self) -> list[sympy.Basic]:
@@ -173,28 +169,6 @@ class _OfAnySize:
         if size.is_number:
             return bool(known.lower <= size <= known.upper)
         return own is not None and bool(known.lower <= own.lower and own.upper <= known.upper)
-
-
-@contextmanager
-def _sizes_of_one_too() -> Iterator[None]:
-    """Inside, sizes of 1 are treated as others are.
-
-    torch calls that oblivious of sizes, and exports models so: where one way of computing is right for all sizes, and another
-    for 1 alone, it takes the first, and what it assumes besides becomes a guard. Inductor's code is kept by its settings, of
-    which this is none; a note that Inductor writes to packages alone, and counts as a setting, keeps both kinds of code apart.
-    The strides of a view are asked for in this way by torch's own parameter, which Inductor sets for other symbols only; it
-    changes nothing elsewhere.
-    """
-    with (
-        mock.patch.object(fake_impls, "_compute_stride", _oblivious(fake_impls._compute_stride)),
-        torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-        torch._inductor.config.patch({"aot_inductor.metadata": {"sizes": "one, too"}}),
-    ):
-        yield
-
-
-def _oblivious(strides: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda old_shape, old_stride, new_shape, size_oblivious=True: strides(old_shape, old_stride, new_shape, True)
 
 
 def _symbols(values: Sequence[Any]) -> set[sympy.Symbol]:

@@ -466,8 +466,8 @@ class OptimizedModel(ModelWrapper):
 
         Args:
             calls: the keyword arguments of the model, such as `{"input_ids": ids, "attention_mask": mask}`; two rows and one row
-                of 32 tokens when none is given. The code of several rows often serves one, too, where they come first. The model runs them, under the present
-                `torch.is_grad_enabled()`.
+                of 32 tokens when none is given. The code of several rows often serves one, too, where they come first. The model
+                runs them, under the present `torch.is_grad_enabled()`.
             new_tokens: when positive, so many tokens are also generated from each call; 2 compile all that `generate` needs.
 
         Returns:

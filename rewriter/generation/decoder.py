@@ -336,7 +336,11 @@ def _is_of_each_call(given: GraphInput) -> bool:
 def _in_memory_of_its_own(tensor: Tensor) -> Tensor:
     """A copy of what is a part of a longer tensor. Code is made for strides and offsets, and those of the last column of one row,
     which is contiguous as it is, are others at each token."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(memory_format=torch.contiguous_format)
+    return (
+        tensor
+        if tensor.untyped_storage().nbytes() == tensor.nbytes
+        else tensor.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _falls(position_ids: Tensor, attention_mask: Tensor | None) -> bool:

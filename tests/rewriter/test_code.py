@@ -230,7 +230,9 @@ class Resized(nn.Module):
 
 
 @torch.no_grad()
-def test_what_is_computed_by_another_formula_for_one_row_has_code_of_its_own(tiny_model: Callable[..., nn.Module]) -> None:
+def test_what_is_computed_by_another_formula_for_one_row_has_code_of_its_own(
+    tiny_model: Callable[..., nn.Module],
+) -> None:
     model = Resized(tiny_model("llama", "sdpa")).eval()
     fast = rewriter.optimize(model, SlidingWindow(4), strict=True)
     slow = rewriter.optimize(model, SlidingWindow(4), backend="eager", strict=True)
@@ -331,15 +333,15 @@ def test_code_of_a_graph_keeps_no_tensor_alive() -> None:
 
 @torch.no_grad()
 def test_one_code_for_any_size_of_what_differs_from_call_to_call(made: list[int]) -> None:
-    """Sizes of one have code of their own, and so have inputs of one size where the code asks for that."""
+    """That of several serves one, too; where one comes first, several have code of their own."""
 
     def graph(x: Tensor, cache: Tensor, weight: Tensor) -> tuple[Tensor]:
-        cache[:, : x.size(1)].copy_(x)
+        cache.add_(x.sum(dim=1, keepdim=True))
         return (cache * weight,)
 
     def check(rows: int, tokens: int, slots: int, width: int = 3) -> None:
         x, cache, weight = torch.randn(rows, tokens, width), torch.zeros(rows, slots, width), torch.randn(width)
-        expected = torch.cat((x, torch.zeros(rows, slots - tokens, width)), dim=1)
+        expected = x.sum(dim=1, keepdim=True).expand(-1, slots, -1)
         torch.testing.assert_close(code(x, cache, weight)[0], expected * weight)
         torch.testing.assert_close(cache, expected)
 
@@ -349,9 +351,31 @@ def test_one_code_for_any_size_of_what_differs_from_call_to_call(made: list[int]
     assert len(made) == 1
     check(1, 4, 8)
     check(1, 6, 7)
-    assert len(made) == 2
+    check(3, 1, 1)
+    assert len(made) == 1
     check(2, 4, 8, width=5)
+    assert len(made) == 2
+    code = CodeOfSizes(torch.fx.symbolic_trace(graph), {0: {0, 1}, 1: {0, 1}})
+    check(1, 4, 8)
+    check(1, 6, 7)
     assert len(made) == 3
+    check(2, 4, 8)
+    check(3, 4, 8)
+    check(1, 4, 8)
+    assert len(made) == 4
+
+
+@torch.no_grad()
+def test_code_of_several_that_assumes_several_is_not_for_one(made: list[int]) -> None:
+    def graph(x: Tensor) -> tuple[Tensor]:
+        size = (x.size(0), x.size(1))
+        return (nn.functional.interpolate(x[None, None], size, mode="bilinear", align_corners=True),)
+
+    code = CodeOfSizes(torch.fx.symbolic_trace(graph), {0: {0, 1}})
+    for rows in (3, 1, 2):
+        x = torch.randn(rows, 5)
+        torch.testing.assert_close(code(x)[0], x[None, None])
+    assert len(made) == 2
 
 
 @torch.no_grad()
