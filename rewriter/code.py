@@ -35,8 +35,6 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.symbolic_shapes import StatelessSymbolicContext
 from torch.fx.passes.split_module import split_module
-from torch.utils._sympy.numbers import int_oo
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from rewriter.passes.graph.regions import FEWEST
 from rewriter.passes.graph.regions import share_layers
@@ -147,14 +145,16 @@ def _compiled_whole(module: GraphModule, example_inputs: Sequence[Any]) -> Calla
 
 @dataclass(frozen=True)
 class _Code:
-    """Code, and for which sizes it is: where the guards hold, as text for `ShapeEnv.evaluate_guards_expression`, or None."""
+    """Code, and for which sizes of the inputs at these places it is: where the guards hold."""
 
     call: Callable[..., Any]
     shape_env: ShapeEnv
+    places: Sequence[int]
     guards: str | None
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        return self.guards is None or self.shape_env.evaluate_guards_expression(self.guards, tensors)
+        given = [tensors[n] for n in self.places]
+        return self.guards is None or self.shape_env.evaluate_guards_expression(self.guards, given)
 
 
 _FEWEST_OF_A_STEP = 8
@@ -171,13 +171,21 @@ class CodeOfSizes:
 
     Args:
         module: takes tensors, which it may write to, and has no gradients.
-        any_size: of inputs, by their place, the dimensions that may be of any size in one code for all. Where a size is 1 at the
-            first call, it is a number in that code; code for several serves 1, too, where it assumes nothing else.
+        any_size: of inputs, by their place, the dimensions that may be of any size in one code for all, but for sizes of 0 and 1,
+            which have code of their own.
+        first_alone: whether the first sizes have code of their own, in which all are numbers, and only others share one.
     """
 
-    def __init__(self, module: GraphModule, any_size: Mapping[int, Collection[int]] = MappingProxyType({})) -> None:
-        self.module, self.any_size = module, any_size
+    def __init__(
+        self,
+        module: GraphModule,
+        any_size: Mapping[int, Collection[int]] = MappingProxyType({}),
+        *,
+        first_alone: bool = False,
+    ) -> None:
+        self.module, self.any_size, self.first_alone = module, any_size, first_alone
         self._code: dict[Any, list[_Code]] = {}
+        self._alone: dict[Any, tuple[list[Any], _Code]] = {}
         self._last: list[Callable[[], Tensor | None]] = []
         self._kinds: list[Any] = []
         self._first: tuple[int, ...] = ()  # of each input, the first one that is the same tensor
@@ -198,37 +206,42 @@ class CodeOfSizes:
         if self._state != tracing_state():
             self._state, self._present = tracing_state(), None
         if self._present is None:  # only now: hundreds of sizes are slow to hash
-            kinds = [_kind_of_any_size(k, self.any_size.get(n, ())) for n, k in enumerate(self._kinds)]
-            known = self._code.setdefault((*kinds, self._first, self._state), [])
-            fitting = next((code for code in known if code.fits(tensors)), None)
-            if fitting is None:
-                fitting = self._of_several(kinds, tensors) or self._compiled(tensors)
-                known.append(fitting)
-            self._present = fitting.call
+            self._present = self._fitting(tensors).call
         return self._present(*tensors)
 
-    def _of_several(self, kinds: Sequence[Any], tensors: Sequence[Tensor]) -> _Code | None:
-        """Code that was made for several of what there is one of."""
-        for (*of_code, first, state), codes in self._code.items():
-            if (first, state) == (self._first, self._state) and all(map(_serves, of_code, kinds)):
-                for code in codes:
-                    if code.fits(tensors):
-                        return code
-        return None
+    def _fitting(self, tensors: Sequence[Tensor]) -> _Code:
+        """Code for these tensors; it is made if there is none."""
+        if self.first_alone:
+            if (self._first, self._state) not in self._alone:
+                self._alone[self._first, self._state] = list(self._kinds), self._compiled(tensors, {})
+            kinds, code = self._alone[self._first, self._state]
+            if kinds == self._kinds:
+                return code
+        kinds = [_kind_of_any_size(k, self.any_size.get(n, ())) for n, k in enumerate(self._kinds)]
+        known = self._code.setdefault((*kinds, self._first, self._state), [])
+        fitting = next((code for code in known if code.fits(tensors)), None)
+        if fitting is None:
+            fitting = self._compiled(tensors, self.any_size)
+            known.append(fitting)
+        return fitting
 
-    def _compiled(self, tensors: Sequence[Tensor]) -> _Code:
+    def _compiled(self, tensors: Sequence[Tensor], any_size: Mapping[int, Collection[int]]) -> _Code:
         mode = FakeTensorMode(shape_env=ShapeEnv())  # Inductor keeps no code where there is no context with such a one
         assert mode.shape_env is not None
-        with torch._guards.tracing(torch._guards.TracingContext(mode)), sizes_of_one_too():
+        with torch._guards.tracing(torch._guards.TracingContext(mode)):
             inputs = [
-                mode.from_tensor(tensor, symbolic_context=_symbols_for(tensor, self.any_size.get(n, ())))
+                mode.from_tensor(tensor, symbolic_context=_symbols_for(tensor, any_size.get(n, ())))
                 for n, tensor in enumerate(tensors)
             ]
-            for symbol, known in mode.shape_env.var_to_range.items():
-                mode.shape_env.var_to_range[symbol] = known & ValueRanges(1, int_oo)
+            if (
+                any_size
+            ):  # before code is looked for where it is kept: what it assumes of tensors' sizes is not kept with it
+                with mode:
+                    Interpreter(self.module).run(*inputs)
             with torch._inductor.config.patch(size_asserts=False):  # which are looked at here, once for all
-                call = _compiled_by_layer(self.module, inputs, fewest=FEWEST if self.any_size else _FEWEST_OF_A_STEP)
-        return _Code(call, mode.shape_env, _guards_of(mode.shape_env, inputs))
+                call = _compiled_by_layer(self.module, inputs, fewest=FEWEST if any_size else _FEWEST_OF_A_STEP)
+        places = sorted(any_size)
+        return _Code(call, mode.shape_env, places, _all_guards(mode.shape_env, [inputs[n] for n in places]))
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
@@ -243,14 +256,6 @@ def _kind_of_any_size(kind: tuple[Any, ...], dimensions: Collection[int]) -> tup
     return (of_type, tuple(None if n in dimensions and size > 1 else size for n, size in enumerate(sizes)), *rest)
 
 
-def _serves(of_code: tuple[Any, ...], kind: tuple[Any, ...]) -> bool:
-    """Whether what was made for one kind of tensor may take another: several of something in the place of one."""
-    (of_type, sizes, *rest), (other_type, own, *others) = of_code, kind
-    if (of_type, rest, len(sizes)) != (other_type, others, len(own)):
-        return False
-    return all(n == size or (n is None and size == 1) for n, size in zip(sizes, own, strict=True))
-
-
 def _symbols_for(tensor: Tensor, dimensions: Collection[int]) -> StatelessSymbolicContext:
     """These dimensions are symbols, the same one where they are of the same size, and the others numbers."""
     kinds = [
@@ -263,13 +268,22 @@ def _none() -> None:
     """In the place of a reference to a tensor."""
 
 
-def _guards_of(shape_env: ShapeEnv, inputs: Sequence[Any]) -> str | None:
-    """What code assumes of its inputs' sizes, for `ShapeEnv.evaluate_guards_expression`; None where that is nothing.
+def _guards_of(shape_env: ShapeEnv, symints: Sequence[torch.SymInt]) -> list[Any]:
+    """In the place of `ShapeEnv.get_pruned_guards`, which leaves out those of sizes that have turned out to be numbers."""
+    return list(shape_env.guards)
 
-    `ShapeEnv.produce_guards_expression` (torch 2.13) joins them without brackets, so that an `or` in one lets go of the others.
+
+def _all_guards(
+    shape_env: ShapeEnv, placeholders: Sequence[Any], *, guards: Any = None, ignore_static: bool = False
+) -> str | None:
+    """What is assumed of sizes, as text for `ShapeEnv.evaluate_guards_expression`; None where that is nothing.
+
+    In the place of `ShapeEnv.produce_guards_expression` (torch 2.13), which joins guards without brackets, so that an `or` in one
+    lets go of the others, and leaves out that a symbol has turned out to be a number. Inductor keeps that text with its code.
     """
-    guards = shape_env.produce_guards(inputs, [LocalSource(f"t{n}") for n in range(len(inputs))])
-    return " and ".join(f"({guard})" for guard in guards) or None
+    sources = [LocalSource(f"t{n}") for n in range(len(placeholders))]
+    found = shape_env.produce_guards(placeholders, sources, guards=guards, ignore_static=False)
+    return " and ".join(f"({guard})" for guard in found) or None
 
 
 @contextmanager
@@ -283,9 +297,11 @@ def sizes_of_one_too() -> Iterator[None]:
     changes nothing elsewhere.
     """
     with (
+        mock.patch.object(ShapeEnv, "produce_guards_expression", _all_guards),
+        mock.patch.object(ShapeEnv, "get_pruned_guards", _guards_of),
         mock.patch.object(fake_impls, "_compute_stride", _oblivious(fake_impls._compute_stride)),
         torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
-        torch._inductor.config.patch({"aot_inductor.metadata": {"sizes": "one, too"}}),
+        torch._inductor.config.patch({"aot_inductor.metadata": {"sizes": "one, too; all guards"}}),
     ):
         yield
 

@@ -127,7 +127,7 @@ class Decoder:
         if backend == "inductor" and not holds_dtensors(self.model):
             any_size = self._sizes_of_each_call(result.inputs)
             self.prefill = CodeOfSizes(self.graphs.prefill, any_size)
-            self.decode = CodeOfSizes(self.graphs.decode)
+            self.decode = CodeOfSizes(self.graphs.decode, any_size, first_alone=True)
             self.own = {name: CodeOfSizes(graph, any_size) for name, graph in self.graphs.own.items()}
         if cuda_graphs:
             self.decode = RecordedStep(

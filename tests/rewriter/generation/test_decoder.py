@@ -329,9 +329,9 @@ def test_each_token_and_each_prompt_takes_the_same_code(
     compiled: list[int] = []
     inner = CodeOfSizes._compiled
 
-    def count(self: CodeOfSizes, tensors: Sequence[Tensor]) -> Any:
+    def count(self: CodeOfSizes, tensors: Sequence[Tensor], any_size: Any) -> Any:
         compiled.append(1)
-        return inner(self, tensors)
+        return inner(self, tensors, any_size)
 
     monkeypatch.setattr(CodeOfSizes, "_compiled", count)
     model = tiny_model("llama", "sdpa", layers=1).eval()
