@@ -232,7 +232,9 @@ class Resized(nn.Module):
 
 
 @torch.no_grad()
-def test_what_is_computed_by_another_formula_for_one_row_has_code_of_its_own(tiny_model: Callable[..., nn.Module]) -> None:
+def test_what_is_computed_by_another_formula_for_one_row_has_code_of_its_own(
+    tiny_model: Callable[..., nn.Module],
+) -> None:
     """Also where the code of several is found that was made before, with what it assumes."""
     model = Resized(tiny_model("llama", "sdpa")).eval()
     slow = rewriter.optimize(model, SlidingWindow(4), backend="eager", strict=True)
