@@ -235,7 +235,7 @@ class CodeOfSizes:
             ]
             if (
                 any_size
-            ):  # before code is looked for where it is kept: what it assumes of tensors' sizes is not kept with it
+            ):  # what code assumes of tensors' sizes is not kept with it; where it is found, no one else would say
                 with mode:
                     Interpreter(self.module).run(*inputs)
             with torch._inductor.config.patch(size_asserts=False):  # which are looked at here, once for all
@@ -270,7 +270,8 @@ def _none() -> None:
 
 def _guards_of(shape_env: ShapeEnv, symints: Sequence[torch.SymInt]) -> list[Any]:
     """In the place of `ShapeEnv.get_pruned_guards`, which leaves out those of sizes that have turned out to be numbers."""
-    return list(shape_env.guards)
+    own = {symbol for size in symints for symbol in size.node._expr.free_symbols}
+    return [guard for guard in shape_env.guards if guard.expr.free_symbols <= own]
 
 
 def _all_guards(

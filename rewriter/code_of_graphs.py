@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,8 @@ from rewriter.passes.graph.repeated_calls import tracing_state
 from rewriter.passes.graph.special_case import as_special_case
 from rewriter.passes.graph.special_case import can_be_compared
 
+log = logging.getLogger(__name__)
+
 
 class CodeOfGraphs:
     """Code for the graphs of one model, one for each kind of call.
@@ -52,14 +55,21 @@ class CodeOfGraphs:
             serves = known.for_graph(module.graph, shape_env)
             if serves is not None:
                 return serves
-        of_any_size = _Symbols.of_inputs(module.graph, shape_env)
-        if of_any_size is None:
+        symbols = _Symbols.of_inputs(module.graph, shape_env)
+        code = None if symbols is None else self._made(module, symbols)
+        if code is None or not code.became_guards(shape_env):
             return generate_code(module, example_inputs)
-        graph = copy_of(module).graph
-        code = _OfAnySize(graph, of_any_size, of_any_size.generate_code(module))
-        code.become_guards(shape_env)
         self._of_any_size.append(code)
         return code.call
+
+    @staticmethod
+    def _made(module: GraphModule, symbols: _Symbols) -> _OfAnySize | None:
+        graph = copy_of(module).graph
+        try:
+            return _OfAnySize(graph, symbols, symbols.generate_code(module))
+        except Exception as error:
+            log.info("code is made for several rows alone: %s: %s", type(error).__name__, error)
+            return None
 
 
 class _Symbols:
@@ -139,10 +149,11 @@ class _OfAnySize:
         self._state, self._settings = tracing_state(), GlobalStateGuard()
         self._guards, self._ranges = symbols.guards(), symbols.ranges()
 
-    def become_guards(self, shape_env: ShapeEnv) -> None:
-        """What the code assumes of its own graph's symbols is asked at each call."""
-        for guard in self._guards:
-            assert shape_env.evaluate_expr(guard), guard
+    def became_guards(self, shape_env: ShapeEnv) -> bool:
+        """Whether what the code assumes is of its own graph's symbols alone, and is asked at each call from now on."""
+        if any(guard.free_symbols - self._ranges.keys() for guard in self._guards):
+            return False
+        return all(bool(shape_env.evaluate_expr(guard)) for guard in self._guards)
 
     def for_graph(self, graph: Graph, shape_env: ShapeEnv) -> Callable[..., Any] | None:
         """The same code, called as another graph is; None where it does not serve that one.

@@ -201,7 +201,7 @@ def test_code_serves_what_its_assumptions_allow(assumes: str) -> None:
         assert serves(60, torch.ones(1, 60))[:-1] == (1, 60)
     for shape_env in (env, other):
         if shape_env is env:
-            code.become_guards(env)
+            assert code.became_guards(env)
         asked = [str(guard.expr) for guard in shape_env.guards]
         assert [text.split(" ")[1:] for text in asked if "> 40" in text] == [[">", "40"]] * (assumes == "a long text")
 
@@ -213,6 +213,22 @@ def traced(rows: int) -> tuple[Graph, ShapeEnv]:
     with mode:
         symbols = [size for size in x.shape if isinstance(size, torch.SymInt)]
         return make_fx(lambda *given: given[-1] * 2)(*symbols, x).graph, mode.shape_env
+
+
+@torch.no_grad()
+def test_a_graph_that_has_no_code_for_any_size_has_some_for_several(
+    tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: _Symbols, module: GraphModule) -> Any:
+        raise AssertionError("an operator that nobody thought of")
+
+    monkeypatch.setattr(_Symbols, "generate_code", fails)
+    model = tiny_model("llama", "sdpa", layers=1).eval()
+    fast = rewriter.optimize(model, strict=True)
+    for rows in (2, 1):
+        torch.testing.assert_close(
+            fast(input_ids=IDS[:rows], use_cache=False).logits, model(input_ids=IDS[:rows]).logits
+        )
 
 
 class Resized(nn.Module):
