@@ -233,9 +233,8 @@ class CodeOfSizes:
                 mode.from_tensor(tensor, symbolic_context=_symbols_for(tensor, any_size.get(n, ())))
                 for n, tensor in enumerate(tensors)
             ]
-            if (
-                any_size
-            ):  # what code assumes of tensors' sizes is not kept with it; where it is found, no one else would say
+            if any_size:
+                # What code assumes of tensors' sizes is not kept with it: where it is found, no one else would say.
                 with mode:
                     Interpreter(self.module).run(*inputs)
             with torch._inductor.config.patch(size_asserts=False):  # which are looked at here, once for all
