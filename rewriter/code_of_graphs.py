@@ -49,12 +49,19 @@ class CodeOfGraphs:
         """
         context = torch._guards.TracingContext.try_get()
         shape_env = None if context is None or context.fake_mode is None else context.fake_mode.shape_env
-        if shape_env is None or learns(example_inputs) or not can_be_compared(module.graph):
+        if shape_env is None or learns(example_inputs):
             return generate_code(module, example_inputs)
-        for known in self._of_any_size:
-            serves = known.for_graph(module.graph, shape_env)
-            if serves is not None:
-                return serves
+        serves = None
+        try:
+            comparable = can_be_compared(module.graph)
+            if comparable:
+                found = (known.for_graph(module.graph, shape_env) for known in self._of_any_size)
+                serves = next(filter(None, found), None)
+        except Exception as error:  # sizes such as `rows / (rows - 1)` cannot be read for one row
+            log.info("graphs are not compared: %s: %s", type(error).__name__, error)
+            comparable = False
+        if serves is not None or not comparable:
+            return serves or generate_code(module, example_inputs)
         symbols = _Symbols.of_inputs(module.graph, shape_env)
         code = None if symbols is None else self._made(module, symbols)
         if code is None or not code.became_guards(shape_env):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 from rewriter.passes.graph.special_case import as_special_case
+from rewriter.passes.graph.special_case import can_be_compared
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
@@ -119,3 +120,16 @@ def test_a_case_gives_what_the_function_gives(steps: list[Callable[[Tensor], Ten
     assert case is not None or any(step in OTHERS for step in steps)
     if case is not None:
         torch.testing.assert_close(general(case.arguments([7, 2, x])[:-1], x), function(x))
+
+
+def test_what_is_only_asserted_or_read_from_a_tensor_is_not_compared() -> None:
+    def asserts(x: Tensor) -> Tensor:
+        torch.ops.aten._assert_async.msg((x > 0).all(), "padding")
+        return x * 2
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    mode.allow_scalar_outputs = True
+    for function, expected in ((lambda x: x * 2, True), (asserts, False), (lambda x: x * x.sum().item(), False)):
+        x = mode.from_tensor(torch.randn(3, 5), static_shapes=False)
+        with mode:
+            assert can_be_compared(make_fx(function)(x).graph) == expected
