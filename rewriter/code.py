@@ -257,9 +257,7 @@ def _kind_of_any_size(kind: tuple[Any, ...], dimensions: Collection[int]) -> tup
 
 def _symbols_for(tensor: Tensor, dimensions: Collection[int]) -> StatelessSymbolicContext:
     """These dimensions are symbols, the same one where they are of the same size, and the others numbers."""
-    kinds = [
-        DimDynamic.DUCK if n in dimensions and size > 1 else DimDynamic.STATIC for n, size in enumerate(tensor.shape)
-    ]
+    kinds = [DimDynamic.DUCK if n in dimensions else DimDynamic.STATIC for n in range(tensor.dim())]
     return StatelessSymbolicContext(dynamic_sizes=kinds)
 
 

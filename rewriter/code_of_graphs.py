@@ -28,6 +28,7 @@ from rewriter.code import sizes_of_one_too
 from rewriter.passes.graph.repeated_calls import tracing_state
 from rewriter.passes.graph.special_case import as_special_case
 from rewriter.passes.graph.special_case import can_be_compared
+from rewriter.passes.graph.special_case import symbols_of
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +91,11 @@ class _Symbols:
         shape_env: the context in which the graph was traced; no size is below 2 there.
     """
 
-    def __init__(self, values: Sequence[Any], shape_env: ShapeEnv) -> None:
+    def __init__(self, values: list[Any], shape_env: ShapeEnv) -> None:
         self.shape_env = ShapeEnv()
         self._mode = FakeTensorMode(shape_env=self.shape_env)
         self._own: dict[sympy.Symbol, sympy.Symbol] = {}
-        for symbol in sorted(_symbols(values), key=str):
+        for symbol in sorted(symbols_of(values), key=str):
             within = shape_env.var_to_range[symbol]
             lower = sympy.Integer(1) if within.lower == 2 else within.lower
             self._own[symbol] = self.shape_env.create_symbol(
@@ -110,7 +111,7 @@ class _Symbols:
     def of_inputs(graph: Graph, shape_env: ShapeEnv) -> _Symbols | None:
         """None where there are no symbols, or they are other than sizes of ordinary tensors."""
         values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
-        symbols = _symbols(values)
+        symbols = symbols_of(values)
         if not symbols or not all(map(_is_ordinary, values)) or not symbols <= shape_env.backed_var_to_val.keys():
             return None
         return _Symbols(values, shape_env)
@@ -187,11 +188,6 @@ class _OfAnySize:
         if size.is_number:
             return bool(known.lower <= size <= known.upper)
         return own is not None and bool(known.lower <= own.lower and own.upper <= known.upper)
-
-
-def _symbols(values: Sequence[Any]) -> set[sympy.Symbol]:
-    numbers = [n for v in values for n in ((*v.shape, *v.stride()) if isinstance(v, Tensor) else (v,))]
-    return set().union(*(n.node.expr.free_symbols for n in numbers if isinstance(n, torch.SymInt)))
 
 
 def _is_ordinary(value: Any) -> bool:

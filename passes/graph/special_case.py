@@ -58,18 +58,19 @@ def as_special_case(special: Graph, general: Graph) -> SpecialCase | None:
 def can_be_compared(graph: Graph) -> bool:
     """Whether a graph holds nothing but operators that their names and arguments tell, and of which its result is made: no number
     that is read from a tensor, which would stand by its name, and nothing that is only asserted."""
-    given = {symbol for node in _placeholders(graph) for symbol in _symbols(_value(node))}
+    given = symbols_of([_value(node) for node in _placeholders(graph)])
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        if _symbols(_value(node)) - given or (not node.users and node.is_impure()):
+        if symbols_of(_value(node)) - given or (not node.users and node.is_impure()):
             return False
     return _Reading({}, _Values()).result(graph) is not None
 
 
-def _symbols(value: Any) -> set[sympy.Basic]:
+def symbols_of(value: Any) -> set[sympy.Symbol]:
+    """Those in the sizes and strides of a tensor, in a size, or in any of several values."""
     if isinstance(value, (tuple, list)):
-        return set().union(*map(_symbols, value))
+        return set().union(*map(symbols_of, value))
     numbers = (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)
     return set().union(*(n.node.expr.free_symbols for n in numbers if isinstance(n, _SIZES)))
 
