@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rewriter.kernels.context_parallel import ContextGroup
 from rewriter.passes.attention.find import find_attention
 from rewriter.passes.attention.site import AttentionSite
 from rewriter.passes.graph.canonicalize import Canonicalized
@@ -21,6 +22,7 @@ from rewriter.passes.graph.canonicalize import canonicalize
 from rewriter.passes.graph.capture import capture
 from rewriter.passes.graph.inputs import GraphInput
 from rewriter.passes.graph.inputs import source_of
+from rewriter.passes.lower.context_parallel import spread_tokens
 from rewriter.passes.lower.full import lower
 from rewriter.passes.lower.plan import PlannedSite
 from rewriter.passes.lower.plan import apply_policy
@@ -123,6 +125,7 @@ def rewrite(
     *,
     kernel: str = "auto",
     asks_whether_it_pays: bool = False,
+    context: ContextGroup | None = None,
     dump: Path | None = None,
 ) -> Rewritten:
     """Runs all passes over a Dynamo graph.
@@ -130,13 +133,15 @@ def rewrite(
     Args:
         kernel: which kernels may compute its sites, one of `passes.lower.kernel.CHOICES`.
         asks_whether_it_pays: fill `will_not_pay`.
+        context: the processes that share the tokens of a text; each is given all of it, and has a part of them. Sites are
+            computed over live ranges then.
         dump: folder for the graph's code after each pass.
 
     Raises:
         PolicyError: the policy cannot be applied to these inputs.
         RewriteError: a site cannot be computed by the kernel that is asked for.
     """
-    run = _Run(dynamo_graph, example_inputs, policy, kernel=kernel, dump=dump)
+    run = _Run(dynamo_graph, example_inputs, policy, kernel=kernel if context is None else "live_range", dump=dump)
     loss = None
     if asks_whether_it_pays:
         try:
@@ -146,6 +151,9 @@ def rewrite(
         run.done("predict", run.module)
     lower(run.module, run.planned)
     run.done("lower", run.module)
+    if context is not None:
+        run.module = spread_tokens(run.module, run.planned, context)
+        run.done("spread-tokens", run.module)
     return Rewritten(**run.found(), will_not_pay=loss)
 
 

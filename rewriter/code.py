@@ -36,6 +36,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.experimental.symbolic_shapes import StatelessSymbolicContext
 from torch.fx.passes.split_module import split_module
 
+from rewriter.kernels import context_parallel
 from rewriter.passes.graph.regions import FEWEST
 from rewriter.passes.graph.regions import share_layers
 from rewriter.passes.graph.repeated_calls import tracing_state
@@ -77,7 +78,9 @@ def _compiled_by_layer(
 
 
 def _is_distributed(node: Node) -> bool:
-    """Whether a node takes or gives DTensors, those of tensor parallelism."""
+    """Whether a node communicates with other processes: by itself, or as it takes or gives DTensors (tensor parallelism)."""
+    if node.target in context_parallel.OPERATORS:
+        return True
     values = pytree.tree_leaves([n.meta.get("val") for n in (node, *node.all_input_nodes)])
     return node.op in ("call_function", "call_method") and any(is_dtensor(value) for value in values)
 
@@ -98,6 +101,10 @@ def _compiled_in_pieces(module: GraphModule, example_inputs: Sequence[Any]) -> C
     places: dict[Node, int] = {}
     last = False
     for node in module.graph.nodes:
+        if "val" in node.meta:
+            node.meta["example_value"] = node.meta[
+                "val"
+            ]  # by which parts are given the symbols of sizes that they need
         distributed = _is_distributed(node)
         place += distributed != last
         places[node], last = place, distributed

@@ -33,6 +33,7 @@ from rewriter.generation.model_facts import returns_dict
 from rewriter.generation.model_facts import signature_of
 from rewriter.generation.model_facts import takes_more_than_text
 from rewriter.generation.model_facts import takes_use_cache
+from rewriter.kernels.context_parallel import ContextGroup
 from rewriter.kernels.cpu import native
 from rewriter.passes import Analysed
 from rewriter.passes import Answer
@@ -43,6 +44,7 @@ from rewriter.progress import Progress
 from rewriter.report import Report
 from rewriter.report import Subject
 from rewriter.saved_model import write
+from rewriter.sharding import check_call
 from rewriter.sharding import holds_dtensors
 from rewriter.sharding import is_gathered_by_fully_shard
 from rewriter.sharding import let_dynamo_guard
@@ -85,6 +87,7 @@ class OptimizedModel(ModelWrapper):
     _code: CodeOfGraphs
     _compiled_model: tuple[nn.Module]
     _constants: dict[str, tuple[Tensor, int]]
+    _context: ContextGroup | None
     _decoder: Decoder | None
     _has_output_hooks: bool
     _has_run: list[bool]
@@ -120,6 +123,7 @@ class OptimizedModel(ModelWrapper):
         self._has_run = [False]  # in a list, which is shared with `base_model`; so is the next
         self._asks_whether_it_pays = [True]
         self._base = None
+        self._context = None
         self._compile()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,6 +168,7 @@ class OptimizedModel(ModelWrapper):
             )
             known.report, known.policy_parameters, known._has_run = self.report, self.policy_parameters, self._has_run
             known._asks_whether_it_pays = self._asks_whether_it_pays
+            known._context = self._context
             prefix = re.compile(rf"(^| ){re.escape(self.model.base_model_prefix)}\.")
             known._parameter_sites = {k: prefix.sub(r"\1", name) for k, name in self._parameter_sites.items()}
             self.__dict__["_base"] = known
@@ -212,6 +217,7 @@ class OptimizedModel(ModelWrapper):
         )
         # Which sites these are is said by the first call: their names are others without the adapters.
         own.policy_parameters = self.policy_parameters
+        own._context = self._context
         return own
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -237,6 +243,9 @@ class OptimizedModel(ModelWrapper):
     def _run_as_asked(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
         """Over the cache that is given, or the whole text, with a cache or without."""
         cache = given.get("past_key_values")
+        if self._context is not None:
+            check_call(self._context, self, given)
+            return self._run((), {**given, "use_cache": False} if takes_use_cache(self.model) else given)
         if cache is not None and (_is_own(cache) or not self.policy.is_lossless):
             from rewriter.generation.generate import cached_forward
 
@@ -531,8 +540,13 @@ class OptimizedModel(ModelWrapper):
         """The decoder of the model as it is now; made when first asked for.
 
         Raises:
-            CacheError: the weights are in pieces, or the model cannot go on from a cache.
+            CacheError: the weights or the tokens are in pieces, or the model cannot go on from a cache.
         """
+        if self._context is not None:
+            raise CacheError(
+                f"the tokens of a text are spread over {self._context.size} processes (context parallelism), which no cache "
+                "takes; generate with a model in one process: rewriter.optimize(fast.model, fast.policy)"
+            )
         decoder = self._decoder
         if decoder is None or decoder.model is not self.model or not decoder.is_current:
             if is_gathered_by_fully_shard(self.model) and holds_dtensors(self.model):
@@ -560,6 +574,11 @@ class OptimizedModel(ModelWrapper):
         self._warn_of_refusals(result)
         self._check_parameter_sites(result)
         self.report.add(result)
+
+    def spread_context(self, group: ContextGroup) -> None:
+        """Each process of the group computes a part of the tokens of a text from now on; see `rewriter.distribute`."""
+        self._context = group
+        self._compile()
 
     def _with_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Positions are places in the cache; the graph needs to see where the model would have read them."""
@@ -632,7 +651,13 @@ class OptimizedModel(ModelWrapper):
         self._progress.doing("proving masks and rewriting attention")
         asks = self._asks_whether_it_pays[0] and not self.policy.is_lossless
         result = rewrite(
-            graph, example_inputs, self.policy, kernel=self.kernel, asks_whether_it_pays=asks, dump=self.dump
+            graph,
+            example_inputs,
+            self.policy,
+            kernel=self.kernel,
+            asks_whether_it_pays=asks,
+            context=self._context,
+            dump=self.dump,
         )
         self._take(result)
         if result.will_not_pay is not None:
@@ -717,7 +742,8 @@ class OptimizedModel(ModelWrapper):
         return self.report._repr_html_()
 
     def extra_repr(self) -> str:
-        return f"policy={self.policy}, backend={self.backend!r}"
+        context = "" if self._context is None else f", tokens over {self._context.size} processes"
+        return f"policy={self.policy}, backend={self.backend!r}{context}"
 
 
 _COMPUTES = re.compile("generate_batch|get_.*_features|encode_.*")

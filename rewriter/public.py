@@ -10,6 +10,7 @@ from rewriter.chunked.calibrate import Calibrate
 from rewriter.chunked.policy import ChunkedEviction
 from rewriter.comparison import Comparison
 from rewriter.comparison import compare
+from rewriter.distributed import distribute
 from rewriter.errors import ArtifactError
 from rewriter.errors import AttentionInputError
 from rewriter.errors import CacheError
@@ -58,6 +59,7 @@ __all__ = [
     "SpeedWarning",
     "VerifyError",
     "compare",
+    "distribute",
     "explain",
     "from_pretrained",
     "optimize",

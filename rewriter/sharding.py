@@ -1,4 +1,5 @@
-"""Models whose weights are spread over processes by torch: `fully_shard` (FSDP2), and tensor parallelism (`parallelize_module`).
+"""Models spread over processes: weights by torch, `fully_shard` (FSDP2) and tensor parallelism (`parallelize_module`), and the
+tokens of a text, context parallelism.
 
 `fully_shard(fast)` gathers all weights when an optimized model is called, and frees them after: the call in between is captured
 as ever. On parts of a model it gathers them while the model runs, by hooks that no graph can hold. In tensor parallelism
@@ -9,10 +10,17 @@ graph as the model wrote them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rewriter.errors import RewriteError
+from rewriter.kernels.context_parallel import ContextGroup
+from rewriter.kernels.context_parallel import process_group
 
 _MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
 _MANAGED = "_rewriter_gathered_by_fully_shard"
@@ -56,3 +64,44 @@ def arrived(value: Any) -> Any:
 def holds_dtensors(model: nn.Module) -> bool:
     """Whether weights are in pieces now: not gathered by `fully_shard`, or each process's own in tensor parallelism."""
     return any(map(is_dtensor, model.parameters()))
+
+
+def check_call(context: ContextGroup, model: nn.Module, given: Mapping[str, Any]) -> None:
+    """A call whose tokens are spread over processes.
+
+    Args:
+        given: its arguments, by name.
+
+    Raises:
+        RewriteError: it asks for a cache, processes are given different arguments, or nobody would bring gradients together.
+    """
+    if given.get("use_cache") or given.get("past_key_values") is not None:
+        raise RewriteError(
+            "in context parallelism each process has a part of the keys, and none a cache of all; leave use_cache and "
+            "past_key_values out"
+        )
+    brought_together = is_gathered_by_fully_shard(model) or DistributedDataParallel._get_active_ddp_module()
+    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+    if learns and not brought_together:
+        raise RewriteError(
+            "in context parallelism each process has the gradients of its own tokens, and nothing here brings them together; "
+            "distribute with shard=True, put DistributedDataParallel around the model, or call it under torch.no_grad()"
+        )
+    own = [(name, _digest(value)) for name, value in given.items()]
+    all_given: list[Any] = [None] * context.size
+    torch.distributed.all_gather_object(all_given, own, group=process_group(context.name))
+    if any(other != all_given[0] for other in all_given):
+        names = sorted({name for other in all_given for name, _ in set(other) ^ set(all_given[0])})
+        raise RewriteError(
+            f"processes of one cp dimension are given the same whole texts, and {', '.join(names)} differ between them; let one "
+            "process read the batch and broadcast it, or give a sampler the rank along 'dp' alone"
+        )
+
+
+def _digest(value: Any) -> str:
+    """What tells an argument from another: of a tensor its sizes, and a sum of its values, each times a number of its place."""
+    if not isinstance(value, Tensor):
+        return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
+    flat = value.detach().flatten().double()
+    places = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float64)
+    return f"{value.dtype} {list(value.shape)} {float((flat * torch.cos(places)).sum())!r} {float(flat.sum())!r}"

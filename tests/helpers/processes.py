@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ def _run(rank: int, number: int, folder: Path, file: str, name: str, arguments: 
         spec = importlib.util.spec_from_file_location("called_in_processes", file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where Dynamo looks for it
         spec.loader.exec_module(module)
         torch.save(getattr(module, name)(rank, *arguments), folder / f"{rank}.pt")
     finally:

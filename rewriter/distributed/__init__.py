@@ -1,0 +1,7 @@
+"""Several processes: the parts of a model, of a batch and of a text that each of them has."""
+
+from __future__ import annotations
+
+from rewriter.distributed.distribute import distribute
+
+__all__ = ["distribute"]
