@@ -579,6 +579,27 @@ def given_masks(read: Results) -> str:
     return markdown(("tokens", "mask", "given as", "of the original", "of `torch.compile`"), rows)
 
 
+def context_parallel_counted(read: Results) -> str:
+    """`context_parallel.py`, without processes."""
+    rows = read("context-parallel")["counted"]
+    sizes = sorted({row["processes"] for row in rows})
+    table = []
+    for mask in dict.fromkeys(row["mask"] for row in rows):
+        own = {row["processes"]: row for row in rows if row["mask"] == mask}
+        cells = [f"{own[size]['of_ring']:.1%}, {own[size]['busiest']:.2f}" for size in sizes]
+        table.append((mask, *cells))
+    return markdown(("mask", *(f"{size} processes: keys sent, busiest" for size in sizes)), table)
+
+
+def context_parallel(read: Results) -> str:
+    """`context_parallel.py`, over two processes."""
+    rows = []
+    for row in read("context-parallel")["measured"]:
+        speed = row["seconds"]["alone"] / row["seconds"]["spread"]
+        rows.append((row["policy"], f"{row['length']:,}", f"{speed:.2f}x", f"{row['sent'] / row['counted']:.3f}"))
+    return markdown(("policy", "tokens", "speed of two", "bytes sent, of those counted"), rows)
+
+
 def proofs(read: Results) -> str:
     """`tests/soundness/proofs.py`."""
     rows = []
@@ -666,6 +687,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "retrieval": retrieval,
     "retrieval-by-depth": retrieval_by_depth,
     "soundness": soundness,
+    "context-parallel": context_parallel,
+    "context-parallel-counted": context_parallel_counted,
     "given-masks": given_masks,
     "proofs": proofs,
     "zoo": zoo,

@@ -293,7 +293,13 @@ class _Spread(Interpreter):
             (first,) = (n for n in given if n is arguments["input"])
             if self._dim(first) >= len(shape(first)) - len(arguments["normalized_shape"]):  # type: ignore[operator]
                 raise _MixesTokens("normalizes over tokens")
+        elif name == "aten::index":
+            places = arguments["indices"][: self._dim(arguments["self"]) + 1]  # type: ignore[operator]
+            if len(given) > 1 or (len(places) > self._dim(arguments["self"]) and places[-1] is not None):  # type: ignore[operator]
+                raise _MixesTokens("chooses among the tokens")
         elif name in _ALONG_DIM:
+            if len({self._dim(n) for n in given}) > 1:
+                raise _MixesTokens("combines different tokens")
             along = arguments.get("dim")
             for n in given:
                 chosen = list(along) if isinstance(along, (list, tuple)) else [] if along is None else [along]
@@ -410,24 +416,17 @@ _OF_ALL_TOKENS = {torch.ops.rewriter.running_topk_end.default}
 _SUMS = {aten.sum.default, aten.mean.default}
 _LOSSES = {aten.cross_entropy_loss.default}
 
-_POINTWISE = {
-    f"aten::{name}" for name in ("dropout", "native_dropout", "to", "_to_copy", "clone", "contiguous", "detach")
-} | {
-    f"aten::{name}"
-    for name in (
-        "alias",
-        "expand",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-        "type_as",
-        "__or__",
-        "__and__",
-        "__xor__",
-    )
-}
-_RESHAPES = {f"aten::{name}" for name in ("view", "reshape", "_unsafe_view", "flatten", "unflatten")}
+
+def _aten(names: str) -> frozenset[str]:
+    return frozenset(f"aten::{name}" for name in names.split())
+
+
+_POINTWISE = _aten(
+    "dropout native_dropout to _to_copy clone contiguous detach alias expand type_as __or__ __and__ __xor__ "
+    "zeros_like ones_like full_like empty_like"
+)
+"""Besides those that torch calls so."""
+_RESHAPES = _aten("view reshape _unsafe_view flatten unflatten")
 _PRODUCTS = {
     "aten::linear": ("input", "weight"),
     "aten::matmul": ("self", "other"),
@@ -436,28 +435,15 @@ _PRODUCTS = {
     "aten::addmm": ("mat1", "mat2"),
     "aten::baddbmm": ("batch1", "batch2"),
 }
-_NORMALIZED = {"aten::layer_norm", "aten::rms_norm"}
-_ALONG_DIM = {
-    f"aten::{name}"
-    for name in (
-        "mean",
-        "sum",
-        "amax",
-        "amin",
-        "var",
-        "softmax",
-        "log_softmax",
-        "slice",
-        "select",
-        "split",
-        "chunk",
-        "cat",
-    )
-} | {
-    f"aten::{name}"
-    for name in ("split_with_sizes", "unbind", "squeeze", "topk", "argmax", "cumsum", "glu", "stack", "norm")
-}
-_BY_OUTPUT = {
-    f"aten::{name}" for name in ("transpose", "permute", "t", "unsqueeze", "movedim", "embedding", "repeat")
-} | {f"aten::{name}" for name in ("new_zeros", "new_ones", "new_full", "new_empty")}
-"""Moves of dimensions and the like: right where the result has one dimension of tokens."""
+"""Their operands. The first one has the tokens, in another dimension than the last, which is summed over."""
+_NORMALIZED = _aten("layer_norm rms_norm")
+_ALONG_DIM = _aten(
+    "mean sum amax amin var norm linalg_vector_norm softmax log_softmax topk argmax cumsum glu "
+    "slice select split split_with_sizes chunk unbind squeeze cat stack repeat_interleave "
+    "slice_scatter gather scatter scatter_add"
+)
+"""Right along any dimension but that of tokens."""
+_BY_OUTPUT = _aten(
+    "transpose permute t unsqueeze movedim embedding repeat view_as_complex view_as_real new_zeros new_ones new_full new_empty"
+)
+"""Right where the result has one dimension of tokens."""

@@ -61,6 +61,10 @@ CHANGES: dict[str, Callable[[Any], None]] = {
         s["layers"][-1].update(capture=1 + s["layers"][-1]["capture"]),
         s["rows"][0].update(one=99.0),
     ),
+    "context-parallel": lambda s: (
+        s["counted"][0].update(of_ring=9.0),
+        s["measured"][0].update(sent=9),
+    ),
     "crossover-cpu": lambda s: s["forward"][0].update(seconds=9.0),
     "engines": lambda s: (
         s["models"]["GPT-2"]["engines"]["forward"].update(layers=1),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -110,6 +112,20 @@ def test_long_context(capsys: pytest.CaptureFixture[str]) -> None:
     assert 81 <= first < 1500 / 4
     assert ids.size(1) > 48
     assert ids[0, :48].tolist() == reading.query_ids[0].tolist()
+
+
+def test_spread_a_text() -> None:
+    """The losses are those of one process."""
+    losses = []
+    for size in (1, 2):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        options = ["--length", "256", "--window", "32", "--steps", "2", "--backend", "eager"]
+        example = [str(FOLDER / "spread_a_text.py"), *options]
+        run = subprocess.run([sys.executable, *command, *example], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr[-2000:]
+        found = re.findall(rf"step \d: loss ([\d.]+) of 256 tokens over {size} processes", run.stdout)
+        losses.append([float(loss) for loss in found])
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], abs=2e-4)
 
 
 def test_export_and_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
