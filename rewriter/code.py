@@ -198,8 +198,14 @@ class CodeOfSizes:
         self._first: tuple[int, ...] = ()  # of each input, the first one that is the same tensor
         self._state: tuple[Any, ...] = ()
         self._present: Callable[..., Any] | None = None  # the code of the last call
+        self._one_at_a_time = threading.Lock()  # threads may have a decoder in common, and each its cache
 
     def __call__(self, *tensors: Tensor) -> Any:
+        with self._one_at_a_time:
+            code = self._code_for(tensors)
+        return code(*tensors)
+
+    def _code_for(self, tensors: Sequence[Tensor]) -> Callable[..., Any]:
         if len(self._last) != len(tensors):
             self._last, self._kinds, self._first = [_none] * len(tensors), [None] * len(tensors), (0,) * len(tensors)
         changed = [n for n, (tensor, last) in enumerate(zip(tensors, self._last, strict=True)) if last() is not tensor]
@@ -214,7 +220,7 @@ class CodeOfSizes:
             self._state, self._present = tracing_state(), None
         if self._present is None:  # only now: hundreds of sizes are slow to hash
             self._present = self._fitting(tensors).call
-        return self._present(*tensors)
+        return self._present
 
     def _fitting(self, tensors: Sequence[Tensor]) -> _Code:
         """Code for these tensors; it is made if there is none."""

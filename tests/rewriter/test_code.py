@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rewriter.passes.graph.repeated_calls import tracing_state
 from torch import Tensor
 from torch import nn
 from torch._inductor.graph import GraphLowering
@@ -385,6 +387,35 @@ def test_the_first_sizes_may_have_code_of_their_own(made: list[int]) -> None:
         x = torch.randn(rows, tokens)
         torch.testing.assert_close(code(x, y)[0], x * y)
         assert len(made) == expected
+
+
+def test_threads_may_call_one_code_with_sizes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread is stopped where it has compared its tensors, until another one has been through, or cannot get in."""
+    code = CodeOfSizes(torch.fx.symbolic_trace(lambda x, y: (x * y,)))
+    y, is_inside, is_through = torch.randn(3), threading.Event(), threading.Event()
+    found: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def call(name: str, rows: int) -> None:
+        found[name] = code(torch.ones(rows, 3), y)[0]
+
+    def stop() -> Any:
+        if threading.current_thread().name == "first":
+            is_inside.set()
+            is_through.wait(1.0)
+        return tracing_state()
+
+    for rows in (2, 5):
+        call("before", rows)
+    monkeypatch.setattr("rewriter.code.tracing_state", stop)
+    first = threading.Thread(target=call, args=("first", 2), name="first")
+    first.start()
+    is_inside.wait()
+    second = threading.Thread(target=lambda: (call("second", 5), is_through.set()))
+    second.start()
+    first.join()
+    second.join()
+    assert torch.equal(found["first"], y.expand(2, 3)) and torch.equal(found["second"], y.expand(5, 3))
 
 
 @torch.no_grad()
