@@ -11,6 +11,7 @@ from rewriter.chunked.policy import ChunkedEviction
 from rewriter.comparison import Comparison
 from rewriter.comparison import compare
 from rewriter.distributed import distribute
+from rewriter.distributed import for_checkpoint
 from rewriter.errors import ArtifactError
 from rewriter.errors import AttentionInputError
 from rewriter.errors import CacheError
@@ -61,6 +62,7 @@ __all__ = [
     "compare",
     "distribute",
     "explain",
+    "for_checkpoint",
     "from_pretrained",
     "optimize",
     "stream",

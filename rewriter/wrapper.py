@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from rewriter.errors import RewriteError
+
 OWN_PARAMETERS = "policy_parameters"
 """Under this name a state dict holds what the policy adds to the model's parameters."""
 
@@ -112,6 +114,13 @@ class ModelWrapper(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The usual way compares `__class__` with the type, and these differ here.
         return _blank, (type(self),), self.__getstate__()
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Asked by torch.distributed.checkpoint, which would look names of the state dict up in the wrapper."""
+        raise RewriteError(
+            "torch.distributed.checkpoint looks parameters up by their names, which are those of the model inside of an optimized "
+            "model; give get_state_dict, set_state_dict and the like rewriter.for_checkpoint(fast) in its place"
+        )
 
     def _get_name(self) -> str:
         """The model's: transformers' Trainer knows by it how labels are shifted."""

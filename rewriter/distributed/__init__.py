@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rewriter.distributed.checkpoints import for_checkpoint
 from rewriter.distributed.distribute import distribute
 
-__all__ = ["distribute"]
+__all__ = ["distribute", "for_checkpoint"]
