@@ -88,13 +88,18 @@ def check_call(context: ContextGroup, model: nn.Module, given: Mapping[str, Any]
             "distribute with shard=True, put DistributedDataParallel around the model, or call it under torch.no_grad()"
         )
     own = [(name, _digest(value)) for name, value in given.items()]
+    own += [
+        ("model and policy", f"{model._get_name()} {model.extra_repr()}"),
+        ("training or evaluation", f"{model.training}, {torch.is_grad_enabled()}"),
+    ]
     all_given: list[Any] = [None] * context.size
     torch.distributed.all_gather_object(all_given, own, group=process_group(context.name))
     if any(other != all_given[0] for other in all_given):
         names = sorted({name for other in all_given for name, _ in set(other) ^ set(all_given[0])})
         raise RewriteError(
-            f"processes of one cp dimension are given the same whole texts, and {', '.join(names)} differ between them; let one "
-            "process read the batch and broadcast it, or give a sampler the rank along 'dp' alone"
+            f"processes of one cp dimension take the same policy and model, and are given the same whole texts, and "
+            f"{', '.join(names)} differ between them; let one process read the batch and broadcast it, or give a sampler the "
+            "rank along 'dp' alone"
         )
 
 

@@ -118,8 +118,8 @@ class ModelWrapper(nn.Module):
     def _fqn_modifiers(self) -> dict[str, str]:
         """Asked by torch.distributed.checkpoint, which would look names of the state dict up in the wrapper."""
         raise RewriteError(
-            "torch.distributed.checkpoint looks parameters up by their names, which are those of the model inside of an optimized "
-            "model; give get_state_dict, set_state_dict and the like rewriter.for_checkpoint(fast) in its place"
+            "torch.distributed.checkpoint looks parameters up by their names, which are those of the model inside; "
+            "give get_state_dict, set_state_dict and the like rewriter.for_checkpoint(fast) in its place"
         )
 
     def _get_name(self) -> str:

@@ -111,6 +111,11 @@ class _Spread(Interpreter):
         bounds = list(dict.fromkeys((node.args[3], node.args[4]) for node in sites))
         known = [pair for pair in bounds if not set(pair) & self.learned]
         first = _above(node for pair in known for node in pair)
+        for node in nodes:
+            if node not in first and _writes(node) and first.intersection(node.all_input_nodes):
+                raise RewriteError(
+                    f"{_name(node)} writes into what the model's masks are made of; please report this, with the model"
+                )
         for node in nodes:  # what says how tokens are shared comes before all that has some
             if node in first and node not in self.env:
                 self.env[node] = self.run_node(node)
@@ -134,6 +139,7 @@ class _Spread(Interpreter):
             if n.target in _OF_ALL_TOKENS:
                 return self._call(n, own=False)
             if not self._goes_on_with_own_tokens(n, given):
+                self._check_same_everywhere(n)
                 return self._call(n, own=False)
             try:
                 return self._of_own_tokens(n)
@@ -150,6 +156,20 @@ class _Spread(Interpreter):
         if any(other in self.own for other in given):
             return True
         return node in self.learned and any(self._dim(other) is not None for other in given)
+
+    def _check_same_everywhere(self, node: Node) -> None:
+        """Raises where what each process computes of the whole text differs from process to process."""
+        if (
+            not isinstance(node.target, torch._ops.OpOverload)
+            or torch.Tag.nondeterministic_seeded not in node.target.tags
+        ):
+            return
+        arguments = _arguments(node)
+        if arguments.get("train") is not False and arguments.get("p") != 0:
+            raise RewriteError(
+                f"{_name(node)} makes random numbers of its own in each process, where context parallelism needs the same "
+                "in all; make them outside of the model, and give them to it"
+            )
 
     def _of_own_tokens(self, node: Node) -> Any:
         if node.target in _SUMS:
@@ -256,6 +276,8 @@ class _Spread(Interpreter):
         logits, target = (self._with_own_tokens(options[name]) for name in ("self", "target"))
         if options["weight"] is not None or target.is_floating_point():
             raise _MixesTokens("has weights of classes, or probabilities for targets")
+        if self._dim(options["self"]) == 1 or None in (self._dim(options["self"]), self._dim(options["target"])):
+            raise _MixesTokens("chooses among the tokens")
         ignored = options["ignore_index"]
         total = aten.cross_entropy_loss(logits, target, None, 2, ignored, options["label_smoothing"])
         total = torch.ops.rewriter.sum_over_processes(total, self.group.name)
@@ -274,10 +296,10 @@ class _Spread(Interpreter):
         if None in dims:
             raise _MixesTokens("reads several tokens, or loses them")
         arguments = _arguments(node)
-        if node.target._schema.is_mutable:
+        if _writes(node):
             raise _MixesTokens("writes into a tensor")
         if name in _POINTWISE or _is_pointwise(node.target):
-            from_right = {len(shape(n)) - self._dim(n) for n in given}  # type: ignore[operator]
+            from_right = {self._dim_from_right(n) for n in given}
             from_right |= {r.dim() - d for r, d in zip(results, dims, strict=True)}  # type: ignore[operator]
             if len(from_right) > 1:
                 raise _MixesTokens("combines different tokens")
@@ -289,6 +311,11 @@ class _Spread(Interpreter):
             first, second = (arguments[operand] for operand in _PRODUCTS[name])
             if self._dim(second) is not None or self._dim(first) == len(shape(first)) - 1:
                 raise _MixesTokens("sums over tokens")
+            if any(n is not first and self._dim_from_right(n) != results[0].dim() - dims[0] for n in given):  # type: ignore[operator]
+                raise _MixesTokens("combines different tokens")
+        elif name == "aten::embedding":
+            if self._dim(arguments["weight"]) is not None:
+                raise _MixesTokens("chooses among the tokens")
         elif name in _NORMALIZED:
             (first,) = (n for n in given if n is arguments["input"])
             if self._dim(first) >= len(shape(first)) - len(arguments["normalized_shape"]):  # type: ignore[operator]
@@ -333,6 +360,9 @@ class _Spread(Interpreter):
         if isinstance(value, (list, tuple)):
             value = next((v for v in value if isinstance(v, Tensor)), None)
         return self._dim_of(value) if isinstance(value, Tensor) else None
+
+    def _dim_from_right(self, node: Node) -> int:
+        return len(shape(node)) - self._dim(node)  # type: ignore[operator]
 
     def _dim_of(self, value: Tensor) -> int | None:
         """The dimension of tokens."""
@@ -392,6 +422,10 @@ def _product(sizes: Iterable[Any]) -> sympy.Expr:
     return sympy.expand(math.prod((_expression(size) for size in sizes), start=sympy.Integer(1)))
 
 
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def _is_pointwise(target: torch._ops.OpOverload) -> bool:
     """By torch's tag, of an operator or of one that it is composed of: another overload."""
     packet = target.overloadpacket
@@ -444,6 +478,6 @@ _ALONG_DIM = _aten(
 )
 """Right along any dimension but that of tokens."""
 _BY_OUTPUT = _aten(
-    "transpose permute t unsqueeze movedim embedding repeat view_as_complex view_as_real new_zeros new_ones new_full new_empty"
+    "transpose permute t unsqueeze movedim repeat view_as_complex view_as_real new_zeros new_ones new_full new_empty"
 )
 """Right where the result has one dimension of tokens."""

@@ -163,6 +163,10 @@ class Mixes(nn.Module):
             x = torch.cat((x[:, :1], x[:, :-1]), dim=1)
         if self.how == "reshape":
             x = x.reshape(x.size(0), 32, -1).transpose(1, 2)
+        if self.how == "embedding":
+            x = torch.nn.functional.embedding(input_ids[0] % 8, x[0])[None]
+        if self.how == "noise":
+            x = x * (torch.rand(input_ids.shape) > 0.5)[..., None]
         if self.how == "norm":
             x = torch.nn.functional.softmax(x, dim=1)
         heads = self.project(x).unflatten(2, (4, 8)).transpose(1, 2)
@@ -170,12 +174,12 @@ class Mixes(nn.Module):
         return y.transpose(1, 2).flatten(2)
 
 
-HOWS = ("conv", "cumsum", "mean", "shift", "reshape", "norm")
+HOWS = ("conv", "cumsum", "mean", "shift", "reshape", "norm", "embedding")
 
 
 def mix(rank: int) -> dict[str, str]:
     found = {}
-    for how in HOWS:
+    for how in (*HOWS, "noise"):
         fast = rewriter.distribute(rewriter.optimize(Mixes(how), backend="eager"), mesh_of(2), shard=False)
         with torch.no_grad(), pytest.raises(rewriter.RewriteError) as error:
             fast(padded()["input_ids"])
@@ -188,6 +192,7 @@ def test_what_is_computed_of_several_tokens_is_an_error() -> None:
         assert all(
             found[how].startswith("context parallelism spreads tokens over processes, and aten.") for how in HOWS
         )
+        assert "makes random numbers of its own" in found["noise"]
         assert "conv1d" in found["conv"] and "cumsum" in found["cumsum"] and "softmax" in found["norm"]
 
 
@@ -202,6 +207,9 @@ def misuse(rank: int) -> dict[str, str]:
         "generate": lambda: fast.generate(input_ids=tokens, max_new_tokens=2),
         "names": lambda: rewriter.distribute(fast, mesh_of(2, names=("rows",))),
         "model": lambda: rewriter.distribute(llama(), mesh),  # type: ignore[arg-type]
+        "policies": lambda: rewriter.distribute(
+            optimized(SlidingWindow(4 + rank), llama(), "eager"), mesh, shard=False
+        )(input_ids=tokens),
         "plan": lambda: rewriter.distribute(fast, mesh, tp_plan={}),
     }
     found = {}
@@ -219,6 +227,7 @@ def test_misuse_is_an_error_in_each_process() -> None:
     for found in in_processes(misuse):
         assert "38 tokens cannot be cut into 4 equal parts" in found["length"]
         assert "input_ids differ between them" in found["differ"]
+        assert "model and policy differ between them" in found["policies"]
         assert "leave use_cache" in found["cache"] and "in one process" in found["generate"]
         assert "'dp', 'cp', 'tp'" in found["names"] and "got LlamaForCausalLM" in found["model"]
         assert "needs both" in found["plan"] and "nothing here brings them together" in found["gradients"]
