@@ -17,6 +17,7 @@ import torch.utils.weak
 from rewriter.kernels.arguments import AttentionArguments
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ContextGroup:
     Attributes:
         name: of the process group, as torch.distributed's functional collectives know it.
         rank, size: this process, and how many there are.
+        brings_gradients_together: whether `fully_shard` sums the gradients of all of them.
         gathers_outputs: whether what the model returns for each token, logits say, is brought together in each process; each
             has those of its own tokens otherwise.
     """
@@ -33,6 +35,7 @@ class ContextGroup:
     name: str
     rank: int
     size: int
+    brings_gradients_together: bool = False
     gathers_outputs: bool = True
 
     @property
@@ -60,34 +63,34 @@ def share_tokens(
     Returns:
         int64 `[size, S / size]`, each row ascending.
     """
-    cost = torch.zeros(num_tokens, dtype=torch.float64)
+    cost = torch.zeros(num_tokens, dtype=torch.int64)  # whole numbers, that no machine rounds otherwise than another
     for first, last in zip(start, end, strict=True):
         cost += _live_pairs(first, last, num_tokens)
     if not start:
-        cost = torch.arange(num_tokens, dtype=torch.float64)
+        cost = torch.arange(num_tokens)
     chunks = cost.view(2 * size, -1).sum(dim=1)
     order = chunks.argsort(stable=True)
     pairs = torch.stack((order[:size], order.flip(0)[:size]), dim=1).sort(dim=1).values
     pairs = pairs[pairs[:, 0].argsort()]
     neighbours = torch.arange(2 * size).view(size, 2)
-    if chunks[neighbours].sum(dim=1).max() <= _NEARLY * chunks[pairs].sum(dim=1).max():
+    if 100 * int(chunks[neighbours].sum(dim=1).max()) <= _NEARLY * int(chunks[pairs].sum(dim=1).max()):
         pairs = neighbours
     within = torch.arange(num_tokens // (2 * size))
     tokens = (pairs[:, :, None] * within.numel() + within).flatten(1)
     return tokens.to(device)
 
 
-_NEARLY = 1.02
-"""Of the least cost, what neighbours may cost."""
+_NEARLY = 102
+"""Per cent of the least cost, what neighbours may cost."""
 
 
 def _live_pairs(start: Tensor, end: Tensor, num_tokens: int) -> Tensor:
-    """float64 `[S]`, on the CPU: the keys that each row sees, in the mean over batch and heads."""
+    """int64 `[S]`, on the CPU: 256 times the keys that each row sees, in the mean over batch and heads."""
     begins, ends = (bound.flatten(0, 1).clamp(0, num_tokens).long() for bound in torch.broadcast_tensors(start, end))
-    lives = (begins < ends).double()
-    change = torch.zeros(num_tokens + 1, dtype=torch.float64, device=start.device)
+    lives = (begins < ends).long()
+    change = torch.zeros(num_tokens + 1, dtype=torch.int64, device=start.device)
     change.index_add_(0, begins.flatten(), lives.flatten()).index_add_(0, ends.flatten(), -lives.flatten())
-    return change.cumsum(0)[:-1].cpu() / begins.size(0)
+    return change.cumsum(0)[:-1].cpu() * 256 // begins.size(0)
 
 
 def needed_keys(start: Tensor, end: Tensor, tokens: Tensor) -> Tensor:
@@ -226,6 +229,7 @@ class _ContextAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, start, end, bias, sinks, output, lse, *away = ctx.saved_tensors
         exchange, (scale, softcap) = ctx.exchange, ctx.settings
@@ -338,6 +342,7 @@ class _SumOverProcesses(torch.autograd.Function):
         return _all_reduced(x, group_name)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _all_reduced(grad, ctx.group_name), None
 
@@ -366,6 +371,7 @@ class _GatherTokens(torch.autograd.Function):
         return whole.index_select(0, tokens.flatten().argsort()).movedim(0, dim).contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
         group = process_group(ctx.group_name)

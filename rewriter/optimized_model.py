@@ -578,6 +578,7 @@ class OptimizedModel(ModelWrapper):
     def spread_context(self, group: ContextGroup) -> None:
         """Each process of the group computes a part of the tokens of a text from now on; see `rewriter.distribute`."""
         self._context = group
+        self.__dict__["_base"] = None
         self._compile()
 
     def _with_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -608,6 +609,7 @@ class OptimizedModel(ModelWrapper):
             "_base": None,
             "_compiled_model": None,
             "_constants": {},
+            "_context": None,
             "report": Report(subject=self.report.subject),
         }
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
 from rewriter.errors import RewriteError
 from rewriter.kernels.context_parallel import ContextGroup
@@ -67,7 +69,7 @@ def holds_dtensors(model: nn.Module) -> bool:
 
 
 def check_call(context: ContextGroup, model: nn.Module, given: Mapping[str, Any]) -> None:
-    """A call whose tokens are spread over processes.
+    """A call whose tokens are spread over processes. All of them raise, or none.
 
     Args:
         given: its arguments, by name.
@@ -75,27 +77,17 @@ def check_call(context: ContextGroup, model: nn.Module, given: Mapping[str, Any]
     Raises:
         RewriteError: it asks for a cache, processes are given different arguments, or nobody would bring gradients together.
     """
-    if given.get("use_cache") or given.get("past_key_values") is not None:
-        raise RewriteError(
-            "in context parallelism each process has a part of the keys, and none a cache of all; leave use_cache and "
-            "past_key_values out"
-        )
-    brought_together = is_gathered_by_fully_shard(model) or DistributedDataParallel._get_active_ddp_module()
-    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
-    if learns and not brought_together:
-        raise RewriteError(
-            "in context parallelism each process has the gradients of its own tokens, and nothing here brings them together; "
-            "distribute with shard=True, put DistributedDataParallel around the model, or call it under torch.no_grad()"
-        )
-    own = [(name, _digest(value)) for name, value in given.items()]
-    own += [
-        ("model and policy", f"{model._get_name()} {model.extra_repr()}"),
-        ("training or evaluation", f"{model.training}, {torch.is_grad_enabled()}"),
-    ]
+    own = {name: _digest(value) for name, value in given.items()}
+    own["model and policy"] = f"{model._get_name()} {model.extra_repr()}"
+    own["training or evaluation"] = f"{model.training}, {torch.is_grad_enabled()}"
+    group = process_group(context.name)
     all_given: list[Any] = [None] * context.size
-    torch.distributed.all_gather_object(all_given, own, group=process_group(context.name))
-    if any(other != all_given[0] for other in all_given):
-        names = sorted({name for other in all_given for name, _ in set(other) ^ set(all_given[0])})
+    torch.distributed.all_gather_object(all_given, (own, _reason_against(group, context, model, given)), group=group)
+    reasons = [reason for _, reason in all_given if reason is not None]
+    if reasons:
+        raise RewriteError(reasons[0])
+    names = sorted({name for other, _ in all_given for name, _ in set(other.items()) ^ set(all_given[0][0].items())})
+    if names:
         raise RewriteError(
             f"processes of one cp dimension take the same policy and model, and are given the same whole texts, and "
             f"{', '.join(names)} differ between them; let one process read the batch and broadcast it, or give a sampler the "
@@ -103,10 +95,54 @@ def check_call(context: ContextGroup, model: nn.Module, given: Mapping[str, Any]
         )
 
 
+def _reason_against(group: Any, context: ContextGroup, model: nn.Module, given: Mapping[str, Any]) -> str | None:
+    """Why a call of this process cannot be computed with its tokens spread."""
+    if given.get("use_cache") or given.get("past_key_values") is not None:
+        return (
+            "in context parallelism each process has a part of the keys, and none a cache of all; leave use_cache and "
+            "past_key_values out"
+        )
+    if not torch.is_grad_enabled():
+        return None
+    learned = [
+        n for n, value in given.items() if any(isinstance(v, Tensor) and v.requires_grad for v in tree_leaves(value))
+    ]
+    if learned:
+        return (
+            f"{', '.join(learned)} of the call require gradients, of which each process would have those of its own tokens; "
+            "compute them inside of the model that is distributed, or detach them"
+        )
+    learns = any(parameter.requires_grad for parameter in model.parameters())
+    if learns and not context.brings_gradients_together and not _is_inside_ddp(model, group):
+        return (
+            "in context parallelism each process has the gradients of its own tokens, and nothing here brings them together; "
+            "distribute with shard=True, put DistributedDataParallel around the model, over the processes of the cp dimension at "
+            "least, or call it under torch.no_grad()"
+        )
+    return None
+
+
+def _is_inside_ddp(model: nn.Module, group: Any) -> bool:
+    """Whether a DistributedDataParallel that runs now holds the model, over the processes of the group at least."""
+    outer: Any = DistributedDataParallel._get_active_ddp_module()
+    if outer is None or not any(part is model for part in outer.modules()):
+        return False
+    ranks = torch.distributed.get_process_group_ranks
+    return set(ranks(group)) <= set(ranks(outer.process_group))
+
+
 def _digest(value: Any) -> str:
-    """What tells an argument from another: of a tensor its sizes, and a sum of its values, each times a number of its place."""
-    if not isinstance(value, Tensor):
-        return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
-    flat = value.detach().flatten().double()
-    places = torch.arange(1, flat.numel() + 1, device=flat.device, dtype=torch.float64)
-    return f"{value.dtype} {list(value.shape)} {float((flat * torch.cos(places)).sum())!r} {float(flat.sum())!r}"
+    """What tells an argument from another: of tensors the sizes, and a sum of their words, each times a number of its place."""
+    leaves, structure = tree_flatten(value)
+    return f"{structure} {[_digest_of(leaf) for leaf in leaves]}"
+
+
+def _digest_of(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return repr(leaf) if isinstance(leaf, (bool, int, float, str, type(None))) else type(leaf).__name__
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = leaf.detach().contiguous().flatten()
+    flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+    bits = flat.view(words[flat.element_size()]).long()
+    places = torch.arange(1, bits.numel() + 1, device=bits.device) * 2654435761 + 12345
+    return f"{leaf.dtype} {list(leaf.shape)} {int(((bits + 40503) * places).sum())}"

@@ -112,7 +112,11 @@ class _Spread(Interpreter):
         known = [pair for pair in bounds if not set(pair) & self.learned]
         first = _above(node for pair in known for node in pair)
         for node in nodes:
-            if node not in first and _writes(node) and first.intersection(node.all_input_nodes):
+            if (
+                node not in first
+                and _writes(node)
+                and {_owner(n) for n in node.all_input_nodes} & {_owner(n) for n in first}
+            ):
                 raise RewriteError(
                     f"{_name(node)} writes into what the model's masks are made of; please report this, with the model"
                 )
@@ -138,11 +142,11 @@ class _Spread(Interpreter):
                 return self._attend(n)
             if n.target in _OF_ALL_TOKENS:
                 return self._call(n, own=False)
-            if not self._goes_on_with_own_tokens(n, given):
+            try:
+                if self._goes_on_with_own_tokens(n, given):
+                    return self._of_own_tokens(n)
                 self._check_same_everywhere(n)
                 return self._call(n, own=False)
-            try:
-                return self._of_own_tokens(n)
             except _MixesTokens as reason:
                 where = list(n.meta.get("nn_module_stack", {}).values())
                 path = where[-1][0].split("L['model'].")[-1] if where else "-"
@@ -183,12 +187,20 @@ class _Spread(Interpreter):
     def _call(self, node: Node, *, own: bool) -> Any:
         """The node's result, of own tokens or of all."""
 
-        def given(other: Any) -> Any:
-            if not isinstance(other, Node) or _is_size(other):
-                return self._size(other.meta["val"] if isinstance(other, Node) else other, own=own)
-            return self._with_own_tokens(other) if own else self._whole(other)
+        def given(name: str, value: Any) -> Any:
+            is_size_of_result = own and (name in _SIZES or (name == "end" and self._takes_all(node, _arguments(node))))
 
-        args, kwargs = pytree.tree_map_only((Node, torch.SymInt, torch.SymFloat), given, (node.args, node.kwargs))
+            def one(other: Any) -> Any:
+                if not isinstance(other, Node) or _is_size(other):
+                    size = other.meta["val"] if isinstance(other, Node) else other
+                    return self._size(size, own=is_size_of_result)
+                return self._with_own_tokens(other) if own else self._whole(other)
+
+            return pytree.tree_map_only((Node, torch.SymInt, torch.SymFloat), one, value)
+
+        names = [a.name for a in node.target._schema.arguments] if _is_operator(node) else [""] * len(node.args)  # type: ignore[union-attr]
+        args = tuple(given(name, value) for name, value in zip(names, node.args, strict=False))
+        kwargs = {name: given(name, value) for name, value in node.kwargs.items()}
         return getattr(self, node.op)(node.target, args, kwargs)
 
     def _with_own_tokens(self, node: Node) -> Any:
@@ -245,7 +257,7 @@ class _Spread(Interpreter):
                 f"{node.name} has several ranges for each key, or numbers of its own for keys, which context parallelism does "
                 "not spread; train this model without a cp dimension in the mesh"
             )
-        if any(shape(n)[2].node.expr != self.length for n in (query, key)):
+        if any(_expression(shape(n)[2]) != self.length for n in (query, key)):
             raise RewriteError(
                 f"{node.name} attends from {shape(query)[2]} rows to {shape(key)[2]} keys; context parallelism spreads "
                 "self-attention over one text"
@@ -267,8 +279,11 @@ class _Spread(Interpreter):
         (given,) = node.all_input_nodes
         if self._dim(given) is None:
             raise _MixesTokens("has lost its tokens")
-        total = torch.ops.rewriter.sum_over_processes(self._call(node, own=True), self.group.name)
-        return total / self.group.size if node.target is aten.mean.default else total
+        values = self._with_own_tokens(given)
+        total = self._sum_of_all(values)
+        if node.target is aten.mean.default:
+            total = total / (values.numel() * self.group.size)
+        return total.to(node.meta["val"].dtype)
 
     def _loss(self, node: Node) -> Any:
         """The cross entropy of all tokens: its sum, by how many count."""
@@ -279,9 +294,19 @@ class _Spread(Interpreter):
         if self._dim(options["self"]) == 1 or None in (self._dim(options["self"]), self._dim(options["target"])):
             raise _MixesTokens("chooses among the tokens")
         ignored = options["ignore_index"]
-        total = aten.cross_entropy_loss(logits, target, None, 2, ignored, options["label_smoothing"])
-        total = torch.ops.rewriter.sum_over_processes(total, self.group.name)
-        return total if options["reduction"] == 2 else total / (self._whole(options["target"]) != ignored).sum()
+        ignored = self._size(ignored.meta["val"] if isinstance(ignored, Node) else ignored, own=False)
+        losses = aten.cross_entropy_loss(logits, target, None, 0, ignored, options["label_smoothing"])
+        total = self._sum_of_all(losses)
+        if options["reduction"] == 1:
+            total = total / (self._whole(options["target"]) != ignored).sum()
+        return total.to(node.meta["val"].dtype)
+
+    def _sum_of_all(self, values: Any) -> Any:
+        """Over all processes, in fp32 at least: in 16 bits the sum over a text overflows where its mean does not."""
+        total = values.sum(
+            dtype=torch.promote_types(values.dtype, torch.float32) if values.is_floating_point() else None
+        )
+        return torch.ops.rewriter.sum_over_processes(total, self.group.name)
 
     def _check(self, node: Node) -> None:
         """Raises `_MixesTokens` unless each token of the result is computed from that token alone."""
@@ -321,11 +346,10 @@ class _Spread(Interpreter):
             if self._dim(first) >= len(shape(first)) - len(arguments["normalized_shape"]):  # type: ignore[operator]
                 raise _MixesTokens("normalizes over tokens")
         elif name == "aten::index":
-            places = arguments["indices"][: self._dim(arguments["self"]) + 1]  # type: ignore[operator]
-            if len(given) > 1 or (len(places) > self._dim(arguments["self"]) and places[-1] is not None):  # type: ignore[operator]
-                raise _MixesTokens("chooses among the tokens")
+            self._check_index(arguments, given)
         elif name in _ALONG_DIM:
-            if len({self._dim(n) for n in given}) > 1:
+            operands = [n for n in node.all_input_nodes if not _is_size(n)] if name in _ALIGNED else given
+            if len({self._dim(n) for n in operands}) > 1:
                 raise _MixesTokens("combines different tokens")
             along = arguments.get("dim")
             for n in given:
@@ -335,6 +359,15 @@ class _Spread(Interpreter):
                     raise _MixesTokens("goes along the tokens")
         elif name not in _BY_OUTPUT:
             raise _MixesTokens("is not known to compute a token from that token alone")
+
+    def _check_index(self, arguments: dict[str, Any], given: list[Node]) -> None:
+        """A look-up in a table, by indices of tokens; or in each token, by the same indices."""
+        table, dim = arguments["self"], self._dim(arguments["self"])
+        if dim is None:
+            if len({self._dim_from_right(n) for n in given}) > 1:
+                raise _MixesTokens("combines different tokens")
+        elif given != [table] or (len(arguments["indices"]) > dim and arguments["indices"][dim] is not None):
+            raise _MixesTokens("chooses among the tokens")
 
     def _takes_all(self, node: Node, arguments: dict[str, Any]) -> bool:
         """Whether a slice takes all there is."""
@@ -394,7 +427,24 @@ class _Spread(Interpreter):
                 f"a size in the model's graph ({expression}) depends on data ({', '.join(map(str, unknown))}), and context "
                 "parallelism cannot tell which tokens are there; train this model without a cp dimension in the mesh"
             )
-        return sympy_interp(PythonReferenceAnalysis, {s: sizes[s] for s in expression.free_symbols}, expression)
+        value = sympy_interp(_Numbers, {s: sizes[s] for s in expression.free_symbols}, expression)  # type: ignore[arg-type]
+        if isinstance(value, sympy.Basic):
+            raise RewriteError(
+                f"context parallelism cannot compute a number of the model's graph ({expression}); compute it outside of it"
+            )
+        return value
+
+
+class _Numbers(PythonReferenceAnalysis):
+    """Numbers made of symbolic sizes, by Python's operators; torch's own has none for these."""
+
+    @staticmethod
+    def int_truediv(a: Any, b: Any) -> Any:
+        return a / b
+
+    @staticmethod
+    def truediv(a: Any, b: Any) -> Any:
+        return a / b
 
 
 def _above(nodes: Iterable[Node]) -> set[Node]:
@@ -422,8 +472,22 @@ def _product(sizes: Iterable[Any]) -> sympy.Expr:
     return sympy.expand(math.prod((_expression(size) for size in sizes), start=sympy.Integer(1)))
 
 
+def _is_operator(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
 def _writes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return _is_operator(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
+
+
+def _owner(node: Node) -> Node:
+    """Of a view, whose memory it is."""
+    while _is_operator(node):
+        results: Any = node.target._schema.returns  # type: ignore[union-attr]
+        if not results or results[0].alias_info is None or not node.all_input_nodes:
+            break
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _is_pointwise(target: torch._ops.OpOverload) -> bool:
@@ -460,6 +524,8 @@ _POINTWISE = _aten(
     "zeros_like ones_like full_like empty_like"
 )
 """Besides those that torch calls so."""
+_SIZES = ("size", "shape", "sizes")
+"""Arguments that are the sizes of a result; anywhere else a number made of the length is the whole text's."""
 _RESHAPES = _aten("view reshape _unsafe_view flatten unflatten")
 _PRODUCTS = {
     "aten::linear": ("input", "weight"),
@@ -477,6 +543,8 @@ _ALONG_DIM = _aten(
     "slice_scatter gather scatter scatter_add"
 )
 """Right along any dimension but that of tokens."""
+_ALIGNED = _aten("slice_scatter gather scatter scatter_add")
+"""Of these, operands that are longer or shorter than others are taken from their beginning."""
 _BY_OUTPUT = _aten(
     "transpose permute t unsqueeze movedim repeat view_as_complex view_as_real new_zeros new_ones new_full new_empty"
 )

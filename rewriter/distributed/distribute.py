@@ -71,7 +71,7 @@ def distribute(
         parallelize_module(fast.model, mesh["tp"], dict(tp_plan))
     if "cp" in names:
         group = mesh.get_group("cp")
-        fast.spread_context(ContextGroup(group.group_name, group.rank(), group.size(), gather_outputs))
+        fast.spread_context(ContextGroup(group.group_name, group.rank(), group.size(), shard, gather_outputs))
     data = tuple(name for name in names if name != "tp")
     if shard and data:
         from torch.distributed.fsdp import fully_shard

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -149,7 +150,7 @@ class Mixes(nn.Module):
         super().__init__()
         self.how = how
         self.embed, self.project = nn.Embedding(64, 32), nn.Linear(32, 32)
-        self.conv = nn.Conv1d(32, 32, 3, padding=1)
+        self.conv, self.table = nn.Conv1d(32, 32, 3, padding=1), nn.Parameter(torch.randn(64, 8))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
@@ -167,6 +168,10 @@ class Mixes(nn.Module):
             x = torch.nn.functional.embedding(input_ids[0] % 8, x[0])[None]
         if self.how == "noise":
             x = x * (torch.rand(input_ids.shape) > 0.5)[..., None]
+        if self.how == "scatter":
+            x = x.scatter(2, torch.zeros_like(input_ids[:, :1, None]), 1.0)
+        if self.how == "table":
+            x = x + self.table[: x.size(1) + 8].gather(1, input_ids[0, :, None] % 8)
         if self.how == "norm":
             x = torch.nn.functional.softmax(x, dim=1)
         heads = self.project(x).unflatten(2, (4, 8)).transpose(1, 2)
@@ -174,7 +179,7 @@ class Mixes(nn.Module):
         return y.transpose(1, 2).flatten(2)
 
 
-HOWS = ("conv", "cumsum", "mean", "shift", "reshape", "norm", "embedding")
+HOWS = ("conv", "cumsum", "mean", "shift", "reshape", "norm", "embedding", "scatter", "table")
 
 
 def mix(rank: int) -> dict[str, str]:
@@ -196,6 +201,43 @@ def test_what_is_computed_of_several_tokens_is_an_error() -> None:
         assert "conv1d" in found["conv"] and "cumsum" in found["cumsum"] and "softmax" in found["norm"]
 
 
+class UsesLength(nn.Module):
+    """A model that computes with the length of its text, looks numbers of tokens up, and has a loss of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.table = nn.Embedding(64, 32), nn.Parameter(torch.randn(64, 32))
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        length = input_ids.size(1)
+        x = self.embed(input_ids) * (1.0 / length) + self.table[input_ids % 7]
+        x = x.clamp(max=length / 20) + 0.01 * torch.full_like(x, length)
+        heads = x.unflatten(2, (4, 8)).transpose(1, 2)
+        y = (
+            torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
+        return y, (y.square().mean(dim=2) / length).sum(), y.half().mean()
+
+
+def use_length(rank: int) -> float:
+    torch.manual_seed(0)
+    model = UsesLength()
+    alone = rewriter.optimize(copy.deepcopy(model), backend="eager")
+    fast = rewriter.distribute(rewriter.optimize(model, backend="eager"), mesh_of(2))
+    ids = padded()["input_ids"]
+    found, expected = fast(ids), alone(ids)
+    for results in (found, expected):
+        (results[0].sum() + results[1] + results[2].float()).backward()
+    differences = [float((f - e).detach().abs().max()) for f, e in zip(found, expected, strict=True)]
+    return max(*differences[:2], differences[2] / 10, worst_gradient(fast, alone))
+
+
+def test_the_length_of_a_text_is_that_of_the_whole() -> None:
+    assert max(in_processes(use_length)) <= 1e-4
+
+
 def misuse(rank: int) -> dict[str, str]:
     mesh = mesh_of(2)
     fast = rewriter.distribute(optimized(SlidingWindow(4), llama(), "eager"), mesh, shard=False)
@@ -207,6 +249,7 @@ def misuse(rank: int) -> dict[str, str]:
         "generate": lambda: fast.generate(input_ids=tokens, max_new_tokens=2),
         "names": lambda: rewriter.distribute(fast, mesh_of(2, names=("rows",))),
         "model": lambda: rewriter.distribute(llama(), mesh),  # type: ignore[arg-type]
+        "one asks": lambda: fast(input_ids=tokens, use_cache=rank == 0),
         "policies": lambda: rewriter.distribute(
             optimized(SlidingWindow(4 + rank), llama(), "eager"), mesh, shard=False
         )(input_ids=tokens),
@@ -217,9 +260,11 @@ def misuse(rank: int) -> dict[str, str]:
         with torch.no_grad(), pytest.raises(rewriter.Error) as error:
             call()
         found[name] = str(error.value)
-    with pytest.raises(rewriter.RewriteError) as error:
-        fast(**batch)
-    found["gradients"] = str(error.value)
+    inputs = {"inputs_embeds": torch.randn(2, LENGTH, 32, requires_grad=True)}
+    for name, given in (("gradients", batch), ("inputs", inputs)):
+        with pytest.raises(rewriter.RewriteError) as error:
+            fast(**given)
+        found[name] = str(error.value)
     return found
 
 
@@ -228,6 +273,8 @@ def test_misuse_is_an_error_in_each_process() -> None:
         assert "38 tokens cannot be cut into 4 equal parts" in found["length"]
         assert "input_ids differ between them" in found["differ"]
         assert "model and policy differ between them" in found["policies"]
+        assert "leave use_cache" in found["one asks"]
         assert "leave use_cache" in found["cache"] and "in one process" in found["generate"]
         assert "'dp', 'cp', 'tp'" in found["names"] and "got LlamaForCausalLM" in found["model"]
+        assert "inputs_embeds of the call require gradients" in found["inputs"]
         assert "needs both" in found["plan"] and "nothing here brings them together" in found["gradients"]
