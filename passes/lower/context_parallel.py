@@ -111,12 +111,9 @@ class _Spread(Interpreter):
         bounds = list(dict.fromkeys((node.args[3], node.args[4]) for node in sites))
         known = [pair for pair in bounds if not set(pair) & self.learned]
         first = _above(node for pair in known for node in pair)
+        read = {_owner(node) for node in first}
         for node in nodes:
-            if (
-                node not in first
-                and _writes(node)
-                and {_owner(n) for n in node.all_input_nodes} & {_owner(n) for n in first}
-            ):
+            if node not in first and _writes(node) and read.intersection(map(_owner, node.all_input_nodes)):
                 raise RewriteError(
                     f"{_name(node)} writes into what the model's masks are made of; please report this, with the model"
                 )
@@ -163,10 +160,7 @@ class _Spread(Interpreter):
 
     def _check_same_everywhere(self, node: Node) -> None:
         """Raises where what each process computes of the whole text differs from process to process."""
-        if (
-            not isinstance(node.target, torch._ops.OpOverload)
-            or torch.Tag.nondeterministic_seeded not in node.target.tags
-        ):
+        if not _is_operator(node) or torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
             return
         arguments = _arguments(node)
         if arguments.get("train") is not False and arguments.get("p") != 0:
@@ -236,10 +230,8 @@ class _Spread(Interpreter):
         return self._whole(node) if self.group.gathers_outputs else self.env[node]
 
     def _share_tokens(self, bounds: list[list[Any]]) -> None:
-        length, device = (
-            self._of(self.length, own=False),
-            next(v.device for v in self.env.values() if isinstance(v, Tensor)),
-        )
+        length = self._of(self.length, own=False)
+        device = next(value.device for value in self.env.values() if isinstance(value, Tensor))
         if not bool(length % self.group.num_chunks == 0):
             raise RewriteError(
                 f"a text of {int(length.node.hint)} tokens cannot be cut into {self.group.num_chunks} equal parts, two for each "
@@ -427,7 +419,7 @@ class _Spread(Interpreter):
                 f"a size in the model's graph ({expression}) depends on data ({', '.join(map(str, unknown))}), and context "
                 "parallelism cannot tell which tokens are there; train this model without a cp dimension in the mesh"
             )
-        value = sympy_interp(_Numbers, {s: sizes[s] for s in expression.free_symbols}, expression)  # type: ignore[arg-type]
+        value = sympy_interp(_Numbers, {s: sizes[s] for s in expression.free_symbols}, expression)
         if isinstance(value, sympy.Basic):
             raise RewriteError(
                 f"context parallelism cannot compute a number of the model's graph ({expression}); compute it outside of it"
