@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.utils.weak
 from rewriter.kernels.arguments import AttentionArguments
+from rewriter.kernels.ops import empty_outputs
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
@@ -201,7 +202,7 @@ class _ContextAttention(torch.autograd.Function):
         group_name: str,
     ) -> Tensor:
         if is_fake(query):
-            return _like_rows(query, value)
+            return empty_outputs(query, value)[0]
         group = process_group(group_name)
         exchange = _exchange_of(needed, tokens, key, group.rank())
         packed = torch.cat((key, value), dim=3).flatten(0, 2)[exchange.leaving]
@@ -244,7 +245,7 @@ class _ContextAttention(torch.autograd.Function):
                 grad_output, no_grad_lse, *a[:3], output, lse, *a[3:]
             )
 
-        back, work, of_away = _like_gradients(key, value, 0), None, None
+        back, of_away = _empty_rows(key, value, 0), None
         if away:
             its_key, its_value, its_start, its_end, its_bias = away
             of_away = gradients(its_key, its_value, its_start, its_end, its_bias, None)
@@ -270,13 +271,7 @@ class _ContextAttention(torch.autograd.Function):
         return tuple(grads)
 
 
-def _like_rows(query: Tensor, value: Tensor) -> Tensor:
-    """An output without values, laid out as `rewriter::live_range_attention` does."""
-    num_batch, num_heads, num_queries, _ = query.shape
-    return query.new_empty(num_batch, num_queries, num_heads, value.size(3)).transpose(1, 2)
-
-
-def _like_gradients(key: Tensor, value: Tensor, count: int) -> Tensor:
+def _empty_rows(key: Tensor, value: Tensor, count: int) -> Tensor:
     return key.new_empty(count, key.size(3) + value.size(3))
 
 
@@ -297,7 +292,7 @@ def _arrived_keys(
 ) -> AttentionArguments:
     """The keys of other processes, in as many places for each row and head; nobody sees an empty one."""
     sizes = (*key.shape[:2], exchange.width)
-    rows = _like_gradients(key, value, exchange.tokens.numel()).zero_()
+    rows = _empty_rows(key, value, exchange.tokens.numel()).zero_()
     rows[exchange.arriving] = arrived
     keys, values = rows.view(*sizes, -1).split((key.size(3), value.size(3)), dim=3)
     tokens = exchange.tokens.view(sizes)

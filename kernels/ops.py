@@ -148,7 +148,8 @@ def _in_its_own_precision(query: Tensor) -> torch.autocast:
     return torch.autocast(query.device.type, enabled=False)
 
 
-def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """An output and log-sum-exp without values, laid out as the operator's."""
     num_batch, num_heads, num_queries, _ = query.shape
     output = query.new_empty(num_batch, num_queries, num_heads, value.size(3)).transpose(1, 2)
     return output, query.new_empty(num_batch, num_heads, num_queries, dtype=cpu.compute_dtype(query))
@@ -159,7 +160,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     a.check()
     if a.is_empty:
         # No row sees a key: only the sinks are left of the denominator.
-        output, lse = _empty_outputs(a.query, a.value)
+        output, lse = empty_outputs(a.query, a.value)
         return output.zero_(), lse.fill_(-math.inf) if a.sinks is None else lse.copy_(a.sinks[:, None].expand_as(lse))
     if not runs_triton(a.query):
         return torch.ops.rewriter.live_range_attention_cpu(*a.astuple(without=ON_GPU_ALONE))
@@ -171,7 +172,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
 def _forward_fake(*inputs: Any) -> tuple[Tensor, Tensor]:
     a = AttentionArguments(*inputs)
     a.check()
-    return _empty_outputs(a.query, a.value)
+    return empty_outputs(a.query, a.value)
 
 
 def _forward_cpu(*inputs: Any) -> tuple[Tensor, Tensor]:

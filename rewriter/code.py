@@ -101,10 +101,8 @@ def _compiled_in_pieces(module: GraphModule, example_inputs: Sequence[Any]) -> C
     places: dict[Node, int] = {}
     last = False
     for node in module.graph.nodes:
-        if "val" in node.meta:
-            node.meta["example_value"] = node.meta[
-                "val"
-            ]  # by which parts are given the symbols of sizes that they need
+        if "val" in node.meta:  # by this name parts are given the symbols of sizes that they need
+            node.meta["example_value"] = node.meta["val"]
         distributed = _is_distributed(node)
         place += distributed != last
         places[node], last = place, distributed
