@@ -36,7 +36,7 @@ from rewriter.demo.models import load_bundled
 from rewriter.demo.models import load_smollm2
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
-CONTEXTS = (64, 256, 1024, 4096)
+CONTEXTS = (64, 256, 1024, 4096, 8192)
 MODES = ("forward", "training", "decode")
 ORIGINAL, COMPILED = "original", "torch.compile"
 POLICIES: dict[str, rewriter.Policy] = {
@@ -51,11 +51,13 @@ LIMIT = 0.97
 def models() -> dict[str, Callable[[], Any]]:
     def llama() -> Any:
         sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8}
-        config = transformers.LlamaConfig(vocab_size=4096, num_key_value_heads=2, max_position_embeddings=8192, **sizes)
+        config = transformers.LlamaConfig(
+            vocab_size=4096, num_key_value_heads=2, max_position_embeddings=16384, **sizes
+        )
         return transformers.LlamaForCausalLM(config)
 
     def gpt2() -> Any:
-        sizes = {"n_embd": 256, "n_layer": 4, "n_head": 8, "n_positions": 8192, "attn_pdrop": 0.0}
+        sizes = {"n_embd": 256, "n_layer": 4, "n_head": 8, "n_positions": 16384, "attn_pdrop": 0.0}
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=4096, **sizes))
 
     return {

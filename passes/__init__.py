@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rewriter.passes.lower.cache_layout import CacheLayout
+from rewriter.passes.lower.sharded_parameters import gathers_parameters
 from rewriter.passes.lower.slots import CachedGraphs
 from rewriter.passes.lower.slots import NotCacheable
 from rewriter.passes.masks.words import in_words
@@ -50,6 +51,7 @@ __all__ = [
     "WillNotPay",
     "analyse",
     "explain",
+    "gathers_parameters",
     "in_words",
     "rewrite",
     "rewrite_for_cache",

@@ -26,6 +26,8 @@ from rewriter.passes.lower.context_parallel import spread_tokens
 from rewriter.passes.lower.full import lower
 from rewriter.passes.lower.plan import PlannedSite
 from rewriter.passes.lower.plan import apply_policy
+from rewriter.passes.lower.sharded_parameters import gather_by_layer
+from rewriter.passes.lower.sharded_parameters import gathers_parameters
 from rewriter.passes.lower.slots import CachedGraphs
 from rewriter.passes.lower.slots import lower_cached
 from rewriter.passes.masks.check import check_mask
@@ -154,6 +156,9 @@ def rewrite(
     if context is not None:
         run.module = spread_tokens(run.module, run.planned, context)
         run.done("spread-tokens", run.module)
+    if gathers_parameters(run.module.graph):
+        gather_by_layer(run.module)
+        run.done("gather-by-layer", run.module)
     return Rewritten(**run.found(), will_not_pay=loss)
 
 

@@ -25,6 +25,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch import nn
 from torch._dynamo.source import LocalSource
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import get_hash_for_files
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
@@ -40,6 +42,9 @@ from rewriter.kernels import context_parallel
 from rewriter.passes.graph.regions import FEWEST
 from rewriter.passes.graph.regions import share_layers
 from rewriter.passes.graph.repeated_calls import tracing_state
+from rewriter.passes.lower import sharded_parameters
+from rewriter.passes.lower.sharded_parameters import gathers_parameters
+from rewriter.passes.lower.sharded_parameters import overlap
 from rewriter.sharding import arrived
 from rewriter.sharding import is_dtensor
 
@@ -54,8 +59,29 @@ def generate_code(module: GraphModule, example_inputs: Sequence[Any]) -> Callabl
     """
 
     if any(_is_distributed(node) for node in module.graph.nodes):
-        return _compiled_in_pieces(module, example_inputs)
+        return _compiled_in_pieces(module, example_inputs, _compiled_whole)
     return (_compiled_whole if learns(example_inputs) else _compiled_by_layer)(module, example_inputs)
+
+
+def recomputing(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The graph as it is, without generated code, where the backward gathers parameters again that are in pieces."""
+
+    def as_it_is(part: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from functorch.compile import min_cut_rematerialization_partition
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._inductor.compile_fx import graph_returns_tuple
+        from torch._inductor.compile_fx import make_graph_return_tuple
+
+        if not graph_returns_tuple(part):
+            return make_graph_return_tuple(part, inputs, as_it_is)
+        compiler = aot_autograd(fw_compiler=_unchanged, partition_fn=min_cut_rematerialization_partition)
+        return compiler(part, list(inputs))  # type: ignore[no-any-return]
+
+    return _compiled_in_pieces(module, example_inputs, as_it_is)
+
+
+def _unchanged(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    return module.forward
 
 
 def learns(inputs: Sequence[Any]) -> bool:
@@ -85,13 +111,15 @@ def _is_distributed(node: Node) -> bool:
     return node.op in ("call_function", "call_method") and any(is_dtensor(value) for value in values)
 
 
-def _compiled_in_pieces(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def _compiled_in_pieces(
+    module: GraphModule, example_inputs: Sequence[Any], compiled: Callable[[GraphModule, Sequence[Any]], Any]
+) -> Callable[..., Any]:
     """What stands between operators on DTensors is compiled; these run as they are, and communicate.
 
     Inductor (torch 2.13) takes DTensors in graphs of fixed sizes alone: `torch.compile(model, dynamic=True)` ends in a
     RecursionError, and so does its second length without `dynamic`.
     """
-    if any("recompute" in node.meta for node in module.graph.nodes):
+    if any("recompute" in node.meta and _is_distributed(node) for node in module.graph.nodes):
         warnings.warn(
             "gradient checkpoints recompute less over weights that are spread over processes (parallelize_module): what goes "
             "into and comes out of the spread operators is kept",
@@ -110,7 +138,7 @@ def _compiled_in_pieces(module: GraphModule, example_inputs: Sequence[Any]) -> C
     mode = torch._guards.detect_fake_mode([node.meta.get("val") for node in module.graph.nodes])
     assert mode is not None
     fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in example_inputs]
-    _Pieces(parts, mode).run(*fakes)
+    _Pieces(parts, mode, compiled).run(*fakes)
     return cast(Callable[..., Any], parts)
 
 
@@ -128,24 +156,37 @@ class _Piece(nn.Module):
 class _Pieces(Interpreter):
     """Runs the parts of a graph over fake tensors, and puts code in the place of those that hold no DTensors."""
 
-    def __init__(self, module: GraphModule, mode: FakeTensorMode) -> None:
+    def __init__(
+        self, module: GraphModule, mode: FakeTensorMode, compiled: Callable[[GraphModule, Sequence[Any]], Any]
+    ) -> None:
         super().__init__(module)
-        self.mode = mode
+        self.mode, self.compiled = mode, compiled
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         part = self.fetch_attr(target)
         with self.mode:
             results = part(*args, **kwargs)
         if not any(_is_distributed(node) for node in part.graph.nodes):
-            setattr(self.module, target, _Piece(_compiled_whole(part, args)))
+            setattr(self.module, target, _Piece(self.compiled(part, args)))
         return results
 
 
 def _compiled_whole(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Any = compile_fx(module, list(example_inputs))
+    options = {"post_grad_custom_pre_pass": _Overlap()} if gathers_parameters(module.graph) else None
+    compiled: Any = compile_fx(module, list(example_inputs), config_patches=options)
     return compiled
+
+
+class _Overlap(CustomGraphPass):
+    """Inductor's graphs of a model whose parameters are gathered layer by layer."""
+
+    def __call__(self, graph: Graph) -> None:
+        overlap(graph)
+
+    def uuid(self) -> Any:
+        return get_hash_for_files((sharded_parameters.__file__,))
 
 
 @dataclass(frozen=True)

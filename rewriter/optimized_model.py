@@ -20,6 +20,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from rewriter.code import kept_in
+from rewriter.code import recomputing
 from rewriter.code_of_graphs import CodeOfGraphs
 from rewriter.errors import CacheError
 from rewriter.errors import PolicyError
@@ -38,6 +39,7 @@ from rewriter.kernels.cpu import native
 from rewriter.passes import Analysed
 from rewriter.passes import Answer
 from rewriter.passes import WillNotPay
+from rewriter.passes import gathers_parameters
 from rewriter.passes import rewrite
 from rewriter.passes.policy import Policy
 from rewriter.progress import Progress
@@ -45,6 +47,7 @@ from rewriter.report import Report
 from rewriter.report import Subject
 from rewriter.saved_model import write
 from rewriter.sharding import check_call
+from rewriter.sharding import gathers_layers
 from rewriter.sharding import holds_dtensors
 from rewriter.sharding import is_gathered_by_fully_shard
 from rewriter.sharding import let_dynamo_guard
@@ -308,7 +311,7 @@ class OptimizedModel(ModelWrapper):
             for name, known in self._constants.items()
         ):
             self._compile()
-        parameters = dict(self.policy_parameters.named_parameters(remove_duplicate=False))
+        parameters = {f"{layer}.{name}": own[name] for layer, own in self.policy_parameters.items() for name in own}
         try:
             return guarded(self._call, parameters, args, kwargs)
         except NotCaptured:
@@ -549,6 +552,11 @@ class OptimizedModel(ModelWrapper):
             )
         decoder = self._decoder
         if decoder is None or decoder.model is not self.model or not decoder.is_current:
+            if gathers_layers(self.model):
+                raise CacheError(
+                    f"parameters of {type(self.model).__name__} are in pieces on several processes, and going on from a cache "
+                    "takes whole ones: with rewriter.whole_parameters(fast): fast.generate(...)"
+                )
             if is_gathered_by_fully_shard(self.model) and holds_dtensors(self.model):
                 raise CacheError(
                     f"weights of {type(self.model).__name__} are in pieces on several processes (fully_shard), and going on "
@@ -669,7 +677,8 @@ class OptimizedModel(ModelWrapper):
             buffer = self.model.get_buffer(name)
             self._constants[name] = (buffer, buffer._version)
         if self.backend == "eager":
-            return result.module
+            gathers = gathers_parameters(result.module.graph)
+            return recomputing(result.module, example_inputs) if gathers else result.module
         self._progress.doing("generating code")
         return self._code(result.module, example_inputs)
 
@@ -680,7 +689,7 @@ class OptimizedModel(ModelWrapper):
                 "of a product of activations; there is nothing to rewrite"
             )
         learns = next((p.policy for p in result.sites if p.reason is None and p.policy.adds_parameters), None)
-        if learns is not None and holds_dtensors(self.model):
+        if learns is not None and holds_dtensors(self.model) and not gathers_layers(self.model):
             raise PolicyError(
                 f"the parameters of {learns} are of all heads of a layer, and weights of {type(self.model).__name__} are spread "
                 "over processes (parallelize_module); take a policy without parameters, or spread weights by fully_shard(fast)"

@@ -12,6 +12,7 @@ from rewriter.comparison import Comparison
 from rewriter.comparison import compare
 from rewriter.distributed import distribute
 from rewriter.distributed import for_checkpoint
+from rewriter.distributed import whole_parameters
 from rewriter.errors import ArtifactError
 from rewriter.errors import AttentionInputError
 from rewriter.errors import CacheError
@@ -66,4 +67,5 @@ __all__ = [
     "from_pretrained",
     "optimize",
     "stream",
+    "whole_parameters",
 ]

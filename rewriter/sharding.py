@@ -2,9 +2,9 @@
 tokens of a text, context parallelism.
 
 `fully_shard(fast)` gathers all weights when an optimized model is called, and frees them after: the call in between is captured
-as ever. On parts of a model it gathers them while the model runs, by hooks that no graph can hold. In tensor parallelism
-weights stay DTensors, and each process computes its own heads: attention is of plain tensors, and operators on DTensors stay in a
-graph as the model wrote them.
+as ever. On parts of a model it gathers them while the model runs, by hooks that no graph can hold;
+`distribute(..., shard="layers")` does it by operators of the graph. In tensor parallelism weights stay DTensors, and each process
+computes its own heads: attention is of plain tensors, and operators on DTensors stay in a graph as the model wrote them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from rewriter.kernels.context_parallel import process_group
 
 _MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
 _MANAGED = "_rewriter_gathered_by_fully_shard"
+PIECES = "_rewriter_pieces"
+"""Of a module whose parameters are in pieces: the rows of each when it is whole, the number of processes, and their group."""
 
 
 def let_dynamo_guard(model: nn.Module) -> None:
@@ -41,6 +43,11 @@ def let_dynamo_guard(model: nn.Module) -> None:
 def is_gathered_by_fully_shard(model: nn.Module) -> bool:
     """Whether `fully_shard` gathers the weights, of this model or of one that it is a part of."""
     return any(getattr(model, mark, False) for mark in (_MARKS[0], _MANAGED))
+
+
+def gathers_layers(model: nn.Module) -> bool:
+    """Whether parameters are in pieces, and gathered layer by layer (`distribute(..., shard="layers")`)."""
+    return any(PIECES in vars(module) for module in model.modules())
 
 
 def sharded_parts(model: nn.Module) -> list[str]:

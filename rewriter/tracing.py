@@ -277,7 +277,8 @@ def guarded(
             raise RewriteError(
                 f"fully_shard was called on {len(parts)} parts of the model ({parts[0] or 'the model itself'}, ...), which "
                 "gather their weights while it runs, and this cannot be captured as one graph; shard the optimized model as one "
-                "unit: fast = rewriter.optimize(model, ...); fully_shard(fast)"
+                "unit: fast = rewriter.optimize(model, ...); fully_shard(fast), or, layer by layer, "
+                'rewriter.distribute(fast, mesh, shard="layers")'
             ) from error
         raise RewriteError(
             "the model cannot be captured as one graph, and a part left as it was would ignore the policy (optimize a part of "

@@ -129,11 +129,11 @@ class _Inlined(torch.fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if calls_layer(n):
                 return self._layer(n, args)
-            if any(
+            if n.target is not torch.ops.higher_order.tag_activation_checkpoint and any(
                 is_traceable_wrapper_subclass(v)
                 for v in pytree.tree_leaves((args, kwargs, n.meta.get("example_value")))
             ):
-                return _kept_call(n, args, kwargs, lambda: getattr(self, n.op)(n.target, args, kwargs))
+                return kept_call(n, args, kwargs, lambda: getattr(self, n.op)(n.target, args, kwargs))
             return self.repeated(n, args, kwargs, lambda: getattr(self, n.op)(n.target, args, kwargs))
 
     def _layer(self, node: Node, args: tuple[Any, ...]) -> Any:
@@ -175,7 +175,7 @@ def _as_result(example: Tensor) -> Tensor:
     return example.clone() if example.requires_grad and example.is_leaf else example
 
 
-def _kept_call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
+def kept_call(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
     """Puts a call with a tensor of a class of its own, a quantized weight say, into the graph as it is: the class says what
     becomes of it, and the compiler after the passes asks it."""
     if may_attend(node.target):

@@ -18,14 +18,17 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from rewriter.kernels.context_parallel import ContextGroup
+from rewriter.passes.graph.capture import kept_call
 from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.lower.plan import PlannedSite
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx import Interpreter
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -53,7 +56,7 @@ def spread_tokens(module: GraphModule, planned: list[PlannedSite], group: Contex
     tokens = _length_of(planned)
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     fakes = [node.meta["val"] for node in placeholders]
-    fake_mode = next(fake.fake_mode for fake in fakes if isinstance(fake, Tensor))  # type: ignore[attr-defined]
+    fake_mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))
 
     def run(*inputs: Any) -> Any:
         with torch.fx.traceback.preserve_node_meta():
@@ -195,7 +198,13 @@ class _Spread(Interpreter):
         names = [a.name for a in node.target._schema.arguments] if _is_operator(node) else [""] * len(node.args)  # type: ignore[union-attr]
         args = tuple(given(name, value) for name, value in zip(names, node.args, strict=False))
         kwargs = {name: given(name, value) for name, value in node.kwargs.items()}
-        return getattr(self, node.op)(node.target, args, kwargs)
+
+        def run() -> Any:
+            return getattr(self, node.op)(node.target, args, kwargs)
+
+        if any(is_traceable_wrapper_subclass(value) for value in pytree.tree_leaves((args, kwargs))):
+            return kept_call(node, args, kwargs, run)
+        return run()
 
     def _with_own_tokens(self, node: Node) -> Any:
         value = self.env[node]

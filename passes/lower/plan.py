@@ -21,6 +21,7 @@ from rewriter.passes.lower.policy_parameters import take_policy_parameters
 from rewriter.passes.lower.rotations import Rotation
 from rewriter.passes.lower.rotations import Unrotatable
 from rewriter.passes.lower.rotations import find_rotation
+from rewriter.passes.lower.sharded_parameters import parameter_of
 from rewriter.passes.masks.intervals import MaskProof
 from rewriter.passes.policy import Policy
 from torch import Tensor
@@ -86,7 +87,8 @@ class PlannedSite:
             weights = sorted(source_of(n).name for n in level if source_of(n).kind == "parameter")
             if weights:
                 return f"{self.site.module_path or '-'} with {', '.join(weights)}"
-            level = list(dict.fromkeys(i for n in level for i in n.all_input_nodes if i not in seen))
+            above = (parameter_of(i) for n in level for i in n.all_input_nodes)
+            level = list(dict.fromkeys(i for i in above if i not in seen))
             seen.update(level)
         return self.site.module_path or "-"
 

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from rewriter.distributed.checkpoints import for_checkpoint
 from rewriter.distributed.distribute import distribute
+from rewriter.distributed.sharded_parameters import whole_parameters
 
-__all__ = ["distribute", "for_checkpoint"]
+__all__ = ["distribute", "for_checkpoint", "whole_parameters"]

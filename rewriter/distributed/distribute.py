@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import Literal
 
+from rewriter.distributed.sharded_parameters import shard_parameters
 from rewriter.errors import RewriteError
 from rewriter.kernels.context_parallel import ContextGroup
 from rewriter.optimized_model import OptimizedModel
@@ -22,7 +24,7 @@ def distribute(
     mesh: DeviceMesh,
     *,
     tp_plan: Mapping[str, Any] | None = None,
-    shard: bool = True,
+    shard: bool | Literal["layers"] = True,
     gather_outputs: bool = True,
 ) -> OptimizedModel:
     """Spreads an optimized model over the processes of a mesh; losses and gradients are those of one process.
@@ -39,8 +41,10 @@ def distribute(
         fast: of `optimize`; changed in place, before its first call.
         mesh: with named dimensions, as `init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "cp"))` makes it.
         tp_plan: of torch.distributed.tensor.parallel.parallelize_module, for a mesh with "tp".
-        shard: whether `fully_shard` spreads the weights over "dp" and "cp" together, as one unit, and brings gradients together.
-            If not, `DistributedDataParallel` is to be put around the result for that.
+        shard: whether the weights are spread over "dp" and "cp" together, and gradients brought together. True: by `fully_shard`,
+            as one unit, so that each process has whole weights while the model runs. `"layers"`: those of one layer at a time, in
+            the forward and again in the backward, while others are in pieces (arXiv 2411.00284); parameters are DTensors, and
+            `whole_parameters` is for generation. False: `DistributedDataParallel` is to be put around the result.
         gather_outputs: whether what the model returns for each token, as logits, is brought together in each process of "cp".
             False leaves each with its own: less to send and to hold, where the loss is all that is read. Which tokens these are
             is not said.
@@ -49,7 +53,7 @@ def distribute(
         `fast`.
 
     Raises:
-        RewriteError: the mesh has other dimensions, a plan and "tp" do not come together, or "tp" and "cp" do.
+        RewriteError: the mesh has other dimensions, a plan and "tp" do not come together, "tp" and "cp" do, or "tp" and layers.
     """
     names = tuple(mesh.mesh_dim_names or ())
     if not names or set(names) - set(DIMENSIONS):
@@ -65,17 +69,26 @@ def distribute(
         raise RewriteError(
             "context parallelism of a model whose weights are spread by tp_plan is not supported; leave 'tp' or 'cp' out"
         )
+    if shard not in (True, False, "layers"):
+        raise RewriteError(f"shard is True, False or 'layers', got {shard!r}")
+    if "tp" in names and shard == "layers":
+        raise RewriteError(
+            "weights that are spread by tp_plan are not gathered layer by layer; leave 'tp' out, or take shard=True"
+        )
     if tp_plan is not None:
         from torch.distributed.tensor.parallel import parallelize_module
 
         parallelize_module(fast.model, mesh["tp"], dict(tp_plan))
     if "cp" in names:
         group = mesh.get_group("cp")
-        fast.spread_context(ContextGroup(group.group_name, group.rank(), group.size(), shard, gather_outputs))
+        fast.spread_context(ContextGroup(group.group_name, group.rank(), group.size(), bool(shard), gather_outputs))
     data = tuple(name for name in names if name != "tp")
     if shard and data:
-        from torch.distributed.fsdp import fully_shard
+        over = mesh[data]._flatten("_".join(data)) if len(data) > 1 else mesh[data]
+        if shard == "layers":
+            shard_parameters(fast, over)
+        else:
+            from torch.distributed.fsdp import fully_shard
 
-        over = mesh[data]
-        fully_shard(fast, mesh=over._flatten("_".join(data)) if len(data) > 1 else over)
+            fully_shard(fast, mesh=over)
     return fast
