@@ -23,7 +23,7 @@ def num_rows(rows: int, processes: int) -> int:
 def all_gather_start(pieces: Sequence[Tensor], rows: Sequence[int], processes: int, group: str) -> Tensor:
     """Sends this process's pieces to all others; `all_gather_wait` takes what is returned."""
     own = torch.cat([_filled(piece, num_rows(n, processes)).flatten() for piece, n in zip(pieces, rows, strict=True)])
-    return torch.ops._c10d_functional.all_gather_into_tensor(own, processes, group)  # type: ignore[no-any-return]
+    return torch.ops._c10d_functional.all_gather_into_tensor(own, processes, group)
 
 
 def all_gather_wait(sent: Tensor, pieces: Sequence[Tensor], rows: Sequence[int], processes: int) -> list[Tensor]:
@@ -45,7 +45,7 @@ def reduce_scatter_start(gradients: Sequence[Tensor], processes: int, group: str
     filled = [_filled(grad, processes * num_rows(grad.size(0), processes)) for grad in gradients]
     for_each = torch.cat([grad.reshape(processes, -1) for grad in filled], dim=1)
     mean = (for_each / processes).flatten()
-    return torch.ops._c10d_functional.reduce_scatter_tensor(mean, "sum", processes, group)  # type: ignore[no-any-return]
+    return torch.ops._c10d_functional.reduce_scatter_tensor(mean, "sum", processes, group)
 
 
 def reduce_scatter_wait(sent: Tensor, gradients: Sequence[Tensor], processes: int, group: str) -> list[Tensor]:

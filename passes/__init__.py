@@ -6,6 +6,9 @@ from rewriter.passes.lower.cache_layout import CacheLayout
 from rewriter.passes.lower.sharded_parameters import gathers_parameters
 from rewriter.passes.lower.slots import CachedGraphs
 from rewriter.passes.lower.slots import NotCacheable
+from rewriter.passes.lower.stages import Layer
+from rewriter.passes.lower.stages import cut
+from rewriter.passes.lower.stages import layers_of_graph
 from rewriter.passes.masks.words import in_words
 from rewriter.passes.pipeline import Analysed
 from rewriter.passes.pipeline import CachedRewritten
@@ -22,6 +25,7 @@ from rewriter.passes.policy import Slots
 from rewriter.passes.predict import ExampleSequence
 from rewriter.passes.predict import Prediction
 from rewriter.passes.predict import WillNotPay
+from rewriter.passes.predict import sizes_of_row
 from rewriter.passes.verify.validate import HAS_SOLVER
 from rewriter.passes.verify.validate import Answer
 from rewriter.passes.verify.validate import Validation
@@ -40,6 +44,7 @@ __all__ = [
     "ExampleSequence",
     "Explained",
     "Extended",
+    "Layer",
     "NotCacheable",
     "Policy",
     "PolicyError",
@@ -50,9 +55,12 @@ __all__ = [
     "Validation",
     "WillNotPay",
     "analyse",
+    "cut",
     "explain",
     "gathers_parameters",
     "in_words",
+    "layers_of_graph",
     "rewrite",
     "rewrite_for_cache",
+    "sizes_of_row",
 ]

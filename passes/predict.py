@@ -191,7 +191,7 @@ def _predict(
 ) -> Prediction:
     site = plan.site
     assert site.query is not None and site.key is not None and site.value is not None
-    trial = _OneSequence(functions, constants, Sizes(_chosen_sizes(plan, length)), "ones", [])
+    trial = _OneSequence(functions, constants, Sizes(chosen_sizes(plan, length)), "ones", [])
     query, key, value = (trial.sizes(node) for node in (site.query, site.key, site.value))
     query_heads, heads = (query[1], key[1]) if len(query) == 4 else (1, 1)
     grid = key_grid(1, heads, key[-2], torch.device("cpu"))
@@ -264,7 +264,7 @@ def _has_speed(plan: PlannedSite) -> bool:
     return _is_plain(plan) and _costs_of(plan) is not None
 
 
-def _chosen_sizes(plan: PlannedSite, length: int | None) -> dict[sympy.Symbol, int]:
+def chosen_sizes(plan: PlannedSite, length: int | None) -> dict[sympy.Symbol, int]:
     """Values of the symbols in a site's sizes: one row; the length for those of its queries and keys."""
     assert plan.site.query is not None and plan.site.key is not None
     symbols: dict[sympy.Symbol, int] = {}
@@ -281,6 +281,14 @@ def _chosen_sizes(plan: PlannedSite, length: int | None) -> dict[sympy.Symbol, i
     new = rows or keys
     chosen = {s: length if s in new or value == traced else value for s, value in symbols.items()}
     return {s: 0 if s in keys - new else value for s, value in chosen.items()}
+
+
+def sizes_of_row(plan: PlannedSite, length: int) -> dict[sympy.Symbol, int]:
+    """Values of the symbols of a graph's sizes for one row of a length."""
+    assert plan.site.query is not None
+    rows = plan.site.query.meta["val"].shape[0]
+    alone = rows.node.expr.free_symbols if isinstance(rows, torch.SymInt) else set()
+    return {symbol: 1 if symbol in alone else size for symbol, size in chosen_sizes(plan, length).items()}
 
 
 def _traced_keys(plan: PlannedSite) -> int:

@@ -67,15 +67,15 @@ def recomputing(module: GraphModule, example_inputs: Sequence[Any]) -> Callable[
     """The graph as it is, without generated code, where the backward gathers parameters again that are in pieces."""
 
     def as_it_is(part: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        from functorch.compile import min_cut_rematerialization_partition
         from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
         from torch._inductor.compile_fx import graph_returns_tuple
         from torch._inductor.compile_fx import make_graph_return_tuple
 
         if not graph_returns_tuple(part):
             return make_graph_return_tuple(part, inputs, as_it_is)
         compiler = aot_autograd(fw_compiler=_unchanged, partition_fn=min_cut_rematerialization_partition)
-        return compiler(part, list(inputs))  # type: ignore[no-any-return]
+        return compiler(part, list(inputs))
 
     return _compiled_in_pieces(module, example_inputs, as_it_is)
 
@@ -292,7 +292,7 @@ class CodeOfSizes:
             with torch._inductor.config.patch(size_asserts=False):  # which are looked at here, once for all
                 call = _compiled_by_layer(self.module, inputs, fewest=FEWEST if any_size else _FEWEST_OF_A_STEP)
         places = sorted(any_size)
-        return _Code(call, mode.shape_env, places, _all_guards(mode.shape_env, [inputs[n] for n in places]))
+        return _Code(call, mode.shape_env, places, all_guards(mode.shape_env, [inputs[n] for n in places]))
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
@@ -323,7 +323,7 @@ def _guards_of(shape_env: ShapeEnv, symints: Sequence[torch.SymInt]) -> list[Any
     return [guard for guard in shape_env.guards if guard.expr.free_symbols <= own]
 
 
-def _all_guards(
+def all_guards(
     shape_env: ShapeEnv, placeholders: Sequence[Any], *, guards: Any = None, ignore_static: bool = False
 ) -> str | None:
     """What is assumed of sizes, as text for `ShapeEnv.evaluate_guards_expression`; None where that is nothing.
@@ -347,7 +347,7 @@ def sizes_of_one_too() -> Iterator[None]:
     changes nothing elsewhere.
     """
     with (
-        mock.patch.object(ShapeEnv, "produce_guards_expression", _all_guards),
+        mock.patch.object(ShapeEnv, "produce_guards_expression", all_guards),
         mock.patch.object(ShapeEnv, "get_pruned_guards", _guards_of),
         mock.patch.object(fake_impls, "_compute_stride", _oblivious(fake_impls._compute_stride)),
         torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]

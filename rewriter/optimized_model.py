@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -311,7 +312,10 @@ class OptimizedModel(ModelWrapper):
             for name, known in self._constants.items()
         ):
             self._compile()
-        parameters = {f"{layer}.{name}": own[name] for layer, own in self.policy_parameters.items() for name in own}
+        names = [name for name, _ in self.policy_parameters.named_parameters(remove_duplicate=False)]
+        parameters = {
+            name: attrgetter(name)(self.policy_parameters) for name in names
+        }  # whole, where they are in pieces
         try:
             return guarded(self._call, parameters, args, kwargs)
         except NotCaptured:

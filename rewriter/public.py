@@ -12,6 +12,8 @@ from rewriter.comparison import Comparison
 from rewriter.comparison import compare
 from rewriter.distributed import distribute
 from rewriter.distributed import for_checkpoint
+from rewriter.distributed import plan_stages
+from rewriter.distributed import stage
 from rewriter.distributed import whole_parameters
 from rewriter.errors import ArtifactError
 from rewriter.errors import AttentionInputError
@@ -66,6 +68,8 @@ __all__ = [
     "for_checkpoint",
     "from_pretrained",
     "optimize",
+    "plan_stages",
+    "stage",
     "stream",
     "whole_parameters",
 ]

@@ -102,6 +102,31 @@ def explain_call(
     )
 
 
+def explain_output(
+    model: nn.Module,
+    policy: Policy,
+    policy_parameters: Mapping[str, Tensor],
+    kwargs: Mapping[str, Any],
+    example: ExampleSequence,
+    *,
+    kernel: str = "auto",
+) -> Explained:
+    """As `explain_call`, with the policy's parameters as inputs, gradients as they are, and one output: the logits, or the tensor
+    that the model returns."""
+    results: list[Explained] = []
+
+    def backend(graph: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        results.append(explain(graph, example_inputs, policy, example, kernel=kernel))
+        return graph.forward
+
+    guarded(traced_call(model, backend, _only_tensor), policy_parameters, (), dict(kwargs))
+    return results[-1]
+
+
+def _only_tensor(output: Any) -> Any:
+    return output if isinstance(output, Tensor) else output.logits
+
+
 Seen = TypeVar("Seen", bound=Analysed)
 
 

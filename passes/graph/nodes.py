@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,19 @@ def arguments(node: Node, count: int) -> list[Any]:
 def rank(node: Node) -> int:
     value = node.meta.get("val")
     return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+def layer_path(node: Node) -> str:
+    """Qualified name of the layer that a node is of: its module, up to the first number in the name, or all of it."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = stack[-1][0].removeprefix("L['model']").removeprefix("L['self']").removeprefix(".") if stack else ""
+    found = re.match(r".*?\.\d+(?=\.|$)", path)
+    return found[0] if found else path
+
+
+def writes(node: Node) -> bool:
+    """Whether an operator changes one of its inputs in place."""
+    return isinstance(node.target, torch._ops.OpOverload) and bool(node.target._schema.is_mutable)
 
 
 def above(nodes: Iterable[Node]) -> list[Node]:

@@ -21,6 +21,7 @@ from rewriter.kernels.context_parallel import ContextGroup
 from rewriter.passes.graph.capture import kept_call
 from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.graph.nodes import shape
+from rewriter.passes.graph.nodes import writes
 from rewriter.passes.lower.plan import PlannedSite
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -116,7 +117,7 @@ class _Spread(Interpreter):
         first = _above(node for pair in known for node in pair)
         read = {_owner(node) for node in first}
         for node in nodes:
-            if node not in first and _writes(node) and read.intersection(map(_owner, node.all_input_nodes)):
+            if node not in first and writes(node) and read.intersection(map(_owner, node.all_input_nodes)):
                 raise RewriteError(
                     f"{_name(node)} writes into what the model's masks are made of; please report this, with the model"
                 )
@@ -322,7 +323,7 @@ class _Spread(Interpreter):
         if None in dims:
             raise _MixesTokens("reads several tokens, or loses them")
         arguments = _arguments(node)
-        if _writes(node):
+        if writes(node):
             raise _MixesTokens("writes into a tensor")
         if name in _POINTWISE or _is_pointwise(node.target):
             from_right = {self._dim_from_right(n) for n in given}
@@ -475,10 +476,6 @@ def _product(sizes: Iterable[Any]) -> sympy.Expr:
 
 def _is_operator(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload)
-
-
-def _writes(node: Node) -> bool:
-    return _is_operator(node) and node.target._schema.is_mutable  # type: ignore[union-attr]
 
 
 def _owner(node: Node) -> Node:

@@ -9,15 +9,16 @@ parameters travel while the layer before is computed, and gradients while the ne
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterable
 from typing import Any
+from typing import cast
 
 import torch
 import torch.utils._pytree as pytree
 from rewriter.kernels import context_parallel
 from rewriter.kernels.sharded_parameters import ALL_GATHER
 from rewriter.kernels.sharded_parameters import REDUCE_SCATTER
+from rewriter.passes.graph.nodes import layer_path
 from torch import Tensor
 from torch.fx import Graph
 from torch.fx import GraphModule
@@ -36,10 +37,15 @@ def parameter_of(node: Node) -> Node:
     gathered = node.args[0] if node.target is operator.getitem else None
     if not isinstance(gathered, Node) or gathered.target is not ALL_GATHER:
         return node
-    piece: Node = gathered.args[0][node.args[1]]  # type: ignore[index]
+    piece = _arguments(gathered)[0][cast(int, node.args[1])]
     while piece.op != "placeholder":
         (piece,) = piece.all_input_nodes
     return piece
+
+
+def _arguments(gather: Node) -> tuple[list[Node], list[int], int, str]:
+    """Pieces, rows, processes and group of an all-gather."""
+    return cast(Any, gather.args)
 
 
 def gather_by_layer(module: GraphModule) -> None:
@@ -50,25 +56,18 @@ def gather_by_layer(module: GraphModule) -> None:
     for node in graph.nodes:
         exchanges += node.target in context_parallel.OPERATORS
         if node.target is ALL_GATHER:
-            piece = node.args[0][0].meta["val"]
-            kind = (piece.requires_grad, piece.dtype, piece.device, *node.args[2:])
-            groups.setdefault((_layer_of(node), exchanges, kind), []).append(node)
+            pieces, _, processes, group = _arguments(node)
+            piece = pieces[0].meta["val"]
+            kind = (piece.requires_grad, piece.dtype, piece.device, processes, group)
+            groups.setdefault((layer_path(node), exchanges, kind), []).append(node)
     if not groups:
         return
-    _to_the_front(graph, (node.args[0][0] for nodes in groups.values() for node in nodes))
+    _to_the_front(graph, (_arguments(node)[0][0] for nodes in groups.values() for node in nodes))
     for nodes in groups.values():
         _joined(graph, nodes)
     _recompute(graph)
     graph.eliminate_dead_code()
     module.recompile()
-
-
-def _layer_of(node: Node) -> str:
-    """The path of the layer that a parameter is read in: up to the first number, or all of it where there is none."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    path = stack[-1][0] if stack else ""
-    found = re.match(r".*?\.\d+(?=\.|$)", path)
-    return found[0] if found else path
 
 
 def _to_the_front(graph: Graph, pieces: Iterable[Node]) -> None:
@@ -92,7 +91,7 @@ def _joined(graph: Graph, nodes: list[Node]) -> None:
     pieces: dict[Node, int] = {}  # with their rows; a parameter that is read twice is gathered once
     first: dict[Node, Node] = {}
     for node in nodes:
-        (piece,), (rows,) = node.args[0], node.args[1]
+        (piece,), (rows,), *_ = _arguments(node)
         pieces.setdefault(piece, rows)
         first.setdefault(piece, node)
     with graph.inserting_before(nodes[0]):
@@ -104,7 +103,7 @@ def _joined(graph: Graph, nodes: list[Node]) -> None:
             whole[piece].meta = {**first[piece].meta, "val": first[piece].meta["val"][0]}
     for node in nodes:
         for item in list(node.users):
-            item.replace_all_uses_with(whole[node.args[0][0]])
+            item.replace_all_uses_with(whole[_arguments(node)[0][0]])
             graph.erase_node(item)
         graph.erase_node(node)
 
@@ -139,7 +138,7 @@ def overlap(graph: Graph) -> None:
     gathers = [node for node in graph.nodes if node.target is ALL_GATHER]
     waits: list[Node] = []
     for place, node in enumerate(gathers):
-        pieces, rows, processes, group = node.args
+        pieces, rows, processes, group = _arguments(node)
         is_known = place > 0 and all(order[piece] < order[gathers[place - 1]] for piece in pieces)
         with graph.inserting_before(waits[-1] if is_known else node):
             start = _call(graph, "all_gather_start", pieces, rows, processes, group)

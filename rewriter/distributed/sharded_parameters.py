@@ -7,7 +7,6 @@ can hold, unlike FSDP2's hooks (SimpleFSDP, arXiv 2411.00284). `passes/lower/sha
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -34,14 +33,14 @@ def shard_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor import distribute_tensor
 
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 0:
+    for path, own in model.named_parameters():
+        if own.dim() == 0:
             raise RewriteError(
-                f"{name} is a single number, which has no rows to share; give it the shape [1], or shard=True"
+                f"{path} is a single number, which has no rows to share; give it the shape [1], or shard=True"
             )
-        if type(parameter.data) is not torch.Tensor:
+        if type(own.data) is not torch.Tensor:
             raise RewriteError(
-                f"{name} is a {type(parameter.data).__name__}; parameters are shared among processes as plain tensors: share "
+                f"{path} is a {type(own.data).__name__}; parameters are shared among processes as plain tensors: share "
                 "them before other libraries take them apart"
             )
     group = mesh.get_group().group_name
@@ -84,9 +83,10 @@ def whole_parameters(fast: OptimizedModel) -> Iterator[None]:
             changed.append((module, dict(module._parameters), type(module), vars(module).pop(PIECES)))
             module.__class__ = type(module).__bases__[0]
             for name, parameter in module._parameters.items():
-                if is_dtensor(parameter):
+                if parameter is not None and is_dtensor(parameter):
                     if parameter not in whole:
-                        whole[parameter] = nn.Parameter(parameter.detach().full_tensor(), requires_grad=False)
+                        gathered: Any = parameter.detach()
+                        whole[parameter] = nn.Parameter(gathered.full_tensor(), requires_grad=False)
                     module._parameters[name] = whole[parameter]
         yield
     finally:
@@ -96,10 +96,15 @@ def whole_parameters(fast: OptimizedModel) -> Iterator[None]:
             vars(module)[PIECES] = pieces
 
 
-@functools.cache
+_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
 def _reading_whole(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The class, whose parameters of these names are gathered when they are read."""
-    return type(f"Sharded{kind.__name__}", (kind,), {name: property(_reader(name)) for name in names})
+    """The class, whose parameters of these names are gathered when they are read; one for all layers, which are then alike."""
+    if (kind, names) not in _classes:
+        properties = {name: property(_reader(name)) for name in names}
+        _classes[kind, names] = type(f"Sharded{kind.__name__}", (kind,), properties)
+    return _classes[kind, names]
 
 
 def _reader(name: str) -> Any:

@@ -42,7 +42,7 @@ def dense_logits(folder: Path, ids: Tensor, visible: Tensor) -> Tensor:
 def test_there_is_a_test_and_a_line_for_each() -> None:
     scripts = sorted(FOLDER.glob("*.py"))
     readme = (FOLDER / "README.md").read_text()
-    assert len(scripts) == 7
+    assert len(scripts) == 8
     for script in scripts:
         assert f"`{script.name}`" in readme
         assert f"test_{script.stem}" in globals()
@@ -114,17 +114,32 @@ def test_long_context(capsys: pytest.CaptureFixture[str]) -> None:
     assert ids[0, :48].tolist() == reading.query_ids[0].tolist()
 
 
+def run_in_processes(name: str, size: int, *options: str) -> str:
+    """What an example prints that is started by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    example = [str(FOLDER / name), "--steps", "2", "--backend", "eager", *options]
+    run = subprocess.run([*command, *example], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
 def test_spread_a_text() -> None:
     """The losses are those of one process."""
     losses = []
     for size in (1, 2):
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        options = ["--length", "256", "--window", "32", "--steps", "2", "--backend", "eager"]
-        example = [str(FOLDER / "spread_a_text.py"), *options]
-        run = subprocess.run([sys.executable, *command, *example], capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr[-2000:]
-        found = re.findall(rf"step \d: loss ([\d.]+) of 256 tokens over {size} processes", run.stdout)
+        printed = run_in_processes("spread_a_text.py", size, "--length", "256", "--window", "32")
+        found = re.findall(rf"step \d: loss ([\d.]+) of 256 tokens over {size} processes", printed)
         losses.append([float(loss) for loss in found])
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], abs=2e-4)
+
+
+def test_train_in_stages() -> None:
+    """The losses are those of one stage."""
+    losses = []
+    for size in (1, 2):
+        printed = run_in_processes("train_in_stages.py", size, "--length", "160")
+        assert f"{size} stages, 4 microbatches of 2 x 160 tokens" in printed
+        losses.append([float(loss) for loss in re.findall(r"step \d: loss ([\d.]+)", printed)])
     assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], abs=2e-4)
 
 

@@ -31,7 +31,7 @@ from rewriter import Policy
 from rewriter import SeparatorMask
 from rewriter import SlidingWindow
 from rewriter.code import CodeOfSizes
-from rewriter.code import _all_guards
+from rewriter.code import all_guards
 from rewriter.code import generate_code
 from rewriter.code import kept_in
 from rewriter.code_of_graphs import _OfAnySize
@@ -439,7 +439,7 @@ def test_an_alternative_among_the_guards_lets_go_of_none(alternative: bool) -> N
     x = FakeTensorMode(shape_env=shape_env).from_tensor(torch.randn(3, 5), static_shapes=False)
     assert bool(x.size(0) < 4)
     assert not alternative or bool(sym_or(x.size(1) == 5, x.size(1) > 40))
-    text = _all_guards(shape_env, [x])
+    text = all_guards(shape_env, [x])
     assert text is not None
     found = [shape_env.evaluate_guards_expression(text, [torch.empty(n, 5)]) for n in (2, 3, 4)]
     assert found == [True, True, False]
