@@ -21,7 +21,6 @@ from rewriter.passes.graph.inputs import is_size
 from rewriter.passes.graph.nodes import layer_path
 from rewriter.passes.graph.nodes import writes
 from rewriter.passes.lower.plan import PlannedSite
-from rewriter.passes.predict import Prediction
 from torch import Tensor
 from torch.fx import Graph
 from torch.fx import GraphModule
@@ -57,7 +56,7 @@ class Layer:
 def layers_of_graph(
     module: GraphModule,
     planned: Sequence[PlannedSite],
-    predictions: Mapping[int, Prediction],
+    attention_flops: Mapping[int, int],
     inputs: Sequence[GraphInput],
     sizes: Mapping[sympy.Symbol, int],
 ) -> list[Layer]:
@@ -66,7 +65,7 @@ def layers_of_graph(
     Args:
         module: lowered.
         planned: its sites; layers are the modules of a list that hold them.
-        predictions: of the sites, for one row.
+        attention_flops: of the sites, by number, for one row.
         inputs: of the graph, without sizes.
         sizes: values of the graph's symbols, for one row.
 
@@ -79,7 +78,7 @@ def layers_of_graph(
     for place, path in enumerate(paths):
         own = [node for node in cutter.nodes if cutter.place[node] == place]
         sites = [plan for plan in planned if _layer_of_site(plan) == path]
-        missing = [plan.layer for plan in sites if plan.layer not in predictions]
+        missing = [plan.layer for plan in sites if plan.layer not in attention_flops]
         if missing:
             raise RewriteError(f"what site {missing[0]} computes cannot be predicted, so that stages cannot be planned")
         parameters = {n: None for node in own for n in node.all_input_nodes if cutter.is_parameter(n)}
@@ -87,7 +86,7 @@ def layers_of_graph(
             Layer(
                 path,
                 matmul_flops=sum(_matmul_flops(node, sizes) for node in own),
-                attention_flops=sum(predictions[plan.layer].flops for plan in sites),
+                attention_flops=sum(attention_flops[plan.layer] for plan in sites),
                 parameter_bytes=sum(_bytes(node, sizes) for node in parameters),
                 activation_bytes=sum(_bytes(n, sizes) for n in own if n in cutter.learned and _has_memory(n)),
                 output_bytes=sum(_bytes(node, sizes) for node in cutter.sent_after(place)),

@@ -229,7 +229,8 @@ def _traced(fast: OptimizedModel, example_inputs: Mapping[str, Any], length: int
 
 def _layers(result: Explained, length: int) -> list[Layer]:
     sizes = sizes_of_row(result.sites[0], length)
-    return layers_of_graph(result.module, result.sites, result.predictions, result.inputs, sizes)
+    flops = {site: prediction.flops for site, prediction in result.predictions.items()}
+    return layers_of_graph(result.module, result.sites, flops, result.inputs, sizes)
 
 
 def _parts(fast: OptimizedModel, plan: StagePlan) -> list[GraphModule]:
