@@ -591,6 +591,54 @@ def context_parallel_counted(read: Results) -> str:
     return markdown(("mask", *(f"{size} processes: keys sent, busiest" for size in sizes)), table)
 
 
+def scale(read: Results) -> str:
+    """`scale.py`: of one site's speed, at the causal mask, by sites."""
+    rows = {(r["model"], r["gpus"], r["place"]): r for r in read("scale")["steps"] if r["mask"] == "causal"}
+    counts = [512, 2048, 10240]
+    header = (
+        "sites, round trip, link of a site, parameters brought together",
+        "model",
+        *(f"{n:,} GPUs" for n in counts),
+    )
+    lines = []
+    for place in dict.fromkeys(place for *_, place in rows):
+        for model in ("1B", "8B", "70B", "405B"):
+            alone = [rows[model, n, "one site"] for n in counts]
+            found = [rows.get((model, n, place)) for n in counts]
+            cells = [
+                f"{a['seconds'] / f['seconds']:.0%} of {a['seconds']:.2f} s" if f and f["fits"] else "-"
+                for a, f in zip(alone, found, strict=True)
+            ]
+            lines.append((place, model, *cells))
+    return markdown(header, lines, text_columns=2)
+
+
+def scale_masks(read: Results) -> str:
+    """`scale.py`: steps under each mask at one site, of the causal one's, and keys that nodes exchange."""
+    rows = {(r["model"], r["gpus"], r["mask"]): r for r in read("scale")["steps"] if r["place"] == "one site"}
+    masks = list(dict.fromkeys(mask for *_, mask in rows))
+    header = ("model", "GPUs", *(f"{mask}: step; GB for a node" for mask in masks))
+    lines = []
+    for model in ("1B", "8B", "70B", "405B"):
+        for n in (2048, 10240):
+            causal = rows[model, n, "causal"]["seconds"]
+            found = [rows[model, n, mask] for mask in masks]
+            lines.append(
+                (model, f"{n:,}", *(f"{causal / r['seconds']:.2f}x; {r['inside_bytes'] / 1e9:,.0f}" for r in found))
+            )
+    return markdown(header, lines)
+
+
+def scale_deeplink(read: Results) -> str:
+    """`scale.py`: links for two sites 1,500 km apart."""
+    rows = read("scale")["deeplink"]
+    ways = list(dict.fromkeys(row["how"] for row in rows))
+    found = {(row["model"], row["how"]): row["gbits"] for row in rows}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = ((model, *(f"{found[model, how]:.3g} Gbit/s" for how in ways)) for model in models)
+    return markdown(("model", *(f"parameters brought together {how}" for how in ways)), lines)
+
+
 def context_parallel(read: Results) -> str:
     """`context_parallel.py`, over two processes."""
     rows = []
@@ -687,6 +735,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "retrieval": retrieval,
     "retrieval-by-depth": retrieval_by_depth,
     "soundness": soundness,
+    "scale": scale,
+    "scale-masks": scale_masks,
+    "scale-deeplink": scale_deeplink,
     "context-parallel": context_parallel,
     "context-parallel-counted": context_parallel_counted,
     "given-masks": given_masks,

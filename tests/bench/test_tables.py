@@ -65,6 +65,11 @@ CHANGES: dict[str, Callable[[Any], None]] = {
         s["counted"][0].update(of_ring=9.0),
         s["measured"][0].update(sent=9),
     ),
+    "scale": lambda s: (
+        next(r for r in s["steps"] if r["gpus"] == 2048 and r["place"] != "one site").update(seconds=99.0, fits=True),
+        next(r for r in s["steps"] if r["gpus"] == 2048 and r["place"] == "one site").update(inside_bytes=9e15),
+        s["deeplink"][0].update(gbits=9.0),
+    ),
     "crossover-cpu": lambda s: s["forward"][0].update(seconds=9.0),
     "engines": lambda s: (
         s["models"]["GPT-2"]["engines"]["forward"].update(layers=1),
