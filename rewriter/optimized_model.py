@@ -530,8 +530,14 @@ class OptimizedModel(ModelWrapper):
             options: of the model's `save_pretrained`.
 
         Raises:
-            RewriteError: the model has no `save_pretrained`.
+            RewriteError: the model has no `save_pretrained`, or its parameters are in pieces on several processes.
         """
+        if state_dict is None and gathers_layers(self.model):
+            raise RewriteError(
+                f"parameters of {type(self.model).__name__} are in pieces on several processes: with "
+                "rewriter.whole_parameters(fast): fast.save_pretrained(...), in one of them; torch.distributed.checkpoint takes "
+                "rewriter.for_checkpoint(fast) as it is"
+            )
         settings = {
             "policy": self.policy.to_dict(),
             "backend": self.backend,

@@ -216,7 +216,6 @@ class _Stage:
         self.graph = Graph()
         self.tensors: dict[str, Any] = {}
         self.known: dict[Node, Any] = {}
-        self.sizes: dict[sympy.Symbol, Node] = {}
         self.placeholders: list[Node] = []
 
     def receive(self, nodes: Sequence[Node]) -> None:

@@ -34,6 +34,10 @@ def shard_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
     from torch.distributed.tensor import distribute_tensor
 
     for path, own in model.named_parameters():
+        if is_dtensor(own.data):
+            raise RewriteError(
+                f"{path} is in pieces already; distribute an optimized model once, and not after fully_shard"
+            )
         if own.dim() == 0:
             raise RewriteError(
                 f"{path} is a single number, which has no rows to share; give it the shape [1], or shard=True"

@@ -235,6 +235,7 @@ def _layers(result: Explained, length: int) -> list[Layer]:
 
 def _parts(fast: OptimizedModel, plan: StagePlan) -> list[GraphModule]:
     result = _traced(fast, plan.example_inputs, plan.length)
+    fast._take(result)
     parts = cut(result.module, result.inputs, result.sites, plan.firsts)
     owners: dict[int, int] = {}
     for number, part in enumerate(parts):

@@ -200,6 +200,10 @@ def use(rank: int) -> dict[str, Any]:
     with pytest.raises(rewriter.CacheError) as in_pieces:
         fast.generate(**prompt, **options)
     found["in pieces"] = str(in_pieces.value)
+    with pytest.raises(rewriter.RewriteError, match="with rewriter"):
+        fast.save_pretrained("nowhere")
+    with pytest.raises(rewriter.RewriteError, match="in pieces already"):
+        rewriter.distribute(fast, mesh_of(number), shard="layers")
     with rewriter.whole_parameters(fast):
         found["tokens"] = torch.equal(fast.generate(**prompt, **options), alone.generate(**prompt, **options))
         found["names"] = fast.state_dict().keys() == alone.state_dict().keys()

@@ -84,6 +84,7 @@ def test_each_has_its_own_parameters() -> None:
     plan = rewriter.plan_stages(fast, [1.0, 1.0], length=64, rows=2, example_inputs=padded(2))
     names = [[name for name, _ in part.named_parameters()] for part in stages._parts(fast, plan)]
     assert sorted(itertools.chain(*names)) == sorted(rewriter.for_checkpoint(fast).state_dict())
+    assert len(fast.report.graphs) == 2 and len(fast.report.graphs[-1].sites) == 4  # the first is of the example
     assert "model.embed_tokens.weight" in names[0] and "lm_head.weight" in names[1]
     assert {"policy_parameters.0.W", "policy_parameters.1.W"} <= set(names[0])
 
