@@ -38,6 +38,16 @@ def writes(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and bool(node.target._schema.is_mutable)
 
 
+def owner(node: Node) -> Node:
+    """Of a view, whose memory it is."""
+    while isinstance(node.target, torch._ops.OpOverload):
+        results = node.target._schema.returns
+        if not results or results[0].alias_info is None or not node.all_input_nodes:
+            break
+        node = node.all_input_nodes[0]
+    return node
+
+
 def above(nodes: Iterable[Node]) -> list[Node]:
     """The nodes and all that they are computed from."""
     seen: dict[Node, None] = {}

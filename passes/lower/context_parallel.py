@@ -20,6 +20,7 @@ import torch.utils._pytree as pytree
 from rewriter.kernels.context_parallel import ContextGroup
 from rewriter.passes.graph.capture import kept_call
 from rewriter.passes.graph.inputs import source_of
+from rewriter.passes.graph.nodes import owner
 from rewriter.passes.graph.nodes import shape
 from rewriter.passes.graph.nodes import writes
 from rewriter.passes.lower.plan import PlannedSite
@@ -115,9 +116,9 @@ class _Spread(Interpreter):
         bounds = list(dict.fromkeys((node.args[3], node.args[4]) for node in sites))
         known = [pair for pair in bounds if not set(pair) & self.learned]
         first = _above(node for pair in known for node in pair)
-        read = {_owner(node) for node in first}
+        read = {owner(node) for node in first}
         for node in nodes:
-            if node not in first and writes(node) and read.intersection(map(_owner, node.all_input_nodes)):
+            if node not in first and writes(node) and read.intersection(map(owner, node.all_input_nodes)):
                 raise RewriteError(
                     f"{_name(node)} writes into what the model's masks are made of; please report this, with the model"
                 )
@@ -476,16 +477,6 @@ def _product(sizes: Iterable[Any]) -> sympy.Expr:
 
 def _is_operator(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload)
-
-
-def _owner(node: Node) -> Node:
-    """Of a view, whose memory it is."""
-    while _is_operator(node):
-        results: Any = node.target._schema.returns  # type: ignore[union-attr]
-        if not results or results[0].alias_info is None or not node.all_input_nodes:
-            break
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _is_pointwise(target: torch._ops.OpOverload) -> bool:

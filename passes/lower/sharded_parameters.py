@@ -18,12 +18,17 @@ import torch.utils._pytree as pytree
 from rewriter.kernels import context_parallel
 from rewriter.kernels.sharded_parameters import ALL_GATHER
 from rewriter.kernels.sharded_parameters import REDUCE_SCATTER
+from rewriter.passes.graph.inputs import source_of
 from rewriter.passes.graph.nodes import layer_path
+from rewriter.passes.graph.nodes import owner
+from rewriter.passes.graph.nodes import writes
 from torch import Tensor
 from torch.fx import Graph
 from torch.fx import GraphModule
 from torch.fx import Node
 from torch.utils.checkpoint import CheckpointPolicy
+
+from rewriter.errors import RewriteError
 
 aten = torch.ops.aten
 
@@ -49,12 +54,22 @@ def _arguments(gather: Node) -> tuple[list[Node], list[int], int, str]:
 
 
 def gather_by_layer(module: GraphModule) -> None:
-    """Rewrites a graph in place; its values stay the same."""
+    """Rewrites a graph in place; its values stay the same.
+
+    Raises:
+        RewriteError: the model changes a parameter while it runs, which would be lost with the whole parameter.
+    """
     graph = module.graph
     groups: dict[Any, list[Node]] = {}
     exchanges = 0  # in context parallelism code ends there, and what it would take along would be kept for the backward
     for node in graph.nodes:
         exchanges += node.target in context_parallel.OPERATORS
+        changed = owner(node.all_input_nodes[0]) if writes(node) and node.all_input_nodes else node
+        if parameter_of(changed) is not changed:
+            raise RewriteError(
+                f"{source_of(parameter_of(changed)).name} is changed in the model's forward ({node.target}), which is lost where "
+                "processes hold pieces of it; change it between calls, or keep it in a buffer"
+            )
         if node.target is ALL_GATHER:
             pieces, _, processes, group = _arguments(node)
             piece = pieces[0].meta["val"]

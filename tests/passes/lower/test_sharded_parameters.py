@@ -84,6 +84,23 @@ def test_without_gradients_nothing_is_scattered(mesh: Any, monkeypatch: pytest.M
     assert norm.grad.shape == (32,) and norm.grad.to_local().shape == (8,)
 
 
+def test_a_parameter_that_the_model_changes_is_an_error(mesh: Any) -> None:
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = llama()
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            with torch.no_grad():
+                self.inner.lm_head.weight[:3].clamp_(-1.0, 1.0)
+            return self.inner(input_ids=input_ids, use_cache=False).logits
+
+    fast = rewriter.optimize(Clipped(), SlidingWindow(4), strict=True, backend="eager")
+    fast = rewriter.distribute(fast, mesh, shard="layers")
+    with pytest.raises(rewriter.RewriteError, match=r"inner.lm_head.weight is changed in the model's forward"):
+        fast(torch.randint(64, (1, 12)))
+
+
 def test_operators_are_lawful(mesh: Any) -> None:
     """torch's own checks of custom operators: schemas, fakes, and gradients that compilers can trace."""
     group = mesh.get_group().group_name
