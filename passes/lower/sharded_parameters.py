@@ -64,8 +64,8 @@ def gather_by_layer(module: GraphModule) -> None:
     exchanges = 0  # in context parallelism code ends there, and what it would take along would be kept for the backward
     for node in graph.nodes:
         exchanges += node.target in context_parallel.OPERATORS
-        changed = owner(node.all_input_nodes[0]) if writes(node) and node.all_input_nodes else node
-        if parameter_of(changed) is not changed:
+        changed = owner(node.all_input_nodes[0]) if writes(node) and node.all_input_nodes else None
+        if changed is not None and parameter_of(changed) is not changed:
             raise RewriteError(
                 f"{source_of(parameter_of(changed)).name} is changed in the model's forward ({node.target}), which is lost where "
                 "processes hold pieces of it; change it between calls, or keep it in a buffer"

@@ -87,7 +87,7 @@ def train(rank: int, backend: str, policies: list[Policy]) -> list[float]:
     found = []
     number = torch.distributed.get_world_size()
     for policy in policies:
-        for make in (padded, packed) if isinstance(policy, SeparatorMask) else (padded,):
+        for make in (padded, packed) if isinstance(policy, SeparatorMask) and backend == "eager" else (padded,):
             fast, alone = spread(policy, llama(), backend), optimized(policy, llama(), "eager")
             fast(**make(rank), use_cache=False).loss.backward()
             mean_loss(alone, make, number).backward()
@@ -99,7 +99,7 @@ def train(rank: int, backend: str, policies: list[Policy]) -> list[float]:
 @pytest.mark.parametrize(
     ("backend", "policies", "number"),
     [
-        ("eager", POLICIES, 2),
+        ("eager", POLICIES[2:], 2),
         ("inductor", POLICIES[2:3], 2),
         pytest.param("eager", POLICIES, 3, marks=pytest.mark.soak),
         pytest.param("inductor", POLICIES, 3, marks=pytest.mark.soak),
@@ -107,7 +107,7 @@ def train(rank: int, backend: str, policies: list[Policy]) -> list[float]:
 )
 def test_gradients_are_those_of_one_process(backend: str, policies: list[Policy], number: int) -> None:
     for of_rank in in_processes(train, backend, policies, number=number):
-        assert len(of_rank) == len(policies) + 1 and max(of_rank) <= 1e-6
+        assert len(of_rank) == len(policies) + (backend == "eager") and max(of_rank) <= 1e-6
 
 
 def peak_bytes(run: Any) -> int:
